@@ -1,0 +1,1 @@
+"""hlrp: robot policies from video without action labels. Import from the module that defines a name."""

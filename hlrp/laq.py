@@ -1,0 +1,341 @@
+"""LAQ: a quantised latent action, the change between two frames that lie delta seconds apart.
+
+Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce et al. 2024, arXiv:2402.15391).
+
+    change = encode(o[t + delta]) - encode(o[t])         each frame encoded once, alone
+    codes  = quantize(pool(transform(change)))           num_tokens codes: the latent action
+    loss   = |decode(o[t], codes) - target(o[t + delta])|^2 + quantizer loss
+
+The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
+"""
+
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained
+from hlrp.losses import masked_mean
+from hlrp.quantizers import QuantizerName, make_quantizer
+from hlrp.transformer import Pool, Transformer, patchify, unpatchify
+
+
+class Size(NamedTuple):
+    dim: int
+    num_heads: int
+    encoder_depth: int
+    change_depth: int
+    decoder_depth: int
+    image_size: int  # [pixel]
+    patch_size: int  # [pixel]
+
+
+SIZES = {
+    "tiny": Size(128, 4, 2, 2, 4, 64, 8),  # a CPU trains it in minutes
+    "small": Size(384, 6, 6, 4, 6, 128, 16),
+    "base": Size(1024, 16, 8, 8, 8, 256, 32),  # about the size of LAPA's
+}
+
+
+@dataclass
+class LAQConfig:
+    delta: float = 0.2  # time between the two frames of a pair [s]
+    size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 27 or 320 million parameters
+    image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by size
+    patch_size: int | None = None  # [pixel]; None: 8, 16 or 32 by size
+
+    num_tokens: int = 4  # discrete tokens per latent action
+    codebook_size: int = 64  # codes a token chooses from
+    quantizer: QuantizerName = "fsq"
+
+    features: str | None = None  # frozen features, hub id or folder: DINOv2, DINOv3, SigLIP2, V-JEPA 2
+    encoder: Literal["pixels", "features"] = "pixels"  # what the latent action is encoded from
+    pixel_weight: float = 1.0  # weight of the second frame's pixels as a target
+    feature_weight: float = 0.0  # weight of its frozen features
+    flow_weight: float = 0.0  # weight of the optical flow between the frames
+    flow_teacher: str = "C_T_V2"  # RAFT-small weights of torchvision by name, or a safetensors file
+    flow_warmup_steps: int = 1000  # the flow weight grows linearly [optimizer step]
+    mean_flow_weight: float = 0.1  # of the mean flow, within the flow term
+
+    action_weight: float = 0.0  # weight of true actions where a sample has them
+    action_dim: int = 0  # set from the data when action_weight > 0
+    action_sources: int = 0  # likewise: action spaces, one head each
+
+    language: str | None = None  # text encoder, hub id or folder: the decoder also reads the instruction
+    task_irrelevant: str | None = None  # LAQ trained with `language`: its codes are given, the rest is learned
+
+    def __post_init__(self):
+        if self.size not in SIZES:
+            raise ValueError(f"size={self.size!r}; expected one of {', '.join(SIZES)}")
+        self.image_size = self.image_size or SIZES[self.size].image_size
+        self.patch_size = self.patch_size or SIZES[self.size].patch_size
+
+
+class Observed(NamedTuple):
+    """What is known of a pair of frames."""
+
+    images: Tensor  # (b, 2, c, h, w), standardised
+    features: Tensor | None  # (b, 2, n, f)
+
+
+def standardise(frames: Tensor) -> Tensor:
+    """uint8 frames to floats of about zero mean and unit variance."""
+    return (frames.float() / 255 - 0.5) / 0.25
+
+
+class Decoder(nn.Module):
+    """The first frame, codes and further context -> one prediction a patch and target, "nothing changes" at first.
+
+    The codes are added to every patch (as in Genie, Sec. 2.1); context tokens stand before the patches.
+    """
+
+    def __init__(self, size: Size, num_tokens: int, grid: tuple, inputs: dict[str, int], outputs: dict[str, int]):
+        super().__init__()
+        self.from_codes = nn.Linear(num_tokens * size.dim, size.dim)
+        self.from_inputs = nn.ModuleDict({name: nn.Linear(dim, size.dim) for name, dim in inputs.items()})
+        self.transformer = Transformer(size.dim, size.decoder_depth, size.num_heads, grid)
+        self.to_outputs = nn.ModuleDict({name: nn.Linear(size.dim, dim) for name, dim in outputs.items()})
+        for head in self.to_outputs.values():
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+        patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
+        patches = patches + self.from_codes(codes.flatten(1))[:, None]
+        hidden = self.transformer(patches, prefix=context)[:, -patches.shape[1] :]
+        return {name: head(hidden).float() for name, head in self.to_outputs.items()}
+
+
+class LAQ(nn.Module):
+    """Latent action quantizer. `forward(batch) -> (loss, metrics)` trains it; `encode` and `decode` use it."""
+
+    def __init__(self, config: LAQConfig):
+        super().__init__()
+        self.config = config
+        size = SIZES[config.size]
+        weights = {"pixels": config.pixel_weight, "features": config.feature_weight, "flow": config.flow_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        check(config, self.weights)
+
+        self.features = self.flow_teacher = self.text_encoder = self.irrelevant = None
+        patch_size, grid = config.patch_size, (config.image_size // config.patch_size,) * 2
+        inputs = {"pixels": 3 * patch_size**2}
+        outputs = {"pixels": 3 * patch_size**2, "flow": 2 * patch_size**2}
+        if config.features:
+            from hlrp.backbones import FrozenEncoder
+
+            self.features = Frozen(FrozenEncoder(config.features))
+            inputs["features"] = outputs["features"] = self.features.module.dim
+            grid = self.features.module.grid
+            patch_size = config.image_size // grid[0]
+            if (patch_size * grid[0], patch_size * grid[1]) != (config.image_size,) * 2:
+                raise ValueError(
+                    f"image_size={config.image_size} is no multiple of the {grid[0]} x {grid[1]} patches of "
+                    f"features={config.features!r}; {14 * grid[0]} or {16 * grid[0]} would fit"
+                )
+            inputs["pixels"] = outputs["pixels"] = 3 * patch_size**2
+            outputs["flow"] = 2 * patch_size**2
+        if "flow" in self.weights:
+            from hlrp.optical_flow import FlowTeacher
+
+            self.flow_teacher = Frozen(FlowTeacher(config.flow_teacher))
+        self.grid, self.patch_size = grid, patch_size
+
+        self.from_input = nn.Linear(inputs[config.encoder], size.dim)
+        self.encoder = Transformer(size.dim, size.encoder_depth, size.num_heads, grid)
+        self.to_change = nn.Linear(size.dim, size.dim, bias=False)
+        self.no_change = nn.Parameter(torch.randn(size.dim))  # a patch that stays; changes add to it
+        self.change = Transformer(size.dim, size.change_depth, size.num_heads, grid)
+        self.pool = Pool(size.dim, size.num_heads, config.num_tokens)
+        self.quantizer = make_quantizer(config.quantizer, size.dim, config.codebook_size, config.num_tokens)
+        self.decoder = Decoder(size, config.num_tokens, grid, inputs, {name: outputs[name] for name in self.weights})
+
+        if config.action_weight:
+            latent_dim = config.num_tokens * size.dim
+            self.to_action = nn.Parameter(torch.zeros(config.action_sources, latent_dim, config.action_dim))
+            self.register_buffer("action_mean", torch.zeros(config.action_sources, config.action_dim))
+            self.register_buffer("action_std", torch.ones(config.action_sources, config.action_dim))
+        if config.language:
+            from hlrp.backbones import TextEncoder
+
+            self.text_encoder = Frozen(TextEncoder(config.language))
+            self.from_text = nn.Linear(self.text_encoder.module.dim, size.dim)
+        if config.task_irrelevant:
+            self.irrelevant = Frozen(LAQ.from_pretrained(config.task_irrelevant))
+            self.from_irrelevant = nn.Linear(SIZES[self.irrelevant.module.config.size].dim, size.dim)
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: frames uint8 (b, 2, c, h, w); action (b, chunk, a) with action_is_pad and source where
+        action_weight is set; task (list of b) where language is; step (optimizer step, for the flow's warm-up)."""
+        frames = batch["frames"]
+        observed = self.observe(frames)
+        codes, indices, quantizer_loss = self.quantizer(self.latents(observed))
+        predictions = self.decoder(self.inputs(observed), codes, self.context(frames, batch.get("task")))
+        targets = self.targets(observed, frames)
+
+        loss, metrics = quantizer_loss, {"quantizer_loss": quantizer_loss.detach()}
+        for name, weight in self.weights.items():
+            term = self.term(name, predictions[name], targets[name])
+            if name == "flow":
+                weight = weight * min(1.0, (batch["step"] + 1) / max(1, self.config.flow_warmup_steps))
+            loss = loss + weight * term
+            metrics[f"{name}_loss"] = term.detach()
+        if self.config.action_weight:
+            term = self.action_loss(codes, batch)
+            loss = loss + self.config.action_weight * term
+            metrics["action_loss"] = term.detach()
+        return loss, metrics
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """frames uint8 (b, 2, c, h, w) -> codes (b, num_tokens, d), indices int64 (b, m), None if continuous.
+
+        m is num_tokens, times the levels of a residual quantizer. Deterministic in evaluation mode.
+        """
+        codes, indices, _ = self.quantizer(self.latents(self.observe(frames)))
+        return codes.float(), None if indices is None else indices.flatten(1)
+
+    @torch.no_grad()
+    def decode(self, first: Tensor, codes: Tensor, task: list[str] | None = None) -> dict[str, Tensor]:
+        """first uint8 (b, c, h, w), codes (b, num_tokens, d) -> the predicted second frame by target:
+        pixels (b, c, h, w) in [0, 1], features (b, n, f), flow (b, 2, h, w) [pixel]."""
+        frames = torch.stack([first, first], dim=1)  # a latent of the pair itself is not needed
+        observed = self.observe(frames)
+        predictions = self.decoder(self.inputs(observed), codes, self.context(frames, task))
+        return {name: self.picture(name, predictions[name], observed) for name in self.weights}
+
+    @torch.no_grad()
+    def errors(self, frames: Tensor, codes: Tensor | None, task: list[str] | None = None) -> dict[str, Tensor]:
+        """Mean squared error (b,) of each target; codes None: of the copy-frame prediction."""
+        observed = self.observe(frames)
+        targets = self.targets(observed, frames)
+        if codes is None:
+            predictions = {name: torch.zeros_like(target) for name, target in targets.items()}
+        else:
+            predictions = self.decoder(self.inputs(observed), codes, self.context(frames, task))
+        return {name: (predictions[name] - targets[name]).square().flatten(1).mean(1) for name in targets}
+
+    def observe(self, frames: Tensor) -> Observed:
+        expected = (2, 3, self.config.image_size, self.config.image_size)
+        if frames.shape[1:] != expected or frames.dtype != torch.uint8:
+            raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, {expected})")
+        features = None
+        if self.features is not None:
+            features = self.features(rearrange(frames, "b t c h w -> (b t) c h w"))
+            features = rearrange(features, "(b t) n f -> b t n f", t=2)
+        return Observed(standardise(frames), features)
+
+    def latents(self, observed: Observed) -> Tensor:
+        """The change between the two frames, before quantisation: (b, num_tokens, d)."""
+        if self.config.encoder == "features":
+            patches = rearrange(observed.features, "b t n f -> (b t) n f")
+        else:
+            patches = patchify(rearrange(observed.images, "b t c h w -> (b t) c h w"), self.patch_size)
+        encoded = self.encoder(self.from_input(patches))  # each frame once
+        first, second = rearrange(encoded, "(b t) n d -> t b n d", t=2)
+        return self.pool(self.change(self.no_change + self.to_change(second - first)))
+
+    def inputs(self, observed: Observed) -> dict[str, Tensor]:
+        """The first frame, as the decoder reads it."""
+        inputs = {"pixels": patchify(observed.images[:, 0], self.patch_size)}
+        if observed.features is not None:
+            inputs["features"] = observed.features[:, 0]
+        return inputs
+
+    def context(self, frames: Tensor, task: list[str] | None) -> Tensor | None:
+        """What conditions the decoder beside the first frame and the codes: (b, k, d), or nothing."""
+        context = []
+        if self.text_encoder is not None:
+            features, mask = self.text_encoder(task)
+            context.append(self.from_text(features) * mask[..., None])
+        if self.irrelevant is not None:
+            given, _ = self.irrelevant.module.encode(frames)
+            context.append(self.from_irrelevant(given))
+        return torch.cat(context, dim=1) if context else None
+
+    def targets(self, observed: Observed, frames: Tensor) -> dict[str, Tensor]:
+        """What the decoder predicts, per patch: the change of pixels and features, and the flow."""
+        targets = {}
+        if "pixels" in self.weights:
+            targets["pixels"] = patchify(observed.images[:, 1] - observed.images[:, 0], self.patch_size)
+        if "features" in self.weights:
+            targets["features"] = (observed.features[:, 1] - observed.features[:, 0]).float()
+        if "flow" in self.weights:
+            targets["flow"] = patchify(self.flow_teacher(frames) / self.patch_size, self.patch_size)
+        return targets
+
+    def term(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+        """The loss of one target, a scalar."""
+        if name == "flow":
+            from hlrp.optical_flow import flow_loss
+
+            flows = [unpatchify(x, self.patch_size, self.grid) for x in (prediction, target)]
+            return flow_loss(*flows, self.config.mean_flow_weight).mean()
+        return (prediction - target).square().mean()
+
+    def picture(self, name: str, prediction: Tensor, observed: Observed) -> Tensor:
+        """A prediction per patch in the units of its target."""
+        if name == "features":
+            return observed.features[:, 0] + prediction
+        picture = unpatchify(prediction, self.patch_size, self.grid)
+        if name == "flow":
+            return picture * self.patch_size
+        return ((observed.images[:, 0] + picture) * 0.25 + 0.5).clamp(0, 1)
+
+    def action_loss(self, codes: Tensor, batch: dict) -> Tensor:
+        """Squared error of the mean action over the pair's time span, over the labelled samples alone."""
+        taken = ~batch["action_is_pad"]  # b chunk
+        mean = (batch["action"] * taken[..., None]).sum(1) / taken.sum(1, keepdim=True).clamp(min=1)
+        source = batch["source"]
+        target = (mean - self.action_mean[source]) / self.action_std[source]
+        predicted = torch.einsum("bd,bda->ba", codes.flatten(1).float(), self.to_action[source])
+        return masked_mean((predicted - target).square().mean(-1), taken.any(1))
+
+    def save_pretrained(self, folder: Path, **provenance) -> None:
+        """config.json + model.safetensors; `provenance` (data, report, step) goes into the config."""
+        config = {"type": "laq", "hlrp_version": version("lerobot_policy_hlrp"), "laq": asdict(self.config)}
+        config["frozen"] = self.fingerprints()
+        save_pretrained(folder, self, config | provenance)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "LAQ":
+        """Rebuilds a model, in evaluation mode, from its checkpoint folder.
+
+        Raises ValueError where the folder is none of a LAQ, where a tensor is missing or left over, and where
+        frozen features are not those that it was trained with.
+        """
+        config = load_config(folder, "laq")
+        model = cls(LAQConfig(**config["laq"]))
+        load_weights(folder, model)
+        for name, fingerprint in model.fingerprints().items():
+            if fingerprint != config["frozen"][name]:
+                raise ValueError(f"{name} of {folder} has changed: {fingerprint}, trained with {config['frozen'][name]}")
+        return model.eval()
+
+    def fingerprints(self) -> dict[str, str]:
+        frozen = {"features": self.features, "language": self.text_encoder}
+        return {name: wrapper.module.fingerprint for name, wrapper in frozen.items() if wrapper is not None}
+
+
+def check(config: LAQConfig, weights: dict[str, float]) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    if config.image_size % config.patch_size:
+        raise ValueError(f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}")
+    if config.num_tokens < 1:
+        raise ValueError(f"num_tokens={config.num_tokens}; expected 1 or more")
+    if config.delta <= 0:
+        raise ValueError(f"delta={config.delta}; expected a positive number of seconds")
+    if not weights:
+        raise ValueError("pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict")
+    if min(weights.values()) < 0:
+        raise ValueError(f"negative weight of a target: {weights}")
+    if config.features is None and (config.encoder == "features" or "features" in weights):
+        raise ValueError("encoder='features' and feature_weight need features=HUB_ID_OR_FOLDER")
+    if config.language and config.task_irrelevant:
+        raise ValueError("language and task_irrelevant are the first and the second run of the split: give one")
+    if config.action_weight and not config.action_dim:
+        raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

@@ -1,0 +1,87 @@
+"""Figures over a whole validation pass: code usage, R2, PSNR, and the gathering over ranks that they need."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code stands at each token position: int64 (m, k), every occurrence counted.
+
+    indices: int64 (b, m). Raises ValueError where an index lies outside the codebook.
+    """
+    if len(indices) and not 0 <= indices.min() <= indices.max() < codebook_size:
+        raise ValueError(
+            f"indices from {indices.min()} to {indices.max()} do not fit codebook_size={codebook_size}"
+        )
+    num_tokens = indices.shape[1]
+    cells = indices + codebook_size * torch.arange(num_tokens, device=indices.device)
+    return cells.flatten().bincount(minlength=num_tokens * codebook_size).reshape(num_tokens, codebook_size)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Entropy of the last axis of counts [nat]; 0 where nothing was counted."""
+    shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(shares).sum(dim=-1)
+
+
+def code_health(indices: Tensor, codebook_size: int) -> dict:
+    """Codebook use over a whole pass. indices: int64 (b, m).
+
+    usage: share of the codes seen at any position; perplexity: exp of the entropy of all indices together;
+    unique_sequences: distinct rows; entropy: one figure a token position [nat].
+    """
+    counts = code_counts(indices, codebook_size)
+    total = counts.sum(dim=0)
+    return {
+        "usage": (total > 0).double().mean().item(),
+        "perplexity": entropy(total).exp().item(),
+        "unique_sequences": len(indices.unique(dim=0)),
+        "entropy": entropy(counts).tolist(),
+    }
+
+
+def is_constant(values: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """Which columns of (b, d) vary by no more than rounding, whatever their scale: bool (d,)."""
+    values = values.double()
+    return values.std(dim=0, correction=0) <= tolerance * values.abs().amax(dim=0)
+
+
+def r2_per_dim(pred: Tensor, target: Tensor) -> Tensor:
+    """Coefficient of determination of each column: (b, d), (b, d) -> float64 (d,).
+
+    Against the mean of `target`. A constant column has no variance to explain: 1 where it is met, else 0.
+    """
+    pred, target = pred.double(), target.double()
+    residual = (target - pred).square().sum(dim=0)
+    total = (target - target.mean(dim=0)).square().sum(dim=0)
+    constant = is_constant(target)
+    met = torch.isclose(pred, target, rtol=1e-4, atol=0.0).all(dim=0).double()
+    return torch.where(constant, met, 1 - residual / torch.where(constant, 1.0, total))
+
+
+def r2(pred: Tensor, target: Tensor) -> float:
+    """Uniform average of `r2_per_dim`."""
+    return r2_per_dim(pred, target).mean().item()
+
+
+def psnr(pred: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images in [0, 1]: (b, c, h, w) twice -> (b,) [dB], at most 100."""
+    error = (pred.float() - target.float()).square().flatten(1).mean(dim=1)
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The ranks' tensors one after another along the first axis, on every rank; lengths may differ.
+
+    A collective of torch.distributed: all ranks call it.
+    """
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+
+    padded = tensor.new_zeros(int(max(lengths)), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -1,0 +1,307 @@
+"""A run: its folder, its learning rate, its log, its checkpoints, and the ways in which it ends.
+
+OUTPUT_DIR/
+    run.json                            settings, versions, git state, state of the run
+    metrics.jsonl                       every logged scalar, one line a step and split
+    checkpoints/<step:06d>/pretrained_model    the model (config.json + model.safetensors)
+    checkpoints/<step:06d>/training_state      what a resume needs beside it
+    checkpoints/last -> <step:06d>
+
+A run is a function of (settings, step): nothing random is carried from step to step, so a resume needs the step,
+the weights and the optimizer's state, and continues to the bit.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from hlrp.checkpoints import link_last, load_weights, save_tensors, whole_folder, write_json, write_text
+
+INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
+FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
+    *("output_dir", "num_workers", "log_freq", "eval_freq", "save_freq", "val_samples", "wandb", "tensorboard"),
+}
+
+
+def cosine_lr(step: int, lr: float, warmup_steps: int, steps: int, final_ratio: float = 0.1) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear from lr / warmup_steps, then cosine to a tenth."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return lr * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for matrices; none for biases, gains and single vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes torch's random numbers a function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}/{name}": value for i, values in state["state"].items() for name, value in values.items()}
+    save_tensors(folder / "optimizer_state.safetensors", tensors)
+    write_json(folder / "optimizer_param_groups.json", {"param_groups": state["param_groups"]})
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Raises ValueError where the saved state is of other parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = json.loads((folder / "optimizer_param_groups.json").read_text())["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class Run:
+    """One output folder from the first step to the last, shared by all ranks of an `accelerate.Accelerator`.
+
+    settings: plain values, recorded in run.json; a resume with others is refused. fingerprint: of the data.
+    """
+
+    def __init__(self, accelerator, output_dir: Path, settings: dict, fingerprint: str):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.settings = settings | {"num_processes": accelerator.num_processes}
+        self.steps, self.seed, self.log_freq = (settings[name] for name in ("steps", "seed", "log_freq"))
+        # Ranks agree on stopping by a collective, which every step of a slow link or a GPU's queue would feel.
+        self.check_freq = 1 if accelerator.device.type == "cpu" else 10
+        self.checkpoint = last_checkpoint(output_dir)
+        self.refuse_other_settings(fingerprint)
+        self.step = self.started_at = int(self.checkpoint.name) if self.checkpoint else 0
+        self.report = None  # of the last validation, kept in every checkpoint
+
+        self.first_fault = torch.full((), math.inf, device=accelerator.device)
+        self.seen: dict[int, list] = {}  # step -> what the batch was made of, until it is known to be sound
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request_stop)
+        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
+        self.bar = None
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self.start_log(fingerprint)
+        accelerator.wait_for_everyone()
+
+    def refuse_other_settings(self, fingerprint: str) -> None:
+        path = self.output_dir / "run.json"
+        if not self.checkpoint or not path.is_file():
+            return
+        before = json.loads(path.read_text())
+        was, now = before["settings"] | {"data content": before["fingerprint"]}, self.settings | {"data content": fingerprint}
+        other = [name for name in sorted(was | now) if name not in FREE and was.get(name) != now.get(name)]
+        if other:
+            changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in other)
+            raise ValueError(
+                f"{self.output_dir} holds a run with other settings ({changes}). Give the old ones to resume it, "
+                f"or another --output-dir to start anew"
+            )
+
+    def start_log(self, fingerprint: str) -> None:
+        metrics = self.output_dir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        write_text(metrics, "".join(line + "\n" for line in whole if self.step))
+        self.metrics = metrics.open("a")
+        self.record = {
+            "state": "running",
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "settings": self.settings,
+            "fingerprint": fingerprint,
+            "device": str(self.accelerator.device),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
+            "git": git_state(),
+        }
+        write_json(self.output_dir / "run.json", self.record)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
+
+    def request_stop(self, number: int, frame) -> None:
+        self.stop_signal = number
+
+    def load(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Continues from the last checkpoint, if there is one."""
+        if self.checkpoint:
+            model = self.accelerator.unwrap_model(model)
+            load_weights(self.checkpoint / "pretrained_model", model)
+            load_optimizer(self.checkpoint / "training_state", optimizer)
+            self.report = json.loads((self.checkpoint / "pretrained_model" / "config.json").read_text())["report"]
+            self.print(f"resumed {self.output_dir} at step {self.step}")
+
+    def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
+        """The loader's batches on the device, with torch's random numbers set for each; endless loaders only.
+
+        The time that the training waits for data is measured here.
+        """
+        iterator, accumulation = iter(loader), self.accelerator.gradient_accumulation_steps
+        micro_step = self.step * accumulation
+        while self.step < self.steps:
+            before = time.monotonic()
+            batch = next(iterator)
+            self.waited += time.monotonic() - before
+            self.seen.setdefault(self.step, []).extend(zip(batch["dataset"], batch["episode"].tolist(), strict=True))
+            self.samples += len(batch["dataset"])
+            batch = {k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            seed_step(self.seed, micro_step, self.accelerator.process_index)
+            micro_step += 1
+            yield batch | {"step": self.step}
+
+    def advance(self, loss: Tensor, grad_norm: Tensor) -> int:
+        """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
+        gradient, naming the step and what the batch was made of."""
+        sound = torch.isfinite(loss.detach() + grad_norm)
+        self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+        if self.step % self.check_freq == 0 or self.step == self.steps:
+            self.refuse_faults()
+        return self.step
+
+    def refuse_faults(self) -> None:
+        first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
+        if math.isinf(first := float(first)):
+            self.seen.clear()
+            return
+        mine = float(self.first_fault) == first
+        sources = sorted({f"{name} episode {episode}" for name, episode in self.seen.get(int(first), [])})
+        self.finish("failed")
+        raise FloatingPointError(
+            f"step {int(first)}: the loss or its gradient is not finite"
+            + (f"; the batch held {', '.join(sources[:16])}" if mine else "; the batch of another rank is at fault")
+            + f". The last sound checkpoint is {last_checkpoint(self.output_dir)}; a lower --lr or --grad-clip may help"
+        )
+
+    def must_stop(self) -> bool:
+        """True on all ranks at the same step, once any has received SIGTERM or SIGUSR1."""
+        if self.step % self.check_freq:
+            return False
+        if not dist.is_initialized():
+            return bool(self.stop_signal)
+        flag = torch.tensor(self.stop_signal, device=self.accelerator.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def log(self, split: str, values: dict[str, float | Tensor], step: int) -> None:
+        """Means over ranks of training scalars, to metrics.jsonl, the terminal, and TensorBoard or W&B if asked."""
+        if split == "train":
+            names = [name for name, value in values.items() if torch.is_tensor(value)]
+            means = torch.stack([values[name].detach().float() for name in names])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            values = values | dict(zip(names, means, strict=True)) | self.speed(step)
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self.metrics.flush()
+        self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+        if split == "train":
+            shown = f"loss {values['loss']:.4f}  {values['samples_per_s']:.0f} samples/s  data {values['data_wait']:.0%}"
+            if self.bar is not None:
+                self.bar.set_postfix_str(shown)
+            else:
+                eta = time.strftime("%H:%M:%S", time.gmtime(values["eta_s"]))
+                self.print(f"step {step}/{self.steps}  {shown}  lr {values['lr']:.1e}  eta {eta}")
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Samples per second over all ranks and the share of time that data made the training wait, since the last
+        call."""
+        now = time.monotonic()
+        elapsed = now - self.since
+        rate = self.samples * self.accelerator.num_processes / elapsed
+        per_step = elapsed / max(1, self.samples) * self.samples_per_step
+        speed = {
+            "samples_per_s": rate,
+            "data_wait": self.waited / elapsed,
+            "eta_s": (self.steps - step) * per_step,
+        }
+        self.waited, self.samples, self.since = 0.0, 0, now
+        return speed
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one rank in one optimizer step."""
+        return self.settings["batch_size"] * self.accelerator.gradient_accumulation_steps
+
+    def pause_clock(self) -> None:
+        """Forgets the time since the last log: it went to validation or saving."""
+        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
+
+    def save(self, model: nn.Module, optimizer: Optimizer, **provenance) -> None:
+        """Writes checkpoints/<step> whole, then points checkpoints/last at it."""
+        self.refuse_faults()
+        folder = self.output_dir / "checkpoints" / f"{self.step:06d}"
+        if self.accelerator.is_main_process and not folder.is_dir():
+            with whole_folder(folder) as partial:
+                (partial / "pretrained_model").mkdir()
+                (partial / "training_state").mkdir()
+                provenance |= {"step": self.step, "report": self.report}
+                self.accelerator.unwrap_model(model).save_pretrained(partial / "pretrained_model", **provenance)
+                save_optimizer(partial / "training_state", optimizer)
+                write_json(partial / "training_state" / "training_step.json", {"step": self.step})
+            link_last(folder)
+        self.accelerator.wait_for_everyone()
+
+    def interrupt(self) -> None:
+        """Ends the process with the exit code that asks for the same command again."""
+        self.finish("interrupted")
+        self.print(f"stopped by a signal at step {self.step}, saved; the same command goes on")
+        sys.exit(INTERRUPTED)
+
+    def finish(self, state: str = "done") -> None:
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / "run.json", self.record | {"state": state, "step": self.step})
+            self.metrics.close()
+            if self.bar is not None:
+                self.bar.close()
+        self.accelerator.end_training()
+
+    def print(self, text: str) -> None:
+        """One line above the progress bar, from the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint folder of the highest step; each that has its name is whole."""
+    folders = [path for path in (output_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    return max(folders, key=lambda path: int(path.name), default=None)
+
+
+def git_state() -> dict[str, str | bool] | None:
+    """Commit of the working directory and whether it has changes; None outside a repository."""
+    root = Path(__file__).parents[1]
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    status = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True)
+    return {"commit": head.stdout.strip(), "changed": bool(status.stdout.strip())}

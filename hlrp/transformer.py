@@ -1,0 +1,133 @@
+"""Transformer blocks with rotary 2-D positions, and the patches that they read and write."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(b, c, h, w) -> (b, n, patch_size * patch_size * c), patches in raster order."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for a grid of (rows, columns)."""
+    return rearrange(
+        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size
+    )
+
+
+def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float = 100.0) -> Tensor:
+    """Angles of axial rotary embedding (Heo et al. 2024, arXiv:2403.13298, Sec. 3.2): (rows * columns, head_dim / 2).
+
+    One half of the channel pairs turns with the row, the other half with the column, so that the attention
+    between two patches depends on their displacement along both axes.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim={head_dim}, but 2-D rotary positions need a multiple of 4")
+    frequencies = theta ** -torch.linspace(0, 1, head_dim // 4)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    positions = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()  # n 2
+    return rearrange(positions[..., None] * frequencies, "n two f -> n (two f)")
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns the channel pairs of x (b, heads, n, head_dim) by angles (n, head_dim / 2)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467); the next layer's weight is its gain."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to `context` (to x itself where None), with normalised queries and keys.
+
+    Query-key normalisation: Dehghani et al. 2023 (arXiv:2302.05442), Sec. 2. `angles` rotates queries and keys
+    and so needs them to stand at the same positions: it is for self-attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim or dim, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.to_kv(context), "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
+        q, k = norm(q), norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two layers with a GELU between; the hidden width is a multiple of 64, which tensor cores want."""
+
+    def __init__(self, dim: int, expansion: float = 4.0):
+        super().__init__()
+        hidden = 64 * round(dim * expansion / 64)
+        self.to_hidden = nn.Linear(dim, hidden)
+        self.to_out = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(F.gelu(self.to_hidden(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.attention = Attention(dim, num_heads)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        x = x + self.attention(norm(x), angles=angles)
+        return x + self.feed_forward(norm(x))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks over the patches of a grid, behind optional prefix tokens without a position.
+
+    forward(patches (b, n, d), prefix (b, m, d) | None) -> (b, m + n, d). The prefix stands at the angle zero.
+    """
+
+    def __init__(self, dim: int, depth: int, num_heads: int, grid: tuple[int, int]):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.register_buffer("angles", rotary_2d(grid, dim // num_heads), persistent=False)
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        x, angles = patches, self.angles
+        if prefix is not None:
+            x = torch.cat([prefix, x], dim=1)
+            angles = F.pad(angles, (0, 0, prefix.shape[1], 0))
+        for block in self.blocks:
+            x = block(x, angles)
+        return norm(x)
+
+
+class Pool(nn.Module):
+    """Learned queries that attend to x (b, n, d) -> (b, num_queries, d) (Lee et al. 2019, arXiv:1810.00825, PMA)."""
+
+    def __init__(self, dim: int, num_heads: int, num_queries: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
+        self.attention = Attention(dim, num_heads)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(len(x), -1, -1)  # n d -> b n d
+        queries = queries + self.attention(queries, norm(x))
+        return queries + self.feed_forward(norm(queries))

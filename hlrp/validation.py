@@ -1,0 +1,237 @@
+"""Validation of a LAQ on held-out episodes: does the decoder use the code, is the codebook in use, and what
+do the codes say about the actions? Every figure stands beside its control."""
+
+from collections.abc import Iterator
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from hlrp.data import collate
+from hlrp.laq import LAQ
+from hlrp.metrics import code_health, gather
+from hlrp.probes import MIN_EPISODES, code_features, probe_r2
+
+IGNORED_BELOW = 1.05  # shuffled / true error below which the decoder ignores the code
+HEALTHY_FROM = 1.2  # and from which it uses it
+COLLAPSED_UP_TO = 8  # unique sequences in a whole pass
+
+
+class Latents(NamedTuple):
+    """The latent actions of a whole set, in its order."""
+
+    codes: Tensor  # (b, n, d)
+    indices: Tensor | None  # int64 (b, m), None if continuous
+    episodes: Tensor  # int64 (b,)
+    actions: Tensor | None  # (b, a), mean over the pair's time span, None if the source has none
+    has_action: Tensor | None  # bool (b,)
+
+
+class Share(NamedTuple):
+    """This process's part of the work, and how it reads it."""
+
+    rank: int
+    num_ranks: int
+    batch_size: int
+    num_workers: int
+    device: torch.device
+
+    def batches(self, dataset: Dataset) -> Iterator[tuple[slice, dict]]:
+        """Batches of a contiguous part of a set, each with its place in it; the next rank's part follows."""
+        first, end = (len(dataset) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
+        loader = DataLoader(
+            Subset(dataset, range(first, end)),
+            self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            generator=torch.Generator(),  # without its own, it draws from the global state
+        )
+        for batch in loader:
+            place = slice(first, first + len(batch["frames"]))
+            yield place, {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+            first = place.stop
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return gather(tensor) if self.num_ranks > 1 else tensor
+
+
+@torch.no_grad()
+def evaluate(
+    laq: LAQ,
+    sets: dict[str, Dataset],
+    fit_sets: dict[str, Dataset] | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """The report of each source, from validation pairs in `sets` and, for its action probe, training pairs in
+    `fit_sets`; without the latter the probe is fitted on half of the validation episodes.
+
+    All ranks call it with the same sets (`num_ranks` > 1 needs torch.distributed); each works on its share,
+    and all return the same report. The same weights give the same report, and neither the model's mode nor a
+    global random state is changed.
+
+    Plain JSON; what a source does not have (continuous codes, no actions, a single pair) is left out or None:
+        pairs, episodes
+        pairs_alone               in their episode, so that there is no shuffle within it
+        error, copy_error         by target, mean squared: with the true code; of the first frame shown again
+        true_over_copy, zero_over_true, shuffled_over_true, shuffled_in_episode_over_true
+                                  by target, ratios of errors; shuffled: with the code of another pair
+        usage, perplexity, entropy, unique_sequences, possible_sequences
+                                  the last: no pass of this size can have more
+        action_r2, action_r2_random, action_r2_per_dim, action_constant_dims
+                                  ridge probe of the mean action over the span; random: from noise
+    Raises ValueError where a set has fewer pairs than ranks, or shares an episode with its fit set.
+    """
+    share = Share(rank, num_ranks, batch_size, num_workers, next(laq.parameters()).device)
+    for name, dataset in [*sets.items(), *(fit_sets or {}).items()]:
+        if len(dataset) < num_ranks:
+            raise ValueError(f"{name} has {len(dataset)} pairs for {num_ranks} ranks: give it more episodes")
+
+    was_training = laq.training
+    laq.eval()
+    report = {}
+    for name, dataset in sets.items():
+        latents = encode_all(laq, dataset, share)
+        report[name] = {"pairs": len(dataset), "episodes": len(latents.episodes.unique())}
+        report[name] |= code_use(laq, dataset, latents, share, seed)
+        if latents.indices is not None:
+            codebook_size, num_indices = laq.quantizer.codebook_size, latents.indices.shape[1]
+            report[name] |= code_health(latents.indices, codebook_size)
+            report[name]["possible_sequences"] = min(len(dataset), codebook_size**num_indices)
+        if latents.actions is not None:
+            fit = encode_all(laq, fit_sets[name], share) if fit_sets and name in fit_sets else None
+            report[name] |= action_probe(latents, fit, seed)
+    laq.train(was_training)
+    return report
+
+
+def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> Latents:
+    """Encodes this rank's share of a set and gathers all of them."""
+    parts = []
+    for _, batch in share.batches(dataset):
+        actions = has_action = None
+        if "action" in batch:
+            taken = ~batch["action_is_pad"]  # b chunk
+            has_action = taken.any(dim=1)
+            actions = (batch["action"].double() * taken[..., None]).sum(dim=1)  # b a
+            actions = actions / taken.sum(dim=1, keepdim=True).clamp(min=1)
+        parts.append(Latents(*laq.encode(batch["frames"]), batch["episode"], actions, has_action))
+    columns = zip(*parts, strict=True)
+    return Latents(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
+
+
+def partners(groups: Tensor, seed: int) -> Tensor:
+    """For each sample another one of its group, each chosen once: a random cycle through every group.
+
+    groups: int64 (b,) -> int64 (b,). A sample alone in its group is its own partner.
+    """
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).to(groups.device)
+    order = order[groups[order].argsort(stable=True)]  # group after group, in random order within
+    ordered = groups[order]
+    following = torch.arange(1, len(groups) + 1, device=groups.device)
+    is_last = following == torch.searchsorted(ordered, ordered, right=True)
+    following = torch.where(is_last, torch.searchsorted(ordered, ordered), following)
+    result = torch.empty_like(order)
+    result[order] = order[following]
+    return result
+
+
+def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: int) -> dict:
+    """Errors of the decoder with true, zeroed and shuffled codes, and of copying the first frame."""
+    codes = latents.codes
+    across = partners(torch.zeros_like(latents.episodes), seed)
+    within = partners(latents.episodes, seed)
+    alone = within == torch.arange(len(codes), device=codes.device)
+
+    sums = 0
+    for place, batch in share.batches(dataset):
+        true = codes[place]
+        variants = [None, true, torch.zeros_like(true), codes[across[place]], codes[within[place]]]
+        errors = [laq.errors(batch["frames"], variant, batch["task"]) for variant in variants]
+        targets = list(errors[0])
+        errors = torch.stack([torch.stack([by_target[t] for t in targets]) for by_target in errors]).double()
+        paired = errors[[1, 4]] * ~alone[place]  # true and shuffled, where the episode has another pair
+        sums = sums + torch.cat([errors[:4], paired]).sum(dim=-1)  # condition target b -> condition target
+    sums = share.gather(sums[None]).sum(dim=0)
+    copy, true, zero, shuffled, true_paired, shuffled_paired = sums.unbind()
+
+    def by_target(values: Tensor) -> dict[str, float]:
+        return dict(zip(targets, values.tolist(), strict=True))
+
+    def ratio(above: Tensor, below: Tensor, exists: bool = True) -> dict[str, float] | None:
+        """Finite also for a perfect decoder; nothing over nothing is 1."""
+        return by_target((above + 1e-12) / (below + 1e-12)) if exists else None
+
+    return {
+        "pairs_alone": int(alone.sum()),
+        "error": by_target(true / len(codes)),
+        "copy_error": by_target(copy / len(codes)),
+        "true_over_copy": ratio(true, copy),
+        "zero_over_true": ratio(zero, true),
+        "shuffled_over_true": ratio(shuffled, true, exists=len(codes) > 1),
+        "shuffled_in_episode_over_true": ratio(shuffled_paired, true_paired, exists=not alone.all()),
+    }
+
+
+def action_probe(latents: Latents, fit: Latents | None, seed: int) -> dict:
+    """Ridge probe from the codes to the mean action, scored on the validation episodes."""
+    sides = [(latents, False)] if fit is None else [(fit, True), (latents, False)]
+    x = torch.cat([code_features(side.codes)[side.has_action] for side, _ in sides])
+    actions = torch.cat([side.actions[side.has_action] for side, _ in sides])
+    episodes = torch.cat([side.episodes[side.has_action] for side, _ in sides])
+    is_fit = torch.cat([side.has_action[side.has_action] & is_fit for side, is_fit in sides])
+    fitted, scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
+    if scored < MIN_EPISODES if fit is None else fitted < MIN_EPISODES - 1 or scored < 1:
+        return {"action_r2": None, "action_r2_random": None}
+    probe = probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
+    return {
+        "action_r2": probe["r2"],
+        "action_r2_random": probe["r2_random"],
+        "action_r2_per_dim": probe["r2_per_dim"],
+        "action_constant_dims": probe["constant_dims"],
+    }
+
+
+def alarms(report: dict[str, dict]) -> list[str]:
+    """A sentence for each figure that says the codes are not latent actions."""
+    sentences = []
+    for name, figures in report.items():
+        for target, value in (figures["shuffled_over_true"] or {}).items():
+            if value < IGNORED_BELOW:
+                sentences.append(
+                    f"{name}: the decoder ignores the code. Its {target} error with another pair's code is "
+                    f"{value:.3f} times that with the true code (healthy: {HEALTHY_FROM} or more)."
+                )
+        unique = figures.get("unique_sequences")
+        if unique is not None and unique <= min(COLLAPSED_UP_TO, figures["possible_sequences"] // 2):
+            sentences.append(
+                f"{name}: stop, the codebook has collapsed. Different sequences of codes: {unique} in "
+                f"{figures['pairs']} pairs, where {figures['possible_sequences']} were possible."
+            )
+    return sentences
+
+
+def scalars(report: dict[str, dict]) -> dict[str, float]:
+    """The report as flat figures for a log, "source/figure".
+
+    With several targets, an error is "source/figure/target"; a ratio is also "source/figure", their mean.
+    """
+    flat = {}
+    for name, figures in report.items():
+        for figure, value in figures.items():
+            key = f"{name}/{figure}"
+            if isinstance(value, dict):
+                if len(value) == 1 or "_over_" in figure:
+                    flat[key] = fmean(value.values())
+                if len(value) > 1:
+                    flat |= {f"{key}/{target}": x for target, x in value.items()}
+            elif isinstance(value, list):
+                flat |= {f"{key}/{i}": x for i, x in enumerate(value) if x is not None}
+            elif value is not None:
+                flat[key] = float(value)
+    return flat

@@ -1,0 +1,43 @@
+"""hlrp: robot policies from video without action labels.
+
+The distribution is named `lerobot_policy_hlrp` because LeRobot discovers third-party policies by that prefix;
+the package that users import is `hlrp`.
+"""
+
+from setuptools import setup
+
+simulation = ["metaworld>=3.0,<4", "mujoco>=3.3,<3.10"]  # metaworld 3.0 fails with mujoco 3.10 and later
+
+setup(
+    name="lerobot_policy_hlrp",
+    version="0.1.0",
+    description="Latent action learning from video: LAQ, a VLA that predicts latent actions, a LeRobot policy",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=["hlrp"],
+    install_requires=[
+        "torch>=2.7,<2.12",  # LeRobot's cap
+        "torchvision>=0.22,<0.27",
+        "lerobot[training]>=0.6.1,<0.7",  # accelerate, datasets, av, torchcodec, wandb, pyarrow come with it
+        "transformers>=5.4,<6",
+        "tyro>=1.0,<2",
+        "webdataset>=1.0,<2",
+        "einops>=0.8,<0.9",
+        "safetensors>=0.5,<1",
+        "matplotlib>=3.9,<4",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "sim": simulation,
+        "tensorboard": ["tensorboard>=2.17,<3"],
+        "dev": [
+            *simulation,
+            "pytest>=8,<10",
+            "pytest-cov>=5,<8",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.12,<1",
+            "tensorboard>=2.17,<3",
+            "vector-quantize-pytorch>=1.20,<2",
+        ],
+    },
+)

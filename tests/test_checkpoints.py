@@ -1,0 +1,63 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, whole_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_pretrained(tmp_path, nn.Linear(3, 2), {"type": "linear"})
+    return tmp_path
+
+
+def test_weights_survive_the_round_trip_to_the_bit(tmp_path):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_pretrained(tmp_path, model, {"type": "linear"})
+    load_weights(tmp_path, other)
+    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+
+
+def test_d6_missing_unexpected_and_misshapen_tensors_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"weight": torch.zeros(2, 4), "extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing bias.*unexpected extra.*weight is \(2, 4\), expected \(2, 3\)"):
+        load_weights(folder, nn.Linear(3, 2))
+    assert set(tensors) == {"weight", "bias"}
+
+
+def test_a_folder_of_another_kind_is_refused_with_what_would_fit(folder, tmp_path):
+    with pytest.raises(ValueError, match="of type 'linear'; expected a checkpoint of type 'laq'"):
+        load_config(folder, "laq")
+    (tmp_path / "run/checkpoints/last").mkdir(parents=True)
+    folder.joinpath("config.json").rename(tmp_path / "run/config.json")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_config(tmp_path / "elsewhere", "laq")
+
+
+def test_a_writer_killed_in_the_middle_leaves_nothing_under_the_final_name(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from hlrp.checkpoints import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "000010"
+    process = subprocess.run([sys.executable, "-c", script, str(target)], env=os.environ)
+    assert process.returncode == -9 and not target.exists()
+    with whole_folder(target) as partial:
+        (partial / "whole").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert not target.with_name("000010.partial").exists()
+
+
+def test_a_frozen_module_stays_in_evaluation_mode_and_out_of_the_checkpoint():
+    model = nn.Sequential(nn.Linear(2, 2), Frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout())))
+    model.train()
+    assert not model[1].module.training and model[0].training
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+    assert not model[1](torch.ones(1, 2, requires_grad=True)).requires_grad

@@ -1,0 +1,278 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from hlrp.data import (
+    BLOCK_SIZE,
+    Clips,
+    Mixture,
+    choose_clips,
+    collate,
+    loader,
+    open_source,
+    parse_uri,
+    split_episodes,
+)
+
+
+class Counting:
+    """Episodes whose frames show their own (episode, index) in the first two channels."""
+
+    def __init__(self, lengths, fps=10.0, name="counting", action_dim=0, state_dim=0):
+        self.uri, self.name, self.camera, self.fingerprint = f"test:{name}", name, "", name
+        self.lengths = np.array(lengths)
+        self.fps = np.full(len(lengths), fps) if np.isscalar(fps) else np.array(fps)
+        self.action_dim, self.state_dim, self.reads = action_dim, state_dim, 0
+
+    def read(self, episode, indices):
+        assert min(indices) >= 0 and max(indices) < self.lengths[episode]
+        self.reads += 1
+        frames = torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+        frames[:, 0], frames[:, 1] = episode, torch.as_tensor(indices)[:, None, None]
+        read = {"frames": frames, "task": f"episode {episode}", "embodiment": episode % 2}
+        read["truth"] = torch.as_tensor(indices)[:, None].float()
+        if self.state_dim:
+            read["state"] = torch.as_tensor(indices).float()[:, None].expand(-1, self.state_dim)
+        return read
+
+    def actions(self, episode, indices):
+        assert min(indices) >= 0 and max(indices) < self.lengths[episode]
+        return torch.as_tensor(indices).float()[:, None].repeat(1, self.action_dim)
+
+
+def clips_of(source, times=(0.0, 0.5), index=0):
+    return Clips(source, range(len(source.lengths)), times, image_size=8, source_index=index)
+
+
+def shown(sample):
+    return sample["frames"][:, :2, 0, 0].tolist()  # (episode, index) of each frame
+
+
+def ids(batches):
+    keys = "source", "episode", "index"
+    return [clip for b in batches for clip in zip(*(b[key].tolist() for key in keys), strict=True)]
+
+
+def test_ten_and_thirty_fps_give_pairs_of_the_same_duration():
+    slow, fast = clips_of(Counting([20], fps=10)), clips_of(Counting([60], fps=30))
+    assert shown(slow[3]) == [[0, 3], [0, 8]]
+    assert shown(fast[3]) == [[0, 3], [0, 18]]
+    both = clips_of(Counting([20, 60], fps=[10, 30]))
+    assert shown(both[15 + 3]) == [[1, 3], [1, 18]]
+
+
+def test_every_clip_lies_inside_one_episode_and_none_is_missing():
+    source = Counting([7, 3, 5, 6, 9])  # at 10 fps and 0.5 s: 2, 0, 0, 1 and 4 clips
+    clips = clips_of(source)
+    assert [shown(clips[i]) for i in range(len(clips))] == [
+        [[e, i], [e, i + 5]] for e, n in enumerate(source.lengths) for i in range(n - 5)
+    ]
+    assert len(clips) == 7
+
+
+def test_a_batch_of_clips_is_read_once_an_episode_and_comes_in_order():
+    source = Counting([20, 20, 20])
+    clips = clips_of(source)
+    wanted = [31, 0, 44, 2, 31, 17]
+    samples = clips.__getitems__(wanted)
+    assert source.reads == 3
+    assert [shown(s) for s in samples] == [shown(clips[i]) for i in wanted]
+
+
+def test_three_times_actions_state_and_truth_belong_to_their_frames():
+    sample = clips_of(Counting([30], action_dim=2, state_dim=1), times=(0.0, 0.2, 0.5))[4]
+    assert [i for _, i in shown(sample)] == [4, 6, 9]
+    assert sample["action"].tolist() == [[i, i] for i in range(4, 9)]  # up to, not including, the last time
+    assert not sample["action_is_pad"].any()
+    assert sample["state"].tolist() == [4]
+    assert sample["truth"].tolist() == [[4], [9]] and sample["embodiment"] == 0
+    assert sample["index"] == 4 and sample["fps"] == 10 and sample["task"] == "episode 0"
+
+
+@pytest.mark.parametrize(
+    "fps, delta, fits", [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)]
+)
+def test_a_delta_far_from_a_whole_number_of_frames_names_what_would_fit(fps, delta, fits):
+    source = Counting([99, 99], fps=[100, fps])
+    message = f"test:counting: delta={delta} s .* {fps} fps of episode 1; {fits}"
+    with pytest.raises(ValueError, match=message):
+        clips_of(source, times=(0.0, delta))
+    assert clips_of(source, times=(0.0, 0.9)).offsets[1].tolist() == [0, round(0.9 * fps)]
+
+
+def test_episodes_all_too_short_name_the_longest():
+    with pytest.raises(ValueError, match="longest episode only 0.5 s"):
+        clips_of(Counting([3, 5]))
+
+
+def test_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
+    class Broken(Counting):
+        def read(self, episode, indices):
+            raise ValueError("kitchen.mp4: cannot be decoded")
+
+    mixture = Mixture([clips_of(Broken([9]))])
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match="test:counting, episode 0: kitchen.mp4: cannot be decoded"):
+            next(iter(loader(mixture, batch_size=2, num_workers=num_workers)))
+
+
+@pytest.mark.parametrize("num_episodes, val_fraction", [(2, 0.01), (2, 0.99), (11, 0.2), (100, 0.05)])
+def test_no_episode_is_in_both_splits_and_each_has_one(num_episodes, val_fraction):
+    source = Counting([9] * num_episodes)
+    train, val = split_episodes(source, val_fraction, seed=3)
+    assert sorted([*train, *val]) == list(range(num_episodes))
+    assert len(train) >= 1 and len(val) >= 1
+    again, other = split_episodes(source, val_fraction, seed=3), split_episodes(source, val_fraction, seed=4)
+    assert again[1].tolist() == val.tolist()
+    assert num_episodes < 10 or other[1].tolist() != val.tolist()
+
+
+def test_one_episode_cannot_be_split():
+    with pytest.raises(ValueError, match="test:counting: 1 episode"):
+        split_episodes(Counting([9]), 0.1, seed=0)
+
+
+def test_chosen_clips_are_spread_over_the_episodes_and_seeded():
+    clips = clips_of(Counting([105] * 10))
+    chosen = choose_clips(clips, 20, seed=0)
+    assert np.bincount([s["episode"] for s in chosen.__getitems__(range(20))]).tolist() == [2] * 10
+    again, other = choose_clips(clips, 20, seed=0), choose_clips(clips, 20, seed=1)
+    assert chosen.indices == again.indices != other.indices
+    assert choose_clips(clips, 5000, seed=0).indices == list(range(1000))
+
+
+def two_sources(seed=0, **second):
+    a = clips_of(Counting([25, 15], name="a"), index=0)  # 30 clips
+    b = clips_of(Counting([105], name="b", **second), index=1)  # 100 clips
+    return Mixture([a, b], weights=[3, 1], seed=seed)
+
+
+def test_shares_are_exact_in_every_block_and_consumed_counts_them():
+    mixture = two_sources()
+    source, _ = mixture.locate(range(3 * BLOCK_SIZE))
+    assert np.bincount(source[BLOCK_SIZE : 2 * BLOCK_SIZE]).tolist() == [3 * BLOCK_SIZE // 4, BLOCK_SIZE // 4]
+    assert not np.array_equal(source[:BLOCK_SIZE], source[BLOCK_SIZE : 2 * BLOCK_SIZE])
+    assert abs(source[:200].mean() - 0.25) < 0.1  # shuffled, not in runs
+    for start, stop in [(0, 0), (0, 7), (100, BLOCK_SIZE), (5000, 9001), (BLOCK_SIZE, 3 * BLOCK_SIZE)]:
+        assert mixture.consumed(start, stop).tolist() == np.bincount(source[start:stop], minlength=2).tolist()
+
+
+def test_every_clip_comes_exactly_once_an_epoch_in_another_order_each():
+    mixture = two_sources()
+    source, index = mixture.locate(range(4 * BLOCK_SIZE))
+    for i, clips in enumerate(mixture.clips):
+        epochs = index[source == i]
+        epochs = epochs[: len(epochs) // len(clips) * len(clips)].reshape(-1, len(clips))
+        assert (np.sort(epochs, axis=1) == np.arange(len(clips))).all()
+        assert len({tuple(e) for e in epochs}) == len(epochs) > 10
+
+
+@pytest.mark.parametrize("lengths", [[6], [7], [8], [9, 9], [2005], [4101]])
+def test_a_permutation_covers_ranges_of_any_size(lengths):
+    clips = clips_of(Counting(lengths))
+    index = Mixture([clips]).locate(range(len(clips)))[1]
+    assert sorted(index) == list(range(len(clips)))
+    assert len(clips) < 100 or abs(np.corrcoef(index, np.arange(len(clips)))[0, 1]) < 0.1
+
+
+def test_the_stream_is_a_function_of_the_seed():
+    where = [np.stack(two_sources(seed).locate(range(300))).tolist() for seed in (0, 0, 1)]
+    assert where[0] == where[1] != where[2]
+
+
+def test_workers_ranks_and_a_resume_see_one_stream():
+    mixture = two_sources()
+
+    def stream(num_batches, **kwargs):
+        return ids(itertools.islice(iter(loader(mixture, **kwargs)), num_batches))
+
+    alone = stream(12, batch_size=8)
+    assert len(set(alone)) > 40
+    assert stream(12, batch_size=8, num_workers=2) == alone
+    assert stream(5, batch_size=8, start=7 * 8) == alone[7 * 8 :]
+    ranks = [stream(6, batch_size=8, rank=r, num_ranks=2) for r in range(2)]
+    assert [x for step in range(6) for r in range(2) for x in ranks[r][8 * step : 8 * step + 8]] == alone
+
+
+def test_reading_leaves_the_global_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(loader(two_sources(), batch_size=4)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_weight_too_small_to_be_drawn_is_refused():
+    a, b = clips_of(Counting([9], name="a")), clips_of(Counting([9], name="b"))
+    with pytest.raises(ValueError, match="test:b@1e-06 would never be drawn"):
+        Mixture([a, b], weights=[1, 1e-6])
+    with pytest.raises(ValueError, match="one name"):
+        Mixture([a, a])
+
+
+def test_robot_data_and_human_video_share_a_batch():
+    mixture = two_sources(action_dim=3, state_dim=2)
+    batch = next(iter(loader(mixture, batch_size=64)))
+    human, robot = batch["source"] == 0, batch["source"] == 1
+    assert human.any() and robot.any()
+    assert batch["action"].shape == (64, 5, 3) and batch["state"].shape == (64, 2)
+    assert batch["action_is_pad"][human].all()
+    assert not batch["action"][human].any() and not batch["state"][human].any()
+    assert not batch["action_is_pad"][robot].any()
+    assert (batch["action"][robot, :, 0] == batch["index"][robot, None] + torch.arange(5)).all()
+    assert batch["frames"].dtype == torch.uint8 and batch["fps"].dtype == torch.float32
+    assert batch["dataset"][0] in "ab" and len(batch["task"]) == 64
+
+    only_human = collate([mixture.clips[0][0]] * 2, sizes=mixture.sizes)
+    assert only_human["action"].shape == (2, 5, 3) and only_human["action_is_pad"].all()
+    assert "action" not in collate([mixture.clips[0][0]])
+
+
+def test_action_chunks_of_two_frame_rates_are_padded_to_the_longer():
+    slow = clips_of(Counting([20], fps=10, name="slow", action_dim=1))
+    fast = clips_of(Counting([60], fps=30, name="fast", action_dim=2), index=1)
+    batch = collate([slow[0], fast[0]])
+    assert batch["action"].shape == (2, 15, 2)
+    assert batch["action_is_pad"].sum(1).tolist() == [10, 0]
+
+
+def test_the_fingerprint_follows_data_split_times_and_size():
+    source = Counting([50, 50])
+    prints = {
+        Mixture([Clips(source, episodes, (0.0, delta), image_size)]).fingerprint
+        for episodes, delta, image_size in [([0], 0.5, 8), ([1], 0.5, 8), ([0], 0.4, 8), ([0], 0.5, 16)]
+    }
+    assert len(prints) == 4
+    assert clips_of(source).source.fingerprint == "counting"
+    assert Mixture([clips_of(source)]).fingerprint == Mixture([clips_of(source)], seed=5).fingerprint
+
+
+def test_uris_carry_options_and_a_weight():
+    assert parse_uri("videos:/data/kitchen") == ("videos:/data/kitchen", "videos", "/data/kitchen", {}, 1.0)
+    assert parse_uri("videos:/data@home/x").location == "/data@home/x"
+    uri = parse_uri("lerobot:lerobot/pusht?camera=observation.image@0.5")
+    assert uri.location == "lerobot/pusht" and uri.weight == 0.5
+    assert uri.options == {"camera": "observation.image"}
+    uri = parse_uri("world:clean?episodes=200&seed=1")
+    assert uri.options == {"episodes": 200, "seed": 1} and uri.uri == "world:clean?episodes=200&seed=1"
+    uri = parse_uri("metaworld:reach-v3,push-v3?episodes=5@2")
+    assert uri.location == "reach-v3,push-v3" and uri.weight == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("film:/data", "videos:..., lerobot:..."),
+        ("/data/kitchen", "not a data source"),
+        ("videos:", "not a data source"),
+        ("videos:/data@0", "'0'; a positive number fits"),
+        ("videos:/data@half", "'half'; a positive number fits"),
+        ("videos:/data@nan", "positive number fits"),
+        ("lerobot:x?view=top", "unknown option 'view'; options of lerobot: camera"),
+        ("world:clean?episodes=many", "episodes='many'"),
+    ],
+)
+def test_a_wrong_uri_says_what_would_fit(text, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(text)

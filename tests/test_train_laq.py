@@ -1,0 +1,220 @@
+"""train_laq.py as its users run it, on the built-in world."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_laq
+from hlrp.laq import LAQ, LAQConfig
+from hlrp.training import Run
+
+SCRIPT = Path(train_laq.__file__)
+SETTINGS = {
+    "data": ("world:default?episodes=12", "world:human?episodes=6@0.5"),
+    "val_samples": 16,
+    "steps": 12,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "num_workers": 0,
+    "log_freq": 2,
+    "eval_freq": 12,
+    "save_freq": 3,
+}
+MODEL = {"image_size": 32, "patch_size": 8, "codebook_size": 8, "quantizer": "vq-ema"}  # a quantizer with state
+
+
+def train(output_dir, model=None, **settings):
+    model = LAQConfig(**MODEL | (model or {}))
+    train_laq.main(train_laq.Args(**SETTINGS | settings, model=model, output_dir=output_dir))
+
+
+def command(output_dir, num_processes=1, **settings) -> list[str]:
+    flags = SETTINGS | MODEL | settings | {"output_dir": output_dir}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
+    launch = [] if num_processes == 1 else [*launch, "--main_process_port", "0"]
+    values = [
+        [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
+        for name, value in flags.items()
+    ]
+    return [sys.executable, *launch, str(SCRIPT), *sum(values, [])]
+
+
+def weights(output_dir) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "checkpoints/last/pretrained_model/model.safetensors")
+
+
+def assert_equal_to_the_bit(output_dir, other_dir):
+    found, expected = weights(output_dir), weights(other_dir)
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch):
+    """What accelerate and a run leave behind in a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run, by the command line."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(output_dir), check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"})
+    return output_dir
+
+
+def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
+        *("000003", "000006", "000009", "000012", "last")
+    ]
+    config = json.loads((whole / "checkpoints/last/pretrained_model/config.json").read_text())
+    assert config["step"] == 12 and set(config["report"]) == {"world-default", "world-human"}
+    assert LAQ.from_pretrained(whole / "checkpoints/last/pretrained_model").config.delta == 0.2
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 10, 12]
+    assert {"loss", "pixels_loss", "lr", "grad_norm", "samples_per_s", "data_wait"} <= set(logged[0])
+    assert logged[0]["lr"] == pytest.approx(1e-3)
+    record = json.loads((whole / "run.json").read_text())
+    assert record["state"] == "done" and record["settings"]["lr"] == 1e-3 and record["versions"]["torch"]
+    assert list((whole / "grids").glob("*.png"))
+
+
+def test_d8_a_killed_run_continues_to_the_bit(whole, tmp_path):
+    kill_until_done(command(tmp_path), tmp_path, kills=1, seed=0)
+    assert_equal_to_the_bit(tmp_path, whole)
+
+
+def kill_until_done(command, output_dir, kills, seed):
+    """Starts a command, kills it with -9 at random moments `kills` times, then lets it finish."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        record = output_dir / "run.json"
+        before = record.stat().st_mtime_ns if record.is_file() else 0
+        while process.poll() is None and not (record.is_file() and record.stat().st_mtime_ns > before):
+            time.sleep(0.01)  # until it trains
+        time.sleep(moments.uniform(0, 1.5))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_twenty_kills_change_no_bit(num_processes, tmp_path):
+    settings = {"steps": 120, "save_freq": 5, "eval_freq": 40}
+    subprocess.run(command(tmp_path / "whole", num_processes, **settings), check=True)
+    killed = command(tmp_path / "killed", num_processes, **settings)
+    kill_until_done(killed, tmp_path / "killed", kills=20, seed=num_processes)
+    assert_equal_to_the_bit(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_for_the_same_command_again(number, whole, tmp_path, monkeypatch):
+    advance = Run.advance
+
+    def advance_and_signal(run, loss, grad_norm):
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+        return advance(run, loss, grad_norm)
+
+    monkeypatch.setattr(Run, "advance", advance_and_signal)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    assert stop.value.code == 75
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "interrupted"
+    assert (tmp_path / "checkpoints/last").readlink() == Path("000005")
+    train(tmp_path)
+    assert_equal_to_the_bit(tmp_path, whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10, 12, 12]
+
+
+def test_two_processes_train_what_one_trains_with_the_batch_of_both(tmp_path):
+    settings = {"steps": 3, "save_freq": 3, "eval_freq": 3, "quantizer": "fsq"}
+    subprocess.run(command(tmp_path / "two", 2, **settings, batch_size=2), check=True)
+    train(tmp_path / "one", {"quantizer": "fsq"}, steps=3)
+    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    reports = [
+        json.loads((tmp_path / name / "checkpoints/last/pretrained_model/config.json").read_text())["report"]
+        for name in ("two", "one")
+    ]
+    for two, one in zip(reports[0].values(), reports[1].values(), strict=True):
+        assert two["pairs"] == one["pairs"]
+        assert two["true_over_copy"]["pixels"] == pytest.approx(one["true_over_copy"]["pixels"], rel=1e-2)
+
+
+def test_accumulated_batches_are_one_larger_batch(tmp_path):
+    model = {"quantizer": "fsq"}
+    train(tmp_path / "large", model, steps=3, batch_size=4)
+    train(tmp_path / "accumulated", model, steps=3, batch_size=2, grad_accumulation=2)
+    torch.testing.assert_close(weights(tmp_path / "accumulated"), weights(tmp_path / "large"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_resume_with_other_settings_names_them(tmp_path):
+    train(tmp_path, steps=3)
+    with pytest.raises(ValueError, match="batch_size was 4 and is 8; lr was 0.001 and is 0.01"):
+        train(tmp_path, steps=3, lr=0.01, batch_size=8, log_freq=1)
+    with pytest.raises(ValueError, match="data content was"):
+        train(tmp_path, steps=3, data=("world:default?episodes=12&seed=1", "world:human?episodes=6@0.5"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_source(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step [3-9]: .* not finite; the batch held world-default episode"):
+        train(tmp_path, lr=1e30, save_freq=100)
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_true_actions_supervise_the_share_of_episodes_that_was_asked_for(tmp_path):
+    train(tmp_path, {"action_weight": 1.0, "quantizer": "gaussian"}, steps=2, label_fraction=0.25)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["action_loss"] < 100
+    found = weights(tmp_path)
+    assert found["action_mean"].shape == (2, 3) and found["to_action"][0].any() and not found["to_action"][1].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"warmup_steps": 99}, "warmup_steps=99; expected 0 to steps=12"),
+        ({"data": ("film:x",)}, "film:x"),
+        ({"label_fraction": 1.5}, "label_fraction=1.5"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **settings)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_d17_help_is_fast_and_imports_nothing_heavy():
+    heavy = ("lerobot", "transformers", "wandb", "matplotlib", "mujoco", "accelerate")
+    script = f"import sys; sys.argv = ['x', '--help']\ntry: import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    script += f"finally: print('imported', [m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "imported []" in process.stderr
+    for flag in ("--delta", "--quantizer", "--data", "--output-dir", "--num-tokens"):
+        assert flag in process.stdout

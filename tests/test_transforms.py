@@ -1,0 +1,28 @@
+import torch
+
+from hlrp.transforms import fit
+
+
+def test_a_frame_of_the_right_size_is_left_alone():
+    frames = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert fit(frames, 16) is frames
+
+
+def test_a_portrait_frame_keeps_its_aspect_between_black_bars():
+    frames = torch.full((2, 3, 64, 24), 200, dtype=torch.uint8)
+    frames[..., :32, :] = 100
+    small = fit(frames, 32)
+    assert small.shape == (2, 3, 32, 32) and small.dtype == torch.uint8
+    assert not small[..., :10].any() and not small[..., 22:].any()
+    assert (small[..., :15, 10:22] == 100).all() and (small[..., 17:, 10:22] == 200).all()
+
+
+def test_a_landscape_frame_grows_into_the_square():
+    large = fit(torch.full((1, 3, 12, 16), 255, dtype=torch.uint8), 32)
+    assert (large[..., 4:28, :] == 255).all() and large.sum() == 255 * 3 * 24 * 32
+
+
+def test_shrinking_averages_and_does_not_alias():
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 200
+    assert (fit(stripes, 16)[..., 2:-2].int() - 100).abs().max() <= 2

@@ -1,0 +1,278 @@
+"""The frames of the videos made here show their own numbers as bar codes: the right one can be told."""
+
+import logging
+import shutil
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hlrp import videos
+from hlrp.data import Clips, open_source
+from hlrp.videos import VideoReader, Videos, probe, read_frames
+
+BITS, SIZE = 8, (64, 48)  # bars 8 pixels wide; width, height
+
+DECODERS = [
+    "pyav",
+    pytest.param(
+        "torchcodec",
+        marks=pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed"),
+    ),
+]
+FORMATS = [
+    ("b_frames.mp4", "libx264", 30, {"g": "12", "bf": "3"}),
+    ("short_gop.mp4", "libx264", 10, {"g": "2", "preset": "ultrafast"}),
+    ("open_gop.mkv", "libx264", 60, {"g": "20", "x264-params": "open-gop=1", "bf": "2"}),
+    ("av1.mp4", "libsvtav1", 25, {"g": "30", "preset": "12"}),
+    ("vp9.webm", "libvpx-vp9", 30, {"g": "16"}),
+    ("ntsc.mov", "libx264", Fraction(30000, 1001), {}),
+    ("old.avi", "mpeg4", 30, {"g": "12", "bf": "2"}),
+]
+
+
+def picture(number):
+    image = np.zeros((SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    for bit in range(BITS):
+        image[:, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
+    return image
+
+
+def numbers(frames):
+    """The numbers that frames (t, c, h, w) show."""
+    bars = frames[:, 0, SIZE[1] // 2, 4 :: SIZE[0] // BITS] > 127
+    return (bars.long() << torch.arange(BITS)).sum(1).tolist()
+
+
+def write(path, codec="libx264", fps=30, options=None, num_frames=50, times=None, cut=0, container=None):
+    """times: when each frame is shown [s], at a variable rate; cut: how many frames an edit list hides."""
+    time_base = Fraction(1, 1000) if times is not None else 1 / Fraction(fps)
+    with av.open(str(path), "w", options=container or {}) as out:
+        stream = out.add_stream(codec, rate=fps, options=options or {})
+        stream.width, stream.height = SIZE
+        stream.codec_context.time_base = time_base
+        for number in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24")
+            frame.pts, frame.time_base = number if times is None else round(times[number] * 1000), time_base
+            out.mux(shifted(stream.encode(frame), cut, fps))
+        out.mux(shifted(stream.encode(), cut, fps))
+    return path
+
+
+def shifted(packets, cut, fps):
+    for packet in packets:
+        offset = round(cut / Fraction(fps) / packet.time_base)
+        packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
+    return packets
+
+
+def turn(path):
+    """Gives a video the display matrix of a phone held upright: a quarter turn clockwise."""
+    data, matrix = path.read_bytes(), struct.Struct(">9i")
+    identity, quarter = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    track = data.index(b"tkhd")
+    at = data.index(matrix.pack(*identity), track)
+    path.write_bytes(data[:at] + matrix.pack(*quarter) + data[at + matrix.size :])
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    av.logging.set_level(av.logging.PANIC)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name, codec, fps, options", FORMATS)
+def test_any_frame_in_any_order_is_the_right_one(tmp_path, name, codec, fps, options, decoder):
+    reader = VideoReader(write(tmp_path / name, codec, fps, options), decoder)
+    header = probe(tmp_path / name)
+    assert header.fps == pytest.approx(float(fps))
+    order = np.random.default_rng(0).permutation(50)
+    for wanted in [*np.array_split(order, 9), order, range(50), [49], [7, 7, 0, 7], [8], [9], [9]]:
+        times = header.first + np.array(wanted) / float(fps)
+        assert numbers(reader.frames(times)) == list(wanted)
+    assert (header.last - header.first) * float(fps) == pytest.approx(49, abs=0.1)
+
+
+def test_pyav_seeks_only_where_that_leads_nearer(tmp_path):
+    class Counting:
+        def __init__(self, container):
+            self.decode, self._seek, self.seeks = container.decode, container.seek, 0
+
+        def seek(self, *args, **kwargs):
+            self.seeks += 1
+            self._seek(*args, **kwargs)
+
+    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "20", "x264-params": "scenecut=0"}), "pyav")
+    reader.pyav.container = counting = Counting(reader.pyav.container)
+    for wanted, num_seeks in [([1, 2, 5], 1), ([7, 12], 0), ([19, 20, 21], 0), ([47, 30], 1), ([3, 45], 2)]:
+        counting.seeks = 0
+        assert numbers(reader.frames(np.array(wanted) / 30)) == wanted
+        assert counting.seeks == num_seeks
+
+
+@pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
+def test_pyav_takes_over_where_torchcodec_fails_and_says_so(tmp_path, caplog):
+    reader = VideoReader(write(tmp_path / "a.mp4"), "torchcodec")
+    reader.torchcodec.shown_at = (
+        reader.torchcodec.shown_at + 0.5
+    )  # as if it gave another frame than asked for
+    assert numbers(reader.frames([0.5, 1.0])) == [15, 30]
+    assert "a.mp4: torchcodec fails, PyAV decodes it: frames [15, 30] decode to" in caplog.text
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", ["phone.mp4", "phone.mkv"])
+def test_a_variable_frame_rate_is_read_on_a_regular_grid(tmp_path, name, decoder, monkeypatch):
+    monkeypatch.setattr(videos, "decoder", lambda: decoder)
+    steps = np.random.default_rng(0).choice([0.02, 0.033, 0.1], 59)
+    times = np.concatenate([[0], steps.cumsum()])
+    write(tmp_path / name, num_frames=60, times=times)
+    source = Videos(tmp_path)
+    grid = np.arange(source.lengths[0]) / source.fps[0]
+    assert times[-1] - 1 / source.fps[0] < grid[-1] < times[-1] + 0.01
+    shown = np.searchsorted(times, grid + 0.001, side="right") - 1
+    assert numbers(source.read(0, range(len(grid)))["frames"]) == shown.tolist()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_that_an_edit_list_hides_do_not_exist(tmp_path, decoder):
+    write(tmp_path / "cut.mp4", options={"g": "12"}, cut=17, container={"avoid_negative_ts": "disabled"})
+    header, reader = probe(tmp_path / "cut.mp4"), VideoReader(tmp_path / "cut.mp4", decoder)
+    times = header.first + np.arange(33) / 30
+    assert numbers(reader.frames(times)) == list(range(17, 50))
+    assert numbers(reader.frames(times[20:])) == list(range(37, 50))
+    assert header.last == pytest.approx(times[-1])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_video_filmed_upright_stands_upright(tmp_path, decoder):
+    turn(write(tmp_path / "upright.mp4"))
+    frames = VideoReader(tmp_path / "upright.mp4", decoder).frames([5 / 30, 44 / 30])
+    assert frames.shape == (2, 3, SIZE[0], SIZE[1])
+    assert numbers(frames.rot90(1, (2, 3))) == [5, 44]  # turned clockwise, so back counter-clockwise
+
+
+@pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv444p", "yuv420p10le"])
+@pytest.mark.parametrize("colorspace", [1, 2, 5])  # BT.709, unknown, BT.601
+def test_both_decoders_give_the_same_pixels(tmp_path, pix_fmt, colorspace):
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
+    with av.open(str(tmp_path / "colours.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, pix_fmt
+        stream.codec_context.colorspace = colorspace
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(image.astype(np.uint8), "rgb24")))
+        out.mux(stream.encode())
+    readers = [VideoReader(tmp_path / "colours.mp4", name) for name in ("pyav", "torchcodec")]
+    assert readers[1].torchcodec
+    frames, others = (reader.frames([0.0]) for reader in readers)
+    assert torch.equal(frames, others)
+    if colorspace != 1 and pix_fmt != "yuvj420p":  # that is how PyAV converts before it encodes
+        assert np.abs(frames[0].permute(1, 2, 0).numpy().astype(int) - image).mean() < 12
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_times_outside_a_video_are_refused(tmp_path, decoder):
+    reader = VideoReader(write(tmp_path / "short.mp4"), decoder)
+    for time in (-0.1, 1.8):
+        with pytest.raises(ValueError, match="short.mp4: no frames at .* it lasts from 0.000 to 1.633 s"):
+            reader.frames([0.5, time])
+
+
+def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    write(tmp_path / "b.webm", "libvpx-vp9", fps=10, num_frames=20)
+    write(tmp_path / "a" / "deep" / "z.MP4", fps=30)
+    (tmp_path / "a" / "deep" / "z.txt").write_text("open the door\n")
+    (tmp_path / "a" / "._z.mp4").write_bytes(b"what a Mac leaves behind")
+    source = open_source(f"videos:{tmp_path}")
+    assert source.name == f"videos-{tmp_path.name}"
+    assert [path.name for path in source.paths] == ["z.MP4", "b.webm"]
+    assert source.lengths.tolist() == [50, 20] and source.fps.tolist() == [30, 10]
+    assert [source.read(e, [3])["task"] for e in (0, 1)] == ["open the door", ""]
+    assert (source.action_dim, source.state_dim, source.num_skipped) == (0, 0, 0)
+
+    clips = Clips(source, [0, 1], (0.0, 0.5), image_size=64)
+    assert len(clips) == 35 + 15
+    for i in (0, 34, 35, 49):
+        sample = clips[i]
+        start = i if i < 35 else i - 35
+        inside = sample["frames"][:, :, 8:56]  # 64 x 48 pixels between black bars
+        assert numbers(inside) == [start, start + (15 if i < 35 else 5)]
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=".mp4, .webm"):
+        Videos(tmp_path)
+
+
+def test_the_fingerprint_is_of_the_files_and_not_of_the_place(tmp_path):
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "a.mp4")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert Videos(tmp_path / "one").fingerprint == Videos(tmp_path / "two").fingerprint
+    write(tmp_path / "two" / "a.mp4", num_frames=49)
+    assert Videos(tmp_path / "one").fingerprint != Videos(tmp_path / "two").fingerprint
+
+
+def broken_files(folder):
+    write(folder / "good.mp4")
+    write(folder / "front.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
+    write(folder / "back.mp4")
+    write(folder / "web.webm", "libvpx-vp9", num_frames=200, options={"g": "16"})
+    for name, share in [("front.mp4", 0.6), ("back.mp4", 0.6), ("web.webm", 0.5)]:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * share)])
+    (folder / "empty.mp4").touch()
+    (folder / "letter.mov").write_text("Dear reader, this is no video. " * 100)
+    with av.open(str(folder / "song.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        frame.rate = 8000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return {"front.mp4", "back.mp4", "web.webm", "empty.mp4", "letter.mov", "song.mp4"}
+
+
+def test_broken_files_are_errors_that_name_them_or_are_skipped_and_counted(tmp_path, caplog):
+    broken = broken_files(tmp_path)
+    for name in broken:
+        with pytest.raises(ValueError, match=name):
+            probe(tmp_path / name)
+    with pytest.raises(ValueError, match="/back.mp4"):
+        Videos(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        source = Videos(tmp_path, skip_broken=True)
+    assert [path.name for path in source.paths] == ["good.mp4"] and source.num_skipped == len(broken)
+    assert all(name in caplog.text for name in broken)
+    (tmp_path / "good.mp4").unlink()
+    with pytest.raises(ValueError, match="/back.mp4"):
+        Videos(tmp_path, skip_broken=True)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_file_that_breaks_after_the_index_was_made_is_named_and_never_replaced(
+    tmp_path, monkeypatch, decoder
+):
+    monkeypatch.setattr(videos, "decoder", lambda: decoder)
+    path = write(tmp_path / "breaks.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
+    write(tmp_path / "good.mp4")
+    clips = Clips(Videos(tmp_path), [0, 1], (0.0, 0.5), image_size=16)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"videos:{tmp_path}, episode 0: {path}"):
+        clips.__getitems__([30, 60])
+    assert clips[60]["episode"] == 1
+
+
+def test_a_forked_worker_opens_its_own_files(tmp_path):
+    write(tmp_path / "long.mp4", num_frames=200, options={"g": "10"})
+    clips = Clips(Videos(tmp_path), [0], (0.0, 0.1), image_size=64)
+    assert numbers(clips[0]["frames"][:, :, 8:56]) == [0, 3]  # open in this process before the fork
+    loader = DataLoader(clips, batch_size=16, num_workers=2, multiprocessing_context="fork", collate_fn=list)
+    samples = [sample for batch in loader for sample in batch]
+    assert [numbers(s["frames"][:, :, 8:56]) for s in samples] == [[i, i + 3] for i in range(197)]
+    assert numbers(read_frames(tmp_path / "long.mp4", [1.0])) == [30]

@@ -1,0 +1,128 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from hlrp.world import BLOCK_BORDER, COLOURS, EDGES, FPS, IMAGE_SIZE, MAX_SPEED, VARIANTS, World, _simulate
+
+
+def read_all(world: World, episode: int) -> dict:
+    return world.read(episode, range(world.lengths[episode]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frames_depend_on_nothing_but_episode_and_index(variant):
+    world, shorter, other_seed = (World(variant, n, seed) for n, seed in ((300, 0), (150, 0), (150, 1)))
+    some = world.read(140, [7, 0, 7, 20])
+    shorter.read(3, [1, 2])
+    everything = read_all(shorter, 140)
+
+    assert some["frames"].dtype == torch.uint8 and some["frames"].shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert some["task"] == everything["task"]
+    for key in set(some) - {"task", "embodiment"}:
+        torch.testing.assert_close(some[key], everything[key][[7, 0, 7, 20]], rtol=0, atol=0)
+    np.testing.assert_array_equal(world.lengths[:150], shorter.lengths)
+    assert not torch.equal(some["frames"], other_seed.read(140, [7, 0, 7, 20])["frames"])
+
+
+def test_actions_integrate_to_the_motion_of_the_tip_in_state_and_image():
+    world = World("arm", episodes=4)
+    for episode in range(4):
+        read = read_all(world, episode)
+        action = world.actions(episode, range(world.lengths[episode]))
+        assert action.abs().max() <= 1
+        tip = (read["state"] + 1) * IMAGE_SIZE / 2
+        torch.testing.assert_close(tip[1:], tip[:-1] + action[:-1] * MAX_SPEED / FPS, rtol=0, atol=1e-3)
+
+        dark = (read["frames"].max(dim=1).values < 60).float()  # only the tip is nearly black; t h w
+        pixels = torch.arange(IMAGE_SIZE) + 0.5
+        seen = torch.stack([(dark.sum(1) * pixels).sum(1), (dark.sum(2) * pixels).sum(1)], dim=-1)
+        torch.testing.assert_close(seen / dark.sum((1, 2))[:, None], tip, rtol=0, atol=0.7)
+
+
+def test_the_text_says_which_block_ends_where():
+    moved, arrived = [], []
+    for group in range(4):
+        scene = _simulate(0, group)
+        for task, path, rgb in zip(scene.task, scene.blocks, scene.colours, strict=True):
+            place = dict(zip(map(tuple, rgb), path[-1], strict=True))  # of each colour at the end
+            *_, colour, _, _, _, goal, kind = task.split()
+            pushed = place[COLOURS[colour]]
+            if kind == "edge":
+                outwards = (pushed - IMAGE_SIZE / 2) @ np.array(EDGES[goal])
+                arrived.append(outwards > IMAGE_SIZE / 2 - BLOCK_BORDER - 2)
+            else:
+                arrived.append(np.linalg.norm(pushed - place[COLOURS[goal]]) < 13)
+            moved.append(np.linalg.norm(path[-1] - path[0], axis=-1))
+    assert np.mean(arrived) > 0.9
+    pushed, *others = np.mean(moved, axis=0)
+    assert pushed > 2 * max(others)
+
+
+def test_distractors_and_camera_move_whatever_the_agent_does():
+    default, clean = World("default", episodes=100), World("clean", episodes=100)
+    actions, balls, shifts = [], [], []
+    for episode in range(100):
+        read, indices = read_all(default, episode), range(default.lengths[episode])
+        torch.testing.assert_close(read["state"], read_all(clean, episode)["state"], rtol=0, atol=0)
+        actions.append(default.actions(episode, indices)[:-1])
+        balls.append(read["distractor"].diff(dim=0))
+        shifts.append(read["camera_shift"].diff(dim=0))
+    for unrelated in (torch.cat(balls), torch.cat(shifts)):
+        both = torch.cat([torch.cat(actions), unrelated], dim=1).T
+        assert torch.corrcoef(both)[:2, 2:].abs().max() < 0.08
+
+
+def test_the_camera_shift_is_the_shift_of_the_image():
+    still, shaken = World("clean", episodes=3), World("shake", episodes=3)
+    shift = read_all(shaken, 2)["camera_shift"]
+    assert 1 < shift.std() < 4
+    before, after = (read_all(world, 2)["frames"].float() for world in (still, shaken))
+    theta = torch.eye(2, 3).repeat(len(shift), 1, 1)
+    theta[:, :, 2] = -shift * 2 / IMAGE_SIZE  # where each pixel of the shaken image comes from
+    grid = torch.nn.functional.affine_grid(theta, before.shape, align_corners=False)
+    moved = torch.nn.functional.grid_sample(before, grid, align_corners=False)
+    inside = (..., slice(10, -10), slice(10, -10))
+    assert (moved - after)[inside].abs().mean() < 0.3 * (before - after)[inside].abs().mean()
+
+
+def test_human_video_has_neither_actions_nor_state():
+    human, hand = World("human", episodes=2), World("hand", episodes=2)
+    read = human.read(0, [0, 1])
+    assert human.action_dim == human.state_dim == 0 and "state" not in read
+    torch.testing.assert_close(read["frames"], hand.read(0, [0, 1])["frames"])
+
+
+def test_two_embodiments_look_different_doing_the_same():
+    arm, hand, both = (World(variant, episodes=50) for variant in ("arm", "hand", "clean"))
+    assert {both.read(episode, [0])["embodiment"] for episode in range(50)} == {0, 1}
+    arm_read, hand_read = arm.read(0, [0, 9]), hand.read(0, [0, 9])
+    assert (arm_read["embodiment"], hand_read["embodiment"]) == (0, 1)
+    assert arm_read["task"] == hand_read["task"] and torch.equal(arm_read["state"], hand_read["state"])
+    assert (arm_read["frames"].int() - hand_read["frames"].int()).abs().float().mean() > 5
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="tidy.*clean"):
+        World("tidy")
+    with pytest.raises(ValueError, match="episodes=0"):
+        World("clean", episodes=0)
+    with pytest.raises(ValueError, match="episode 5"):
+        World("clean", episodes=5).read(5, [0])
+    with pytest.raises(ValueError, match="frames"):
+        World("clean", episodes=5).read(0, [48])
+
+
+def test_throughput_is_printed(capsys):
+    world, rng = World("default"), np.random.default_rng(0)
+    pairs = [(int(episode), rng.integers(0, 36, 2)) for episode in rng.integers(0, 1000, 300)]
+    for episode, indices in pairs:
+        world.read(episode, indices)
+    start = time.process_time()
+    for episode, indices in pairs:
+        world.read(episode, indices)
+    frames_per_second = 2 * len(pairs) / (time.process_time() - start)
+    with capsys.disabled():
+        print(f"\nworld:default draws {frames_per_second:.0f} frames/s in pairs")
+    assert frames_per_second > 300

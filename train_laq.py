@@ -1,0 +1,181 @@
+"""Stage 1: LAQ learns a few discrete latent actions from video without action labels.
+
+    accelerate launch train_laq.py                                               # MetaWorld, rendered here
+    accelerate launch train_laq.py --data videos:DIR lerobot:REPO@0.5 --delta 0.5 --size small
+    accelerate launch --num_processes 8 train_laq.py --size base --data lerobot:REPO --steps 100000
+
+The same command resumes an interrupted run. Everything is written to --output-dir; the checkpoint that stage 2
+reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from hlrp.laq import LAQ, LAQConfig
+
+
+@dataclass
+class Args:
+    data: tuple[str, ...] = ("metaworld:mt10",)  # sources: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS, each with @WEIGHT
+    val_fraction: float = 0.1  # share of each source's episodes held out
+    val_samples: int = 512  # pairs of each source in a validation
+    label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
+    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+
+    model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
+
+    output_dir: Path = Path("outputs/laq")
+    steps: int = 3000  # optimizer steps
+    batch_size: int = 32  # pairs per process and forward pass
+    grad_accumulation: int = 1  # forward passes per optimizer step
+    lr: float = 1e-3  # highest learning rate
+    warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0  # largest gradient norm
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+    compile: bool = False  # torch.compile of each transformer block
+    seed: int = 0
+    num_workers: int = 2  # loader processes per training process
+
+    log_freq: int = 50  # [optimizer step]
+    eval_freq: int = 1000  # [optimizer step]
+    save_freq: int = 1000  # [optimizer step]
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+
+
+def main(args: Args) -> None:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    from hlrp.data import Clips, Mixture, choose_clips, loader, open_source, parse_uri, split_episodes
+    from hlrp.plots import save_grids
+    from hlrp.transformer import Block
+    from hlrp.training import Run, cosine_lr, parameter_groups, set_lr
+    from hlrp.validation import alarms, evaluate, scalars
+
+    check(args)
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.grad_accumulation,
+        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)],
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+
+    # data: pairs of frames, from other episodes in training and validation
+    with accelerator.main_process_first():  # which renders what is not there yet
+        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+    train_clips, val_clips = [], []
+    for i, source in enumerate(sources):
+        for clips, episodes in zip((train_clips, val_clips), split_episodes(source, args.val_fraction, args.seed)):
+            clips.append(Clips(source, episodes, (0.0, args.model.delta), args.model.image_size, source_index=i))
+    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
+    val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    fit_sets = {clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips}
+
+    # model
+    torch.manual_seed(args.seed)
+    if args.model.action_weight:
+        args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
+    laq = LAQ(args.model)
+    if args.compile:
+        for block in (module for module in laq.modules() if isinstance(module, Block)):
+            block.compile()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(laq, args.weight_decay), lr=args.lr, fused=accelerator.device.type == "cuda"
+    )
+    model, optimizer = accelerator.prepare(laq, optimizer)
+    run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
+    run.load(model, optimizer)
+
+    def validate() -> None:
+        run.report = evaluate(laq, val_sets, fit_sets, **ranks, num_workers=args.num_workers)
+        run.log("val", scalars(run.report), run.step)
+        for alarm in alarms(run.report):
+            run.print(f"ALARM: {alarm}")
+        if accelerator.is_main_process:
+            save_grids(laq, val_sets, args.output_dir / "grids", run.step)
+
+    # train
+    num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)
+    run.print(
+        f"{num_parameters / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} pairs of {len(sources)} source(s), "
+        f"{args.steps} steps of {args.batch_size * args.grad_accumulation * accelerator.num_processes} pairs, lr {args.lr:g}"
+    )
+    start = run.step * run.samples_per_step * accelerator.num_processes
+    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    for batch in run.batches(train_loader):
+        lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
+        set_lr(optimizer, lr)
+        with accelerator.accumulate(model):
+            loss, metrics = model(batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue  # below here: once per optimizer step
+        step = run.advance(loss, grad_norm)
+
+        if step % args.log_freq == 0:
+            run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr}, step)
+        if step % args.eval_freq == 0 or step == args.steps:
+            validate()
+        stop = run.must_stop()
+        if stop or step % args.save_freq == 0 or step == args.steps:
+            run.save(model, optimizer, data=args.data)
+        if stop and step < args.steps:
+            run.interrupt()
+    run.finish()
+    run.print(summary(args.output_dir, run.report))
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for settings that no run can have."""
+    for name in ("steps", "batch_size", "grad_accumulation", "log_freq", "eval_freq", "save_freq", "val_samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
+    for name in ("lr", "grad_clip"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
+    if not 0 <= args.warmup_steps <= args.steps:
+        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
+    if not args.data:
+        raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
+
+
+def settings(args: Args) -> dict:
+    """The settings by the names of their flags, as plain values."""
+    values = asdict(args)
+    values |= values.pop("model")
+    return values | {"output_dir": str(args.output_dir), "data": list(args.data)}
+
+
+def summary(output_dir: Path, report: dict) -> str:
+    """Where things are, the figures that matter, and what comes next."""
+    folder = output_dir / "checkpoints" / "last" / "pretrained_model"
+    lines = [f"\nLAQ            {folder}", f"pictures       {output_dir / 'grids'}"]
+    for name, figures in report.items():
+        for target, ratio in figures["true_over_copy"].items():
+            shuffled = figures["shuffled_over_true"][target]
+            lines.append(f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better), "
+                         f"error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)")
+        if figures.get("action_r2") is not None:
+            lines.append(f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "
+                         f"(random codes {figures['action_r2_random']:.2f})")
+    lines.append(f'next           python -c "from hlrp.laq import LAQ; print(LAQ.from_pretrained(\'{folder}\').config)"')
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
