@@ -20,7 +20,9 @@ from hlrp.laq import LAQ, LAQConfig
 
 @dataclass
 class Args:
-    data: tuple[str, ...] = ("metaworld:mt10",)  # sources: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS, each with @WEIGHT
+    data: tuple[str, ...] = (
+        "metaworld:mt10",
+    )  # sources: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS, each with @WEIGHT
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # pairs of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
@@ -51,10 +53,19 @@ class Args:
 def main(args: Args) -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    from hlrp.data import Clips, Mixture, choose_clips, loader, open_source, parse_uri, split_episodes
+    from hlrp.data import (
+        Clips,
+        Mixture,
+        action_statistics,
+        choose_clips,
+        loader,
+        open_source,
+        parse_uri,
+        split_episodes,
+    )
     from hlrp.plots import save_grids
-    from hlrp.transformer import Block
     from hlrp.training import Run, cosine_lr, parameter_groups, set_lr
+    from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
     check(args)
@@ -63,9 +74,10 @@ def main(args: Args) -> None:
         precision = "bf16" if torch.cuda.is_available() else "no"
     torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=args.grad_accumulation,
-        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)],
+        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -76,8 +88,11 @@ def main(args: Args) -> None:
         sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
-        for clips, episodes in zip((train_clips, val_clips), split_episodes(source, args.val_fraction, args.seed)):
-            clips.append(Clips(source, episodes, (0.0, args.model.delta), args.model.image_size, source_index=i))
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
+        labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
+        pairs = {"times": (0.0, args.model.delta), "image_size": args.model.image_size, "source_index": i}
+        train_clips.append(Clips(source, train_episodes, **pairs, labelled_episodes=labelled))
+        val_clips.append(Clips(source, val_episodes, **pairs))
     mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips}
@@ -87,6 +102,8 @@ def main(args: Args) -> None:
     if args.model.action_weight:
         args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
     laq = LAQ(args.model)
+    if args.model.action_weight:
+        laq.set_action_statistics([action_statistics(clips) for clips in train_clips])
     if args.compile:
         for block in (module for module in laq.modules() if isinstance(module, Block)):
             block.compile()
@@ -111,7 +128,7 @@ def main(args: Args) -> None:
         f"{num_parameters / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} pairs of {len(sources)} source(s), "
         f"{args.steps} steps of {args.batch_size * args.grad_accumulation * accelerator.num_processes} pairs, lr {args.lr:g}"
     )
-    start = run.step * run.samples_per_step * accelerator.num_processes
+    start = run.step * run.samples_per_step
     train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
@@ -128,7 +145,9 @@ def main(args: Args) -> None:
         step = run.advance(loss, grad_norm)
 
         if step % args.log_freq == 0:
-            run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr}, step)
+            consumed = mixture.consumed(0, step * run.samples_per_step)
+            shares = {f"share/{source.name}": n / consumed.sum() for source, n in zip(sources, consumed, strict=True)}
+            run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or step == args.steps:
             validate()
         stop = run.must_stop()
@@ -142,12 +161,22 @@ def main(args: Args) -> None:
 
 def check(args: Args) -> None:
     """Raises ValueError for settings that no run can have."""
-    for name in ("steps", "batch_size", "grad_accumulation", "log_freq", "eval_freq", "save_freq", "val_samples"):
+    for name in (
+        "steps",
+        "batch_size",
+        "grad_accumulation",
+        "log_freq",
+        "eval_freq",
+        "save_freq",
+        "val_samples",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
     for name in ("lr", "grad_clip"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
+    if not 0 <= args.label_fraction <= 1:
+        raise ValueError(f"label_fraction={args.label_fraction}; expected 0 to 1")
     if not 0 <= args.warmup_steps <= args.steps:
         raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
     if not args.data:
@@ -168,12 +197,18 @@ def summary(output_dir: Path, report: dict) -> str:
     for name, figures in report.items():
         for target, ratio in figures["true_over_copy"].items():
             shuffled = figures["shuffled_over_true"][target]
-            lines.append(f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better), "
-                         f"error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)")
+            lines.append(
+                f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better), "
+                f"error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)"
+            )
         if figures.get("action_r2") is not None:
-            lines.append(f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "
-                         f"(random codes {figures['action_r2_random']:.2f})")
-    lines.append(f'next           python -c "from hlrp.laq import LAQ; print(LAQ.from_pretrained(\'{folder}\').config)"')
+            lines.append(
+                f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "
+                f"(random codes {figures['action_r2_random']:.2f})"
+            )
+    lines.append(
+        f"next           python -c \"from hlrp.laq import LAQ; print(LAQ.from_pretrained('{folder}').config)\""
+    )
     return "\n".join(lines)
 
 

@@ -100,7 +100,9 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
         if name in loaded and loaded[name].shape != expected[name].shape
     ]
     if faults:
-        raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)")
+        raise ValueError(
+            f"{path} does not fit its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)"
+        )
     for name, tensor in expected.items():
         tensor.copy_(loaded[name])
 

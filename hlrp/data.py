@@ -139,12 +139,15 @@ class Clips(Dataset):
         times: Sequence[float] = (0.0, 0.5),
         image_size: int = 224,
         source_index: int = 0,
+        labelled_episodes: Sequence[int] | None = None,
     ):
+        """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding."""
         times = np.asarray(times, dtype=np.float64)
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
         self.episodes = np.asarray(episodes, dtype=np.int64)
+        self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
         fps = source.fps[self.episodes]
         self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
         self._check_times(fps)
@@ -193,12 +196,13 @@ class Clips(Dataset):
     def _read(self, row: int, starts: np.ndarray) -> Iterator[dict]:
         """The samples that start at `starts`, all in one episode."""
         source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
-        chunk = np.arange(offsets[-1]) if source.action_dim else np.arange(0)
+        is_labelled = source.action_dim > 0 and episode in self.labelled_episodes
+        chunk = np.arange(offsets[-1])
         clip_frames = starts[:, None] + offsets  # clips t
         unique, position = np.unique(clip_frames, return_inverse=True)  # position: clips t
         try:
             read = source.read(episode, unique)
-            if source.action_dim:
+            if is_labelled:
                 actions = source.actions(episode, (starts[:, None] + chunk).ravel())
                 actions = actions.view(len(starts), len(chunk), source.action_dim)
         except ValueError as error:
@@ -218,12 +222,22 @@ class Clips(Dataset):
             }
             if source.state_dim:
                 sample["state"] = state[position[i, 0]]
-            if source.action_dim:
+            if is_labelled:
                 sample["action"] = actions[i]
                 sample["action_is_pad"] = torch.zeros(len(chunk), dtype=torch.bool)
             for key, value in read.items():
                 sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value
             yield sample
+
+
+def action_statistics(clips: Clips) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (a,) of the actions in the labelled episodes; 0 and 1 where there are none."""
+    source = clips.source
+    episodes = clips.labelled_episodes[:1000] if source.action_dim else []
+    if not len(episodes):
+        return torch.zeros(source.action_dim), torch.ones(source.action_dim)
+    actions = torch.cat([source.actions(int(i), np.arange(source.lengths[i])) for i in episodes])
+    return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
 
 
 def choose_clips(clips: Clips, max_clips: int, seed: int) -> Subset:
@@ -262,7 +276,7 @@ class Mixture(Dataset):
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
 
         parts = [
-            (c.source.fingerprint, c.episodes.tolist(), c.times.tolist(), c.image_size, count)
+            (c.source.fingerprint, c.episodes.tolist(), c.labelled_episodes.tolist(), c.times.tolist(), c.image_size, count)
             for c, count in zip(self.clips, self.counts, strict=True)
         ]
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

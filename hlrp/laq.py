@@ -9,7 +9,7 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
 The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -66,7 +66,9 @@ class LAQConfig:
     action_sources: int = 0  # likewise: action spaces, one head each
 
     language: str | None = None  # text encoder, hub id or folder: the decoder also reads the instruction
-    task_irrelevant: str | None = None  # LAQ trained with `language`: its codes are given, the rest is learned
+    task_irrelevant: str | None = (
+        None  # LAQ trained with `language`: its codes are given, the rest is learned
+    )
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -93,7 +95,9 @@ class Decoder(nn.Module):
     The codes are added to every patch (as in Genie, Sec. 2.1); context tokens stand before the patches.
     """
 
-    def __init__(self, size: Size, num_tokens: int, grid: tuple, inputs: dict[str, int], outputs: dict[str, int]):
+    def __init__(
+        self, size: Size, num_tokens: int, grid: tuple, inputs: dict[str, int], outputs: dict[str, int]
+    ):
         super().__init__()
         self.from_codes = nn.Linear(num_tokens * size.dim, size.dim)
         self.from_inputs = nn.ModuleDict({name: nn.Linear(dim, size.dim) for name, dim in inputs.items()})
@@ -117,7 +121,11 @@ class LAQ(nn.Module):
         super().__init__()
         self.config = config
         size = SIZES[config.size]
-        weights = {"pixels": config.pixel_weight, "features": config.feature_weight, "flow": config.flow_weight}
+        weights = {
+            "pixels": config.pixel_weight,
+            "features": config.feature_weight,
+            "flow": config.flow_weight,
+        }
         self.weights = {name: weight for name, weight in weights.items() if weight}
         check(config, self.weights)
 
@@ -152,7 +160,9 @@ class LAQ(nn.Module):
         self.change = Transformer(size.dim, size.change_depth, size.num_heads, grid)
         self.pool = Pool(size.dim, size.num_heads, config.num_tokens)
         self.quantizer = make_quantizer(config.quantizer, size.dim, config.codebook_size, config.num_tokens)
-        self.decoder = Decoder(size, config.num_tokens, grid, inputs, {name: outputs[name] for name in self.weights})
+        self.decoder = Decoder(
+            size, config.num_tokens, grid, inputs, {name: outputs[name] for name in self.weights}
+        )
 
         if config.action_weight:
             latent_dim = config.num_tokens * size.dim
@@ -209,7 +219,9 @@ class LAQ(nn.Module):
         return {name: self.picture(name, predictions[name], observed) for name in self.weights}
 
     @torch.no_grad()
-    def errors(self, frames: Tensor, codes: Tensor | None, task: list[str] | None = None) -> dict[str, Tensor]:
+    def errors(
+        self, frames: Tensor, codes: Tensor | None, task: list[str] | None = None
+    ) -> dict[str, Tensor]:
         """Mean squared error (b,) of each target; codes None: of the copy-frame prediction."""
         observed = self.observe(frames)
         targets = self.targets(observed, frames)
@@ -222,7 +234,9 @@ class LAQ(nn.Module):
     def observe(self, frames: Tensor) -> Observed:
         expected = (2, 3, self.config.image_size, self.config.image_size)
         if frames.shape[1:] != expected or frames.dtype != torch.uint8:
-            raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, {expected})")
+            raise ValueError(
+                f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, {expected})"
+            )
         features = None
         if self.features is not None:
             features = self.features(rearrange(frames, "b t c h w -> (b t) c h w"))
@@ -295,6 +309,12 @@ class LAQ(nn.Module):
         predicted = torch.einsum("bd,bda->ba", codes.flatten(1).float(), self.to_action[source])
         return masked_mean((predicted - target).square().mean(-1), taken.any(1))
 
+    def set_action_statistics(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
+        """Mean and standard deviation (a,) of each source's actions, which the action loss is scaled by."""
+        for source, (mean, std) in enumerate(statistics):
+            self.action_mean[source, : len(mean)] = mean
+            self.action_std[source, : len(std)] = std
+
     def save_pretrained(self, folder: Path, **provenance) -> None:
         """config.json + model.safetensors; `provenance` (data, report, step) goes into the config."""
         config = {"type": "laq", "hlrp_version": version("lerobot_policy_hlrp"), "laq": asdict(self.config)}
@@ -313,7 +333,9 @@ class LAQ(nn.Module):
         load_weights(folder, model)
         for name, fingerprint in model.fingerprints().items():
             if fingerprint != config["frozen"][name]:
-                raise ValueError(f"{name} of {folder} has changed: {fingerprint}, trained with {config['frozen'][name]}")
+                raise ValueError(
+                    f"{name} of {folder} has changed: {fingerprint}, trained with {config['frozen'][name]}"
+                )
         return model.eval()
 
     def fingerprints(self) -> dict[str, str]:
@@ -324,18 +346,24 @@ class LAQ(nn.Module):
 def check(config: LAQConfig, weights: dict[str, float]) -> None:
     """Raises ValueError for settings that do not fit each other."""
     if config.image_size % config.patch_size:
-        raise ValueError(f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}")
+        raise ValueError(
+            f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}"
+        )
     if config.num_tokens < 1:
         raise ValueError(f"num_tokens={config.num_tokens}; expected 1 or more")
     if config.delta <= 0:
         raise ValueError(f"delta={config.delta}; expected a positive number of seconds")
     if not weights:
-        raise ValueError("pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict")
+        raise ValueError(
+            "pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict"
+        )
     if min(weights.values()) < 0:
         raise ValueError(f"negative weight of a target: {weights}")
     if config.features is None and (config.encoder == "features" or "features" in weights):
         raise ValueError("encoder='features' and feature_weight need features=HUB_ID_OR_FOLDER")
     if config.language and config.task_irrelevant:
-        raise ValueError("language and task_irrelevant are the first and the second run of the split: give one")
+        raise ValueError(
+            "language and task_irrelevant are the first and the second run of the split: give one"
+        )
     if config.action_weight and not config.action_dim:
         raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hlrp.running import Codebook, RunningNorm, nearest

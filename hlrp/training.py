@@ -34,7 +34,16 @@ from hlrp.checkpoints import link_last, load_weights, save_tensors, whole_folder
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
-    *("output_dir", "num_workers", "log_freq", "eval_freq", "save_freq", "val_samples", "wandb", "tensorboard"),
+    *(
+        "output_dir",
+        "num_workers",
+        "log_freq",
+        "eval_freq",
+        "save_freq",
+        "val_samples",
+        "wandb",
+        "tensorboard",
+    ),
 }
 
 
@@ -90,7 +99,15 @@ class Run:
     """
 
     def __init__(self, accelerator, output_dir: Path, settings: dict, fingerprint: str):
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != accelerator.num_processes:
+            raise ValueError(
+                f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: each would be a "
+                "run of its own in one folder. Launch with torchrun or with accelerate launch --multi_gpu"
+            )
         self.accelerator, self.output_dir = accelerator, output_dir
+        if accelerator.device.type == "cpu":  # accelerate launch leaves one thread
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
         self.settings = settings | {"num_processes": accelerator.num_processes}
         self.steps, self.seed, self.log_freq = (settings[name] for name in ("steps", "seed", "log_freq"))
         # Ranks agree on stopping by a collective, which every step of a slow link or a GPU's queue would feel.
@@ -105,7 +122,7 @@ class Run:
         self.stop_signal = 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.request_stop)
-        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
+        self.restart_clock()
         self.bar = None
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +134,10 @@ class Run:
         if not self.checkpoint or not path.is_file():
             return
         before = json.loads(path.read_text())
-        was, now = before["settings"] | {"data content": before["fingerprint"]}, self.settings | {"data content": fingerprint}
+        was, now = (
+            before["settings"] | {"data content": before["fingerprint"]},
+            self.settings | {"data content": fingerprint},
+        )
         other = [name for name in sorted(was | now) if name not in FREE and was.get(name) != now.get(name)]
         if other:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in other)
@@ -139,7 +159,9 @@ class Run:
             "fingerprint": fingerprint,
             "device": str(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
-            "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
+            "versions": {
+                name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")
+            },
             "git": git_state(),
         }
         write_json(self.output_dir / "run.json", self.record)
@@ -155,7 +177,9 @@ class Run:
             model = self.accelerator.unwrap_model(model)
             load_weights(self.checkpoint / "pretrained_model", model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
-            self.report = json.loads((self.checkpoint / "pretrained_model" / "config.json").read_text())["report"]
+            self.report = json.loads((self.checkpoint / "pretrained_model" / "config.json").read_text())[
+                "report"
+            ]
             self.print(f"resumed {self.output_dir} at step {self.step}")
 
     def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
@@ -169,9 +193,14 @@ class Run:
             before = time.monotonic()
             batch = next(iterator)
             self.waited += time.monotonic() - before
-            self.seen.setdefault(self.step, []).extend(zip(batch["dataset"], batch["episode"].tolist(), strict=True))
+            self.seen.setdefault(self.step + 1, []).extend(
+                zip(batch["dataset"], batch["episode"].tolist(), strict=True)
+            )
             self.samples += len(batch["dataset"])
-            batch = {k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            batch = {
+                k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
+                for k, v in batch.items()
+            }
             seed_step(self.seed, micro_step, self.accelerator.process_index)
             micro_step += 1
             yield batch | {"step": self.step}
@@ -179,9 +208,9 @@ class Run:
     def advance(self, loss: Tensor, grad_norm: Tensor) -> int:
         """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
         gradient, naming the step and what the batch was made of."""
+        self.step += 1
         sound = torch.isfinite(loss.detach() + grad_norm)
         self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
-        self.step += 1
         if self.bar is not None:
             self.bar.update()
         if self.step % self.check_freq == 0 or self.step == self.steps:
@@ -189,7 +218,9 @@ class Run:
         return self.step
 
     def refuse_faults(self) -> None:
-        first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
+        first = (
+            self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
+        )
         if math.isinf(first := float(first)):
             self.seen.clear()
             return
@@ -198,7 +229,11 @@ class Run:
         self.finish("failed")
         raise FloatingPointError(
             f"step {int(first)}: the loss or its gradient is not finite"
-            + (f"; the batch held {', '.join(sources[:16])}" if mine else "; the batch of another rank is at fault")
+            + (
+                f"; the batch held {', '.join(sources[:16])}"
+                if mine
+                else "; the batch of another rank is at fault"
+            )
             + f". The last sound checkpoint is {last_checkpoint(self.output_dir)}; a lower --lr or --grad-clip may help"
         )
 
@@ -214,7 +249,9 @@ class Run:
 
     def log(self, split: str, values: dict[str, float | Tensor], step: int) -> None:
         """Means over ranks of training scalars, to metrics.jsonl, the terminal, and TensorBoard or W&B if asked."""
-        if split == "train":
+        if split != "train":
+            self.restart_clock()  # validation takes no part in the speed of training
+        else:
             names = [name for name, value in values.items() if torch.is_tensor(value)]
             means = torch.stack([values[name].detach().float() for name in names])
             means = self.accelerator.reduce(means, "mean").tolist()
@@ -233,28 +270,26 @@ class Run:
                 self.print(f"step {step}/{self.steps}  {shown}  lr {values['lr']:.1e}  eta {eta}")
 
     def speed(self, step: int) -> dict[str, float]:
-        """Samples per second over all ranks and the share of time that data made the training wait, since the last
-        call."""
+        """Samples per second of all ranks, and the share of time that training waited for data, since the last call."""
         now = time.monotonic()
-        elapsed = now - self.since
-        rate = self.samples * self.accelerator.num_processes / elapsed
-        per_step = elapsed / max(1, self.samples) * self.samples_per_step
+        elapsed, rate = now - self.since, self.samples * self.accelerator.num_processes / (now - self.since)
         speed = {
             "samples_per_s": rate,
             "data_wait": self.waited / elapsed,
-            "eta_s": (self.steps - step) * per_step,
+            "eta_s": (self.steps - step) * self.samples_per_step / rate,
         }
-        self.waited, self.samples, self.since = 0.0, 0, now
+        self.restart_clock()
         return speed
+
+    def restart_clock(self) -> None:
+        """Speed counts from here: what came before was no training."""
+        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one rank in one optimizer step."""
-        return self.settings["batch_size"] * self.accelerator.gradient_accumulation_steps
-
-    def pause_clock(self) -> None:
-        """Forgets the time since the last log: it went to validation or saving."""
-        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
+        """Samples of all ranks in one optimizer step."""
+        per_rank = self.settings["batch_size"] * self.accelerator.gradient_accumulation_steps
+        return per_rank * self.accelerator.num_processes
 
     def save(self, model: nn.Module, optimizer: Optimizer, **provenance) -> None:
         """Writes checkpoints/<step> whole, then points checkpoints/last at it."""
@@ -265,7 +300,9 @@ class Run:
                 (partial / "pretrained_model").mkdir()
                 (partial / "training_state").mkdir()
                 provenance |= {"step": self.step, "report": self.report}
-                self.accelerator.unwrap_model(model).save_pretrained(partial / "pretrained_model", **provenance)
+                self.accelerator.unwrap_model(model).save_pretrained(
+                    partial / "pretrained_model", **provenance
+                )
                 save_optimizer(partial / "training_state", optimizer)
                 write_json(partial / "training_state" / "training_step.json", {"step": self.step})
             link_last(folder)

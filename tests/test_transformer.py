@@ -29,10 +29,14 @@ def test_attention_equals_its_definition():
     torch.manual_seed(0)
     attention = Attention(16, num_heads=2)
     x = torch.randn(3, 5, 16)
-    q, k, v = torch.cat([attention.to_q(x), attention.to_kv(x)], -1).reshape(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        torch.cat([attention.to_q(x), attention.to_kv(x)], -1).reshape(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    )
     q, k = (t / t.square().mean(-1, keepdim=True).add(torch.finfo().eps).sqrt() for t in (q, k))
     weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
-    torch.testing.assert_close(attention(x), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16)))
+    torch.testing.assert_close(
+        attention(x), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16))
+    )
 
 
 def test_a_patch_influences_all_others_but_no_other_sample():
