@@ -59,11 +59,10 @@ def main(args: Args) -> None:
         action_statistics,
         choose_clips,
         loader,
-        open_source,
-        parse_uri,
         split_episodes,
     )
     from hlrp.plots import save_grids
+    from hlrp.sources import open_source, parse_uri
     from hlrp.training import Run, cosine_lr, parameter_groups, set_lr
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
@@ -95,7 +94,9 @@ def main(args: Args) -> None:
         val_clips.append(Clips(source, val_episodes, **pairs))
     mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
-    fit_sets = {clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips}
+    fit_sets = {
+        clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips
+    }
 
     # model
     torch.manual_seed(args.seed)
@@ -125,8 +126,8 @@ def main(args: Args) -> None:
     # train
     num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)
     run.print(
-        f"{num_parameters / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} pairs of {len(sources)} source(s), "
-        f"{args.steps} steps of {args.batch_size * args.grad_accumulation * accelerator.num_processes} pairs, lr {args.lr:g}"
+        f"{num_parameters / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} pairs of {len(sources)} "
+        f"source(s), {args.steps} steps of {run.samples_per_step} pairs, lr {args.lr:g}, {accelerator.device}"
     )
     start = run.step * run.samples_per_step
     train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
@@ -146,7 +147,10 @@ def main(args: Args) -> None:
 
         if step % args.log_freq == 0:
             consumed = mixture.consumed(0, step * run.samples_per_step)
-            shares = {f"share/{source.name}": n / consumed.sum() for source, n in zip(sources, consumed, strict=True)}
+            shares = {
+                f"share/{source.name}": n / consumed.sum()
+                for source, n in zip(sources, consumed, strict=True)
+            }
             run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or step == args.steps:
             validate()

@@ -2,7 +2,7 @@
 
 The data contract
 -----------------
-A source is one plain class a format, made by `open_source` from a URI, which in a mixture carries a weight:
+A source is one plain class a format, made by `hlrp.sources.open_source` from a URI, which may carry a weight:
 `videos:DIR`, `lerobot:REPO_OR_DIR?camera=KEY`, `world:NAME?episodes=N`, `metaworld:TASK,TASK?episodes=N@0.5`.
     uri, name         str: as the user wrote it, without the weight; and short, for logs and metrics
     lengths, fps      int64 and float64 (episodes,): frames, and frames per second, of each episode
@@ -22,10 +22,10 @@ Human video has no state and no action: in a batch `collate` fills in zeros, and
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
-from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -35,74 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from hlrp.permutation import hash_integers, permute
 from hlrp.transforms import fit
 
-OPTIONS = {  # of each scheme, as they stand behind the "?" of a URI
-    "videos": {},
-    "lerobot": {"camera": str},
-    "world": {"episodes": int, "seed": int},
-    "metaworld": {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str},
-}
 BLOCK_SIZE = 4096  # samples in which the shares of a mixture are exact
-
-
-class SourceURI(NamedTuple):
-    uri: str  # without the weight
-    scheme: str
-    location: str
-    options: dict[str, str | int | float]
-    weight: float
-
-
-def parse_uri(text: str) -> SourceURI:
-    """`scheme:location?option=value&option=value@weight`; raises ValueError naming what would fit."""
-    uri, at, weight_text = text.rpartition("@")
-    if not at or "/" in weight_text:  # an "@" inside a path is no weight
-        uri, weight_text = text, "1"
-    try:
-        weight = float(weight_text)
-    except ValueError:
-        weight = float("nan")
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"{text}: the weight is {weight_text!r}; a positive number fits, such as @0.5")
-
-    address, _, query = uri.partition("?")
-    scheme, _, location = address.partition(":")
-    if scheme not in OPTIONS or not location:
-        fits = ", ".join(f"{known}:..." for known in OPTIONS)
-        raise ValueError(f"{text}: not a data source; one of {fits} fits")
-
-    options = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
-        if key not in OPTIONS[scheme]:
-            known = ", ".join(OPTIONS[scheme]) or "none"
-            raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {known}")
-        to_type = OPTIONS[scheme][key]
-        try:
-            options[key] = to_type(value)
-        except ValueError:
-            raise ValueError(f"{text}: {key}={value!r}; a value of type {to_type.__name__} fits") from None
-    return SourceURI(uri, scheme, location, options, weight)
-
-
-def open_source(uri: str, skip_broken: bool = False):
-    """The source that a URI names. A broken file is an error, or skipped and counted."""
-    uri, scheme, location, options, _ = parse_uri(uri)
-    if scheme == "videos":
-        from hlrp.videos import Videos
-
-        return Videos(location, uri=uri, skip_broken=skip_broken)
-    if scheme == "world":
-        from hlrp.world import World
-
-        return World(location, **options)
-
-    from hlrp.lerobot_data import LeRobotData
-
-    if scheme == "metaworld":
-        from hlrp.metaworld import cached
-
-        folder = cached(location, **options)
-        return LeRobotData(folder, uri=uri, name=f"metaworld-{location}", skip_broken=skip_broken)
-    return LeRobotData(location, **options, uri=uri, skip_broken=skip_broken)
 
 
 def split_episodes(source, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -276,7 +209,14 @@ class Mixture(Dataset):
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
 
         parts = [
-            (c.source.fingerprint, c.episodes.tolist(), c.labelled_episodes.tolist(), c.times.tolist(), c.image_size, count)
+            (
+                c.source.fingerprint,
+                c.episodes.tolist(),
+                c.labelled_episodes.tolist(),
+                c.times.tolist(),
+                c.image_size,
+                count,
+            )
             for c, count in zip(self.clips, self.counts, strict=True)
         ]
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -384,6 +324,12 @@ class BatchNumbers:
             first += self.num_ranks * self.batch_size
 
 
+def ignore_stop_signals(worker: int) -> None:
+    """A scheduler's warning goes to all processes of a job: the training process acts on it, its workers go on."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(
     mixture: Mixture,
     batch_size: int,
@@ -402,6 +348,7 @@ def loader(
         batch_sampler=BatchNumbers(batch_size, start, rank, num_ranks),
         num_workers=num_workers,
         collate_fn=partial(collate, sizes=mixture.sizes),
+        worker_init_fn=ignore_stop_signals,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without its own, it would draw from the global random state
     )

@@ -44,7 +44,7 @@ SIZES = {
 @dataclass
 class LAQConfig:
     delta: float = 0.2  # time between the two frames of a pair [s]
-    size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 27 or 320 million parameters
+    size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 32 or 330 million parameters
     image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by size
     patch_size: int | None = None  # [pixel]; None: 8, 16 or 32 by size
 
@@ -147,10 +147,6 @@ class LAQ(nn.Module):
                 )
             inputs["pixels"] = outputs["pixels"] = 3 * patch_size**2
             outputs["flow"] = 2 * patch_size**2
-        if "flow" in self.weights:
-            from hlrp.optical_flow import FlowTeacher
-
-            self.flow_teacher = Frozen(FlowTeacher(config.flow_teacher))
         self.grid, self.patch_size = grid, patch_size
 
         self.from_input = nn.Linear(inputs[config.encoder], size.dim)
@@ -279,8 +275,16 @@ class LAQ(nn.Module):
         if "features" in self.weights:
             targets["features"] = (observed.features[:, 1] - observed.features[:, 0]).float()
         if "flow" in self.weights:
-            targets["flow"] = patchify(self.flow_teacher(frames) / self.patch_size, self.patch_size)
+            targets["flow"] = patchify(self.flow(frames) / self.patch_size, self.patch_size)
         return targets
+
+    def flow(self, frames: Tensor) -> Tensor:
+        """The teacher's optical flow (b, 2, h, w) [pixel]. It is loaded here: encoding alone does not need it."""
+        if self.flow_teacher is None:
+            from hlrp.optical_flow import FlowTeacher
+
+            self.flow_teacher = Frozen(FlowTeacher(self.config.flow_teacher)).to(frames.device)
+        return self.flow_teacher(frames)
 
     def term(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of one target, a scalar."""

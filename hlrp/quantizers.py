@@ -1,7 +1,7 @@
 """Bottlenecks of a latent action, all with one interface: `codes, indices, loss = quantizer(z)`.
 
-`make_quantizer("fsq", dim=384, codebook_size=64, num_tokens=4)` builds any of them by name. Each is a `Bottleneck`: linear
-to the few dimensions of a code, a quantizer that works in these dimensions, linear back.
+`make_quantizer("fsq", dim=384, codebook_size=64, num_tokens=4)` builds any of them by name. Each is a
+`Bottleneck`: linear to the few dimensions of a code, a quantizer that works in these dimensions, linear back.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from hlrp.checkpoints import link_last, load_weights, save_tensors, whole_folder, write_json, write_text
+from hlrp.checkpoints import (
+    CONFIG,
+    link_last,
+    load_weights,
+    save_tensors,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
@@ -109,12 +117,15 @@ class Run:
         if accelerator.device.type == "cpu":  # accelerate launch leaves one thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
         self.settings = settings | {"num_processes": accelerator.num_processes}
-        self.steps, self.seed, self.log_freq = (settings[name] for name in ("steps", "seed", "log_freq"))
-        # Ranks agree on stopping by a collective, which every step of a slow link or a GPU's queue would feel.
-        self.check_freq = 1 if accelerator.device.type == "cpu" else 10
+        self.steps, self.seed = settings["steps"], settings["seed"]
+        self.check_freq = (
+            1 if accelerator.device.type == "cpu" else 10
+        )  # what waits for the device [optimizer step]
         self.checkpoint = last_checkpoint(output_dir)
+        record = output_dir / "run.json"
+        self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
         self.refuse_other_settings(fingerprint)
-        self.step = self.started_at = int(self.checkpoint.name) if self.checkpoint else 0
+        self.step = int(self.checkpoint.name) if self.checkpoint else 0
         self.report = None  # of the last validation, kept in every checkpoint
 
         self.first_fault = torch.full((), math.inf, device=accelerator.device)
@@ -130,14 +141,10 @@ class Run:
         accelerator.wait_for_everyone()
 
     def refuse_other_settings(self, fingerprint: str) -> None:
-        path = self.output_dir / "run.json"
-        if not self.checkpoint or not path.is_file():
+        if self.before is None:
             return
-        before = json.loads(path.read_text())
-        was, now = (
-            before["settings"] | {"data content": before["fingerprint"]},
-            self.settings | {"data content": fingerprint},
-        )
+        was = self.before["settings"] | {"data content": self.before["fingerprint"]}
+        now = self.settings | {"data content": fingerprint}
         other = [name for name in sorted(was | now) if name not in FREE and was.get(name) != now.get(name)]
         if other:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in other)
@@ -154,6 +161,7 @@ class Run:
         self.metrics = metrics.open("a")
         self.record = {
             "state": "running",
+            "started": self.before["started"] if self.before else time.strftime("%Y%m%d-%H%M%S"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "settings": self.settings,
             "fingerprint": fingerprint,
@@ -165,6 +173,13 @@ class Run:
             "git": git_state(),
         }
         write_json(self.output_dir / "run.json", self.record)
+        wandb = {
+            "id": f"{self.output_dir.name}-{self.record['started']}",
+            "resume": "allow",
+            "dir": self.output_dir,
+        }
+        plain = {name: x if isinstance(x, int | float | str) else str(x) for name, x in self.settings.items()}
+        self.accelerator.init_trackers("hlrp", config=plain, init_kwargs={"wandb": wandb})
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
 
@@ -177,9 +192,8 @@ class Run:
             model = self.accelerator.unwrap_model(model)
             load_weights(self.checkpoint / "pretrained_model", model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
-            self.report = json.loads((self.checkpoint / "pretrained_model" / "config.json").read_text())[
-                "report"
-            ]
+            config = json.loads((self.checkpoint / "pretrained_model" / CONFIG).read_text())
+            self.report = config["report"]
             self.print(f"resumed {self.output_dir} at step {self.step}")
 
     def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
@@ -262,7 +276,8 @@ class Run:
         self.metrics.flush()
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
         if split == "train":
-            shown = f"loss {values['loss']:.4f}  {values['samples_per_s']:.0f} samples/s  data {values['data_wait']:.0%}"
+            rate, wait = values["samples_per_s"], values["data_wait"]
+            shown = f"loss {values['loss']:.4f}  {rate:.0f} samples/s  data {wait:.0%}"
             if self.bar is not None:
                 self.bar.set_postfix_str(shown)
             else:

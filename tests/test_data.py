@@ -11,10 +11,9 @@ from hlrp.data import (
     choose_clips,
     collate,
     loader,
-    open_source,
-    parse_uri,
     split_episodes,
 )
+from hlrp.sources import open_source, parse_uri
 
 
 class Counting:

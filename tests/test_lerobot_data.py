@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hlrp import videos
-from hlrp.data import Clips, Mixture, loader, open_source
+from hlrp.data import Clips, Mixture, loader
 from hlrp.lerobot_data import LeRobotData, find_dataset
+from hlrp.sources import open_source
 
 LENGTHS, FPS, SIZE = (12, 30, 9), 10, 64
 TOP, WRIST = "observation.images.top", "observation.images.wrist"

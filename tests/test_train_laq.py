@@ -157,6 +157,17 @@ def test_a_signal_saves_and_asks_for_the_same_command_again(number, whole, tmp_p
     assert steps == [2, 4, 6, 8, 10, 12, 12]
 
 
+def test_a_warning_to_all_processes_of_a_job_stops_it_in_order(tmp_path):
+    running = subprocess.Popen(command(tmp_path, steps=2000, num_workers=2), start_new_session=True)
+    while not (tmp_path / "checkpoints/last").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGTERM)
+    assert running.wait(timeout=60) == 75
+    saved = (tmp_path / "checkpoints/last").readlink()
+    assert json.loads((tmp_path / "run.json").read_text())["step"] == int(str(saved))
+
+
 def losses(output_dir) -> list[float]:
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["split"] == "train"]
@@ -180,12 +191,21 @@ def report(output_dir) -> dict:
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
     model = {"quantizer": "none"}
     train(tmp_path / "large", model, steps=4, log_freq=4, batch_size=4)
-    train(tmp_path / "accumulated", model, steps=4, log_freq=4, batch_size=2, grad_accumulation=2)
+    train(
+        tmp_path / "accumulated",
+        model,
+        steps=4,
+        log_freq=4,
+        batch_size=2,
+        grad_accumulation=2,
+        tensorboard=True,
+    )
     norms = [
         json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
         for name in ("accumulated", "large")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    assert list((tmp_path / "accumulated").rglob("events.out.tfevents.*"))
 
 
 def test_a_resume_with_other_settings_names_them(tmp_path):
@@ -234,9 +254,35 @@ def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, mess
 
 def test_d17_help_is_fast_and_imports_nothing_heavy():
     heavy = ("lerobot", "transformers", "wandb", "matplotlib", "mujoco", "accelerate")
-    script = f"import sys; sys.argv = ['x', '--help']\ntry: import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-    script += f"finally: print('imported', [m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    script = f"""
+import runpy, sys
+sys.argv = ["train_laq.py", "--help"]
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+finally:
+    print("imported", [name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "imported []" in process.stderr
     for flag in ("--delta", "--quantizer", "--data", "--output-dir", "--num-tokens"):
         assert flag in process.stdout
+
+
+@pytest.mark.slow
+def test_default_codes_tell_the_actions_of_the_clean_world(tmp_path):
+    train(
+        tmp_path,
+        {"image_size": 64, "codebook_size": 64, "quantizer": "fsq"},
+        data=("world:clean",),
+        val_samples=1024,
+        steps=2000,
+        batch_size=32,
+        warmup_steps=100,
+        num_workers=2,
+        log_freq=100,
+        eval_freq=2000,
+        save_freq=2000,
+    )
+    figures = report(tmp_path)["world-clean"]
+    assert figures["action_r2"] >= 0.8
+    assert abs(figures["action_r2_random"]) <= 0.05

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from hlrp import videos
-from hlrp.data import Clips, open_source
+from hlrp.data import Clips
+from hlrp.sources import open_source
 from hlrp.videos import VideoReader, Videos, probe, read_frames
 
 BITS, SIZE = 8, (64, 48)  # bars 8 pixels wide; width, height

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,11 +218,14 @@ def check_attention() -> None:
     torch.testing.assert_close(theirs(x, context), ours(x, context), rtol=1e-4, atol=1e-5)
 
 
-def gflop(model: nn.Module, batch: dict) -> float:
-    """Matrix products and convolutions of forward and backward for one pair, from their shapes."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
-        model(batch)[0].backward()
-    return counter.get_total_flops() / len(batch["frames"]) / 1e9
+def gflop(build, batch_size: int) -> float:
+    """Matrix products and convolutions of forward and backward for one pair, from their shapes alone."""
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
+        frames = torch.empty(batch_size, 2, 3, SIZE.image_size, SIZE.image_size, dtype=torch.uint8)
+        model = build()
+        with FlopCounterMode(display=False) as counter:
+            model({"frames": frames, "step": 0})[0].backward()
+    return counter.get_total_flops() / batch_size / 1e9
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
@@ -250,7 +254,9 @@ def step_times(model: nn.Module, optimizer, batch: dict, bf16: bool) -> tuple[fl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each side, after one untimed")
@@ -261,21 +267,22 @@ def main() -> int:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     name = re.search(r"model name\s*: (.*)", info)
     flags = {flag: flag in info.split() for flag in ("avx512f", "avx512_bf16", "amx_bf16")}
-    print(f"{name[1] if name else 'unknown CPU'}, {flags}, torch {torch.__version__}, {args.threads} thread(s)")
+    print(
+        f"{name[1] if name else 'unknown CPU'}, {flags}, torch {torch.__version__}, {args.threads} thread(s)"
+    )
 
     check_attention()
     print("attention by einsum and hlrp.transformer.Attention: equal outputs on equal weights")
 
     torch.manual_seed(0)
-    models = {"reference": Reference(), "hlrp": LAQ(LAQConfig(size="base"))}
+    builds = {"reference": Reference, "hlrp": lambda: LAQ(LAQConfig(size="base"))}
+    models = {side: build() for side, build in builds.items()}
     optimizers = {
         side: torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True)
         for side, model in models.items()
     }
-    frames = torch.randint(
-        256, (args.batch_size, 2, 3, SIZE.image_size, SIZE.image_size), dtype=torch.uint8
-    )
-    work = {side: gflop(model, {"frames": frames, "step": 0}) for side, model in models.items()}
+    frames = torch.randint(256, (args.batch_size, 2, 3, SIZE.image_size, SIZE.image_size), dtype=torch.uint8)
+    work = {side: gflop(build, args.batch_size) for side, build in builds.items()}
     variants = [(side, precision) for precision in ("float32", "bf16") for side in models]
 
     times: dict[tuple, list] = {variant: [] for variant in variants}
