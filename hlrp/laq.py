@@ -3,7 +3,7 @@
 Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce et al. 2024, arXiv:2402.15391).
 
     change = encode(o[t + delta]) - encode(o[t])         each frame encoded once, alone
-    codes  = quantize(pool(transform(change)))           num_tokens codes: the latent action
+    codes  = quantize(read(change))                      num_tokens queries read it: the latent action
     loss   = |decode(o[t], codes) - target(o[t + delta])|^2 + quantizer loss
 
 The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained
 from hlrp.losses import masked_mean
 from hlrp.quantizers import QuantizerName, make_quantizer
-from hlrp.transformer import Pool, Transformer, patchify, unpatchify
+from hlrp.transformer import Transformer, patchify, unpatchify
 
 
 class Size(NamedTuple):
@@ -154,7 +154,9 @@ class LAQ(nn.Module):
         self.to_change = nn.Linear(size.dim, size.dim, bias=False)
         self.no_change = nn.Parameter(torch.randn(size.dim))  # a patch that stays; changes add to it
         self.change = Transformer(size.dim, size.change_depth, size.num_heads, grid)
-        self.pool = Pool(size.dim, size.num_heads, config.num_tokens)
+        self.queries = nn.Parameter(
+            torch.randn(config.num_tokens, size.dim) * size.dim**-0.5
+        )  # become the codes
         self.quantizer = make_quantizer(config.quantizer, size.dim, config.codebook_size, config.num_tokens)
         self.decoder = Decoder(
             size, config.num_tokens, grid, inputs, {name: outputs[name] for name in self.weights}
@@ -247,7 +249,9 @@ class LAQ(nn.Module):
             patches = patchify(rearrange(observed.images, "b t c h w -> (b t) c h w"), self.patch_size)
         encoded = self.encoder(self.from_input(patches))  # each frame once
         first, second = rearrange(encoded, "(b t) n d -> t b n d", t=2)
-        return self.pool(self.change(self.no_change + self.to_change(second - first)))
+        change = self.no_change + self.to_change(second - first)
+        queries = self.queries.expand(len(change), -1, -1)  # n d -> b n d
+        return self.change(change, prefix=queries)[:, : self.config.num_tokens]
 
     def inputs(self, observed: Observed) -> dict[str, Tensor]:
         """The first frame, as the decoder reads it."""

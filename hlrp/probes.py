@@ -16,9 +16,8 @@ MIN_EPISODES = 3  # two to fit and to choose alpha on, one to score
 def code_features(codes: Tensor) -> Tensor:
     """The code vectors of all token positions side by side: (b, n, d) -> (b, n d).
 
-    The default of the validation. They exist for every bottleneck, also the continuous ones, and they are
-    what the decoder and the later stages see. Where neighbouring codes mean neighbouring motions (FSQ), a
-    linear probe generalises to codes that it has not met.
+    They exist for every bottleneck, also the continuous ones. Where neighbouring codes mean neighbouring motions
+    (FSQ), a linear probe generalises to codes that it has not met.
     """
     return codes.flatten(1).float()
 

@@ -45,28 +45,23 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to `context` (to x itself where None), with normalised queries and keys.
+    """Multi-head self-attention with rotary positions and normalised queries and keys.
 
-    Query-key normalisation: Dehghani et al. 2023 (arXiv:2302.05442), Sec. 2. `angles` rotates queries and keys
-    and so needs them to stand at the same positions: it is for self-attention.
+    Query-key normalisation: Dehghani et al. 2023 (arXiv:2302.05442), Sec. 2.
     """
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(context_dim or dim, 2 * dim, bias=False)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, angles: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
-        k, v = rearrange(self.to_kv(context), "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
-        q, k = norm(q), norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """x: (b, n, dim), angles: (n, dim / num_heads / 2), as `rotary_2d` gives them."""
+        q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        q, k = rotate(norm(q), angles), rotate(norm(k), angles)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -92,8 +87,8 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.feed_forward = FeedForward(dim)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        x = x + self.attention(norm(x), angles=angles)
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        x = x + self.attention(norm(x), angles)
         return x + self.feed_forward(norm(x))
 
 
@@ -116,18 +111,3 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, angles)
         return norm(x)
-
-
-class Pool(nn.Module):
-    """Learned queries that attend to x (b, n, d) -> (b, num_queries, d) (Lee et al. 2019, arXiv:1810.00825, PMA)."""
-
-    def __init__(self, dim: int, num_heads: int, num_queries: int):
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
-        self.attention = Attention(dim, num_heads)
-        self.feed_forward = FeedForward(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries = self.queries.expand(len(x), -1, -1)  # n d -> b n d
-        queries = queries + self.attention(queries, norm(x))
-        return queries + self.feed_forward(norm(queries))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from hlrp.data import collate
 from hlrp.laq import LAQ
 from hlrp.metrics import code_health, gather
-from hlrp.probes import MIN_EPISODES, code_features, probe_r2
+from hlrp.probes import MIN_EPISODES, code_features, one_hot_features, probe_r2
 
 IGNORED_BELOW = 1.05  # shuffled / true error below which the decoder ignores the code
 HEALTHY_FROM = 1.2  # and from which it uses it
@@ -105,7 +105,8 @@ def evaluate(
             report[name]["possible_sequences"] = min(len(dataset), codebook_size**num_indices)
         if latents.actions is not None:
             fit = encode_all(laq, fit_sets[name], share) if fit_sets and name in fit_sets else None
-            report[name] |= action_probe(latents, fit, seed)
+            codebook_size = laq.quantizer.codebook_size if latents.indices is not None else None
+            report[name] |= action_probe(latents, fit, codebook_size, seed)
     laq.train(was_training)
     return report
 
@@ -178,10 +179,18 @@ def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: i
     }
 
 
-def action_probe(latents: Latents, fit: Latents | None, seed: int) -> dict:
-    """Ridge probe from the codes to the mean action, scored on the validation episodes."""
+def action_probe(latents: Latents, fit: Latents | None, codebook_size: int | None, seed: int) -> dict:
+    """Ridge probe from the codes to the mean action, scored on the validation episodes.
+
+    It reads which codes there are where they are discrete, as the next stage does, and their vectors elsewhere.
+    """
+
+    def features(side: Latents) -> Tensor:
+        discrete = codebook_size is not None
+        return one_hot_features(side.indices, codebook_size) if discrete else code_features(side.codes)
+
     sides = [(latents, False)] if fit is None else [(fit, True), (latents, False)]
-    x = torch.cat([code_features(side.codes)[side.has_action] for side, _ in sides])
+    x = torch.cat([features(side)[side.has_action] for side, _ in sides])
     actions = torch.cat([side.actions[side.has_action] for side, _ in sides])
     episodes = torch.cat([side.episodes[side.has_action] for side, _ in sides])
     is_fit = torch.cat([side.has_action[side.has_action] & is_fit for side, is_fit in sides])

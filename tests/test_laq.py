@@ -49,7 +49,7 @@ def test_the_future_reaches_the_decoder_by_the_codes_alone():
     model = laq()
     observed = model.observe(batch()["frames"])
     codes = model.quantizer(model.latents(observed)).codes
-    predictions = model.decoder(model.inputs(observed), codes.detach())["pixels"]
+    predictions = model.decoder(model.inputs(observed), codes.detach(), None)["pixels"]
     predictions.square().mean().backward()
     reached = {
         name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()

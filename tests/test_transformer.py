@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hlrp.transformer import Attention, Pool, Transformer, patchify, rotary_2d, rotate, unpatchify
+from hlrp.transformer import Attention, Transformer, patchify, rotary_2d, rotate, unpatchify
 
 
 def test_unpatchify_inverts_patchify_in_raster_order():
@@ -28,14 +28,12 @@ def test_attention_depends_on_displacement_along_both_axes_and_on_nothing_else_o
 def test_attention_equals_its_definition():
     torch.manual_seed(0)
     attention = Attention(16, num_heads=2)
-    x = torch.randn(3, 5, 16)
-    q, k, v = (
-        torch.cat([attention.to_q(x), attention.to_kv(x)], -1).reshape(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    )
+    x, angles = torch.randn(3, 5, 16), torch.randn(5, 4)
+    q, k, v = attention.to_qkv(x).reshape(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
     q, k = (t / t.square().mean(-1, keepdim=True).add(torch.finfo().eps).sqrt() for t in (q, k))
-    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+    weights = (rotate(q, angles) @ rotate(k, angles).transpose(-1, -2) / 8**0.5).softmax(-1)
     torch.testing.assert_close(
-        attention(x), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16))
+        attention(x, angles), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16))
     )
 
 
@@ -47,11 +45,6 @@ def test_a_patch_influences_all_others_but_no_other_sample():
     changed[0, 4] += 1
     moved = (transformer(changed) - transformer(x)).abs().amax(-1)
     assert (moved[0] > 0).all() and (moved[1] == 0).all()
-
-
-@pytest.mark.parametrize("num_queries", [1, 3])
-def test_pool_gives_one_vector_a_query(num_queries):
-    assert Pool(32, 2, num_queries)(torch.randn(4, 9, 32)).shape == (4, num_queries, 32)
 
 
 def test_sizes_that_do_not_fit_are_named():

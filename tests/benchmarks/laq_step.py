@@ -219,13 +219,16 @@ def check_attention() -> None:
 
 
 def gflop(build, batch_size: int) -> float:
-    """Matrix products and convolutions of forward and backward for one pair, from their shapes alone."""
+    """Matrix products and convolutions of forward and backward for one pair, from their shapes alone.
+
+    Backward counts twice forward: one product for the inputs, one for the weights.
+    """
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
         frames = torch.empty(batch_size, 2, 3, SIZE.image_size, SIZE.image_size, dtype=torch.uint8)
         model = build()
         with FlopCounterMode(display=False) as counter:
-            model({"frames": frames, "step": 0})[0].backward()
-    return counter.get_total_flops() / batch_size / 1e9
+            model({"frames": frames, "step": 0})
+    return 3 * counter.get_total_flops() / batch_size / 1e9
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
