@@ -20,9 +20,8 @@ from hlrp.laq import LAQ, LAQConfig
 
 @dataclass
 class Args:
-    data: tuple[str, ...] = (
-        "metaworld:mt10",
-    )  # sources: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS, each with @WEIGHT
+    # sources, each with @WEIGHT behind it or 1: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS
+    data: tuple[str, ...] = ("metaworld:mt10",)
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # pairs of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
@@ -68,6 +67,7 @@ def main(args: Args) -> None:
     from hlrp.validation import alarms, evaluate, scalars
 
     check(args)
+    args.model = args.model.resolved()
     precision = args.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"

@@ -9,7 +9,7 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
 The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -70,11 +70,16 @@ class LAQConfig:
         None  # LAQ trained with `language`: its codes are given, the rest is learned
     )
 
-    def __post_init__(self):
+    def resolved(self) -> "LAQConfig":
+        """With the image and patch size that `size` stands for, where none are given."""
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}; expected one of {', '.join(SIZES)}")
-        self.image_size = self.image_size or SIZES[self.size].image_size
-        self.patch_size = self.patch_size or SIZES[self.size].patch_size
+        size = SIZES[self.size]
+        return replace(
+            self,
+            image_size=size.image_size if self.image_size is None else self.image_size,
+            patch_size=size.patch_size if self.patch_size is None else self.patch_size,
+        )
 
 
 class Observed(NamedTuple):
@@ -119,7 +124,7 @@ class LAQ(nn.Module):
 
     def __init__(self, config: LAQConfig):
         super().__init__()
-        self.config = config
+        self.config = config = config.resolved()
         size = SIZES[config.size]
         weights = {
             "pixels": config.pixel_weight,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
 import train_laq
@@ -266,6 +267,15 @@ finally:
     assert "imported []" in process.stderr
     for flag in ("--delta", "--quantizer", "--data", "--output-dir", "--num-tokens"):
         assert flag in process.stdout
+
+
+def test_a_named_size_brings_its_frames_on_the_command_line():
+    def model(*flags):
+        return tyro.cli(train_laq.Args, args=flags).model.resolved()
+
+    assert (model().image_size, model().patch_size) == (64, 8)
+    base = model("--size", "base", "--patch-size", "16")
+    assert (base.image_size, base.patch_size) == (256, 16)
 
 
 @pytest.mark.slow
