@@ -106,7 +106,7 @@ def test_episodes_all_too_short_name_the_longest():
         clips_of(Counting([3, 5]))
 
 
-def test_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
+def test_d7_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
     class Broken(Counting):
         def read(self, episode, indices):
             raise ValueError("kitchen.mp4: cannot be decoded")
@@ -118,7 +118,7 @@ def test_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
 
 
 @pytest.mark.parametrize("num_episodes, val_fraction", [(2, 0.01), (2, 0.99), (11, 0.2), (100, 0.05)])
-def test_no_episode_is_in_both_splits_and_each_has_one(num_episodes, val_fraction):
+def test_d5_no_episode_is_in_both_splits_and_each_has_one(num_episodes, val_fraction):
     source = Counting([9] * num_episodes)
     train, val = split_episodes(source, val_fraction, seed=3)
     assert sorted([*train, *val]) == list(range(num_episodes))

@@ -67,6 +67,18 @@ def test_the_future_reaches_the_decoder_by_the_codes_alone():
     assert not torch.equal(model.encode(poisoned)[0], codes)
 
 
+def test_d16_the_encoding_of_a_frame_does_not_depend_on_the_frame_after_it():
+    model, frames = laq(), batch()["frames"]
+    poisoned = frames.clone()
+    poisoned[:, 1] = 255 - poisoned[:, 1]
+    encodings = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: encodings.append(output))
+    model.encode(frames)
+    model.encode(poisoned)
+    first, second = (encoded.unflatten(0, (-1, 2)).unbind(dim=1) for encoded in encodings)
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
 def test_a_scene_that_stays_has_one_code_whatever_it_shows():
     frames = batch(size=6)["frames"]
     frames[:, 1] = frames[:, 0]

@@ -209,6 +209,21 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
     assert list((tmp_path / "accumulated").rglob("events.out.tfevents.*"))
 
 
+def test_d12_gradients_are_clipped_when_the_optimizer_steps(tmp_path, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    norms, step = [], AcceleratedOptimizer.step
+
+    def observed_step(optimizer, *args):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        step(optimizer, *args)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", observed_step)
+    train(tmp_path, steps=3, grad_clip=1e-3)
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
 def test_a_resume_with_other_settings_names_them(tmp_path):
     train(tmp_path, steps=3)
     with pytest.raises(ValueError, match="batch_size was 4 and is 8; lr was 0.001 and is 0.01"):
