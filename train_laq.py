@@ -30,7 +30,7 @@ class Args:
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
     output_dir: Path = Path("outputs/laq")
-    steps: int = 1200  # optimizer steps
+    steps: int = 900  # optimizer steps
     batch_size: int = 32  # pairs per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
     lr: float = 1e-3  # highest learning rate
@@ -43,8 +43,8 @@ class Args:
     num_workers: int = 2  # loader processes per training process
 
     log_freq: int = 50  # [optimizer step]
-    eval_freq: int = 400  # [optimizer step]
-    save_freq: int = 400  # [optimizer step]
+    eval_freq: int = 300  # [optimizer step]
+    save_freq: int = 300  # [optimizer step]
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 
