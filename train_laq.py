@@ -108,9 +108,7 @@ def main(args: Args) -> None:
     if args.compile:
         for block in (module for module in laq.modules() if isinstance(module, Block)):
             block.compile()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(laq, args.weight_decay), lr=args.lr, fused=accelerator.device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(laq, args.weight_decay), lr=args.lr, fused=True)
     model, optimizer = accelerator.prepare(laq, optimizer)
     run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
     run.load(model, optimizer)

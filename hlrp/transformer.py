@@ -44,6 +44,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v of (b, heads, n, d): the fused kernel, or the plain products where they cost less."""
+    if q.device.type == "cpu" and k.shape[-2] <= 320:  # docs/experiments.md
+        return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions and normalised queries and keys.
 
@@ -62,7 +69,7 @@ class Attention(nn.Module):
         """x: (b, n, dim), angles: (n, dim / num_heads / 2), as `rotary_2d` gives them."""
         q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         q, k = rotate(norm(q), angles), rotate(norm(k), angles)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -104,9 +111,12 @@ class Transformer(nn.Module):
         self.register_buffer("angles", rotary_2d(grid, dim // num_heads), persistent=False)
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
-        x, angles = patches, self.angles
+        x, angles = (
+            patches.float(),
+            self.angles,
+        )  # the sums over blocks are of full precision under autocast too
         if prefix is not None:
-            x = torch.cat([prefix, x], dim=1)
+            x = torch.cat([prefix.float(), x], dim=1)
             angles = F.pad(angles, (0, 0, prefix.shape[1], 0))
         for block in self.blocks:
             x = block(x, angles)

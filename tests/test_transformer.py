@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hlrp.transformer import Attention, Transformer, patchify, rotary_2d, rotate, unpatchify
+from hlrp.transformer import Attention, Transformer, attend, patchify, rotary_2d, rotate, unpatchify
 
 
 def test_unpatchify_inverts_patchify_in_raster_order():
@@ -35,6 +35,13 @@ def test_attention_equals_its_definition():
     torch.testing.assert_close(
         attention(x, angles), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16))
     )
+
+
+@pytest.mark.parametrize("num_tokens", [64, 400])
+def test_both_ways_to_attend_are_one_function(num_tokens):
+    q, k, v = torch.randn(3, 2, 4, num_tokens, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_patch_influences_all_others_but_no_other_sample():
