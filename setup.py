@@ -34,7 +34,6 @@ setup(
             *simulation,
             "pytest>=8,<10",
             "pytest-cov>=5,<8",
-            "pytest-timeout>=2.3,<3",
             "ruff>=0.12,<1",
             "tensorboard>=2.17,<3",
             "vector-quantize-pytorch>=1.20,<2",
