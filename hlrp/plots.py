@@ -209,9 +209,9 @@ def picture(predictions: dict[str, Tensor]) -> Tensor:
     """Predicted pixels, or flow as colours: (b, c, h, w) in [0, 1]."""
     if "pixels" in predictions:
         return predictions["pixels"].float().cpu()
-    from torchvision.utils import flow_to_image
+    from hlrp.optical_flow import flow_to_rgb
 
-    return flow_to_image(predictions["flow"].float().cpu()) / 255
+    return flow_to_rgb(predictions["flow"].cpu()) / 255
 
 
 def candidates(sets: dict[str, Dataset], seed: int) -> tuple[dict, Tensor]:
