@@ -300,13 +300,13 @@ def test_default_codes_tell_the_actions_of_the_clean_world(tmp_path):
         {"image_size": 64, "codebook_size": 64, "quantizer": "fsq"},
         data=("world:clean",),
         val_samples=1024,
-        steps=2000,
+        steps=3000,
         batch_size=32,
         warmup_steps=100,
         num_workers=2,
         log_freq=100,
-        eval_freq=2000,
-        save_freq=2000,
+        eval_freq=3000,
+        save_freq=3000,
     )
     figures = report(tmp_path)["world-clean"]
     assert figures["action_r2"] >= 0.8
