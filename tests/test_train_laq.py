@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import tyro
@@ -122,7 +123,9 @@ def kill_until_done(command, output_dir, kills, seed):
             time.sleep(0.01)  # until it trains
         time.sleep(moments.uniform(0, 1.5))
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            launcher = psutil.Process(process.pid)  # the ranks below it have sessions of their own
+            for killed in [launcher, *launcher.children(recursive=True)]:
+                killed.kill()
         process.wait()
     subprocess.run(command, check=True)
 
