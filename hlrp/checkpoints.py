@@ -1,5 +1,6 @@
 """Checkpoint folders: config.json + model.safetensors, written whole or not at all, read strictly, no pickle."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -105,6 +106,13 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
         )
     for name, tensor in expected.items():
         tensor.copy_(loaded[name])
+
+
+def weights_hash(model: nn.Module, *facts) -> str:
+    """16 hex digits of the facts and the tensors, whatever the tensors' names and order."""
+    tensors = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
+    hashes = sorted(hashlib.sha256(tensor).hexdigest() for tensor in tensors)
+    return hashlib.sha256(repr((facts, hashes)).encode()).hexdigest()[:16]
 
 
 class Frozen(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained
+from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
 from hlrp.losses import masked_mean
 from hlrp.quantizers import QuantizerName, make_quantizer
 from hlrp.transformer import Transformer, patchify, unpatchify
@@ -83,10 +83,17 @@ class LAQConfig:
 
 
 class Observed(NamedTuple):
-    """What is known of a pair of frames."""
+    """What is known of frames."""
 
-    images: Tensor  # (b, 2, c, h, w), standardised
-    features: Tensor | None  # (b, 2, n, f)
+    images: Tensor  # (b, t, c, h, w), standardised
+    features: Tensor | None  # (b, t, n, f)
+
+
+class LatentActions(NamedTuple):
+    """Latent actions as the next stage learns them."""
+
+    vectors: Tensor  # (..., num_tokens, e): in the e dimensions of the quantizer, see `LAQ.expand`
+    indices: Tensor | None  # int64 (..., m), None if continuous
 
 
 def standardise(frames: Tensor) -> Tensor:
@@ -186,7 +193,8 @@ class LAQ(nn.Module):
         action_weight is set; task (list of b) where language is; step (optimizer step, for the flow's warm-up)."""
         frames = batch["frames"]
         observed = self.observe(frames)
-        codes, indices, quantizer_loss = self.quantizer(self.latents(observed))
+        first, second = self.embed(observed).unbind(1)
+        codes, _, quantizer_loss = self.quantizer(self.latents(first, second))
         predictions = self.decoder(self.inputs(observed), codes, self.context(frames, batch.get("task")))
         targets = self.targets(observed, frames)
 
@@ -209,51 +217,86 @@ class LAQ(nn.Module):
 
         m is num_tokens, times the levels of a residual quantizer. Deterministic in evaluation mode.
         """
-        codes, indices, _ = self.quantizer(self.latents(self.observe(frames)))
-        return codes.float(), None if indices is None else indices.flatten(1)
+        actions = self.label(frames)
+        return self.expand(actions.vectors[:, 0]), None if actions.indices is None else actions.indices[:, 0]
 
     @torch.no_grad()
-    def decode(self, first: Tensor, codes: Tensor, task: list[str] | None = None) -> dict[str, Tensor]:
+    def label(self, frames: Tensor) -> LatentActions:
+        """frames uint8 (b, t, c, h, w), delta apart -> the latent actions (b, t - 1, ...) between them.
+
+        Encoder and quantizer alone, and each frame once.
+        """
+        encoded = self.embed(self.observe(frames))
+        actions = self.between(encoded[:, :-1].flatten(0, 1), encoded[:, 1:].flatten(0, 1))
+        return LatentActions(*(x if x is None else x.unflatten(0, (len(frames), -1)) for x in actions))
+
+    @torch.no_grad()
+    def between(self, first: Tensor, second: Tensor) -> LatentActions:
+        """The latent actions (b, ...) between embedded frames (b, n, d)."""
+        vectors, indices, _ = self.quantizer.quantize(self.latents(first, second))
+        return LatentActions(vectors, None if indices is None else indices.flatten(1))
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., num_tokens, e), as `label` gives them -> codes (..., num_tokens, d), as `decode` reads them."""
+        return self.quantizer.expand(vectors)
+
+    @torch.no_grad()
+    def decode(
+        self, first: Tensor, codes: Tensor, task: list[str] | None = None, second: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """first uint8 (b, c, h, w), codes (b, num_tokens, d) -> the predicted second frame by target:
-        pixels (b, c, h, w) in [0, 1], features (b, n, f), flow (b, 2, h, w) [pixel]."""
-        frames = torch.stack([first, first], dim=1)  # a latent of the pair itself is not needed
+        pixels (b, c, h, w) in [0, 1], features (b, n, f), flow (b, 2, h, w) [pixel].
+
+        second: the frame that gives the task-irrelevant codes of a LAQ that has them; by default these say
+        that nothing changes. No other LAQ looks at it.
+        """
+        frames = torch.stack([first, first if second is None else second], dim=1)
         observed = self.observe(frames)
         predictions = self.decoder(self.inputs(observed), codes, self.context(frames, task))
         return {name: self.picture(name, predictions[name], observed) for name in self.weights}
 
     @torch.no_grad()
     def errors(
-        self, frames: Tensor, codes: Tensor | None, task: list[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Mean squared error (b,) of each target; codes None: of the copy-frame prediction."""
+        self, frames: Tensor, variants: list[Tensor | None], task: list[str] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Mean squared error (b,) of each target with each of the variants of the codes; None: of the copied frame."""
         observed = self.observe(frames)
-        targets = self.targets(observed, frames)
-        if codes is None:
-            predictions = {name: torch.zeros_like(target) for name, target in targets.items()}
-        else:
-            predictions = self.decoder(self.inputs(observed), codes, self.context(frames, task))
-        return {name: (predictions[name] - targets[name]).square().flatten(1).mean(1) for name in targets}
+        targets, inputs, context = (
+            self.targets(observed, frames),
+            self.inputs(observed),
+            self.context(frames, task),
+        )
+        nothing = {name: torch.zeros_like(target) for name, target in targets.items()}
+        errors = []
+        for codes in variants:
+            predictions = nothing if codes is None else self.decoder(inputs, codes, context)
+            squares = {name: (predictions[name] - targets[name]).square() for name in targets}
+            errors.append({name: square.flatten(1).mean(1) for name, square in squares.items()})
+        return errors
 
     def observe(self, frames: Tensor) -> Observed:
-        expected = (2, 3, self.config.image_size, self.config.image_size)
-        if frames.shape[1:] != expected or frames.dtype != torch.uint8:
+        expected = (3, self.config.image_size, self.config.image_size)
+        if frames.ndim != 5 or frames.shape[2:] != expected or frames.dtype != torch.uint8:
             raise ValueError(
-                f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, {expected})"
+                f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, t, {expected})"
             )
         features = None
         if self.features is not None:
             features = self.features(rearrange(frames, "b t c h w -> (b t) c h w"))
-            features = rearrange(features, "(b t) n f -> b t n f", t=2)
+            features = rearrange(features, "(b t) n f -> b t n f", b=len(frames))
         return Observed(standardise(frames), features)
 
-    def latents(self, observed: Observed) -> Tensor:
-        """The change between the two frames, before quantisation: (b, num_tokens, d)."""
+    def embed(self, observed: Observed) -> Tensor:
+        """Each frame alone: (b, t, n, d)."""
         if self.config.encoder == "features":
             patches = rearrange(observed.features, "b t n f -> (b t) n f")
         else:
             patches = patchify(rearrange(observed.images, "b t c h w -> (b t) c h w"), self.patch_size)
-        encoded = self.encoder(self.from_input(patches))  # each frame once
-        first, second = rearrange(encoded, "(b t) n d -> t b n d", t=2)
+        encoded = self.encoder(self.from_input(patches))
+        return rearrange(encoded, "(b t) n d -> b t n d", b=len(observed.images))
+
+    def latents(self, first: Tensor, second: Tensor) -> Tensor:
+        """The change between two embedded frames (b, n, d), before quantisation: (b, num_tokens, d)."""
         change = self.no_change + self.to_change(second - first)
         queries = self.queries.expand(len(change), -1, -1)  # n d -> b n d
         return self.change(change, prefix=queries)[:, : self.config.num_tokens]
@@ -352,8 +395,21 @@ class LAQ(nn.Module):
         return model.eval()
 
     def fingerprints(self) -> dict[str, str]:
-        frozen = {"features": self.features, "language": self.text_encoder}
+        """Hashes of the frozen parts, which no checkpoint holds."""
+        frozen = {
+            "features": self.features,
+            "language": self.text_encoder,
+            "task_irrelevant": self.irrelevant,
+        }
         return {name: wrapper.module.fingerprint for name, wrapper in frozen.items() if wrapper is not None}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what its latent actions follow from, wherever its parts lie."""
+        config = asdict(self.config)
+        for place in ("features", "language", "task_irrelevant", "flow_teacher"):
+            del config[place]
+        return weights_hash(self, config, self.fingerprints())
 
 
 def check(config: LAQConfig, weights: dict[str, float]) -> None:

@@ -157,7 +157,8 @@ def save_grids(laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int, seed
 
     def decode(samples: list[int], codes_of: list[int]) -> dict[str, Tensor]:
         """The codes of some samples, applied to the first frames of others."""
-        return laq.decode(frames[samples, 0].to(device), codes[codes_of], [tasks[i] for i in samples])
+        first, second = frames[samples].to(device).unbind(1)
+        return laq.decode(first, codes[codes_of], [tasks[i] for i in samples], second)
 
     chosen = moving(frames, source, batch["episode"])[: NUM_ROWS + NUM_ANCHORS]
     rows, anchors = chosen[:NUM_ROWS], chosen[-NUM_ANCHORS:]

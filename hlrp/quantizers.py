@@ -92,16 +92,29 @@ class Bottleneck(nn.Module):
         self.from_code = nn.Linear(quantizer.dim, dim)
 
     def forward(self, z: Tensor) -> Quantized:  # b n dim
+        vectors, indices, loss = self.quantize(z)
+        return Quantized(self.expand(vectors), indices, loss)
+
+    def quantize(self, z: Tensor) -> Quantized:
+        """As `forward`, but the codes are vectors (b, n, e) of the quantizer's own dimensions."""
         with torch.autocast(z.device.type, enabled=False):
-            codes, indices, loss = self.quantizer(self.norm(self.to_code(z.float())))
-            return Quantized(self.from_code(codes), indices, loss)
+            return self.quantizer(self.norm(self.to_code(z.float())))
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """The codes (..., n, dim) of vectors (..., n, e)."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self.from_code(vectors.float())
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes (b, n, dim) that these indices stand for; ValueError where codes are continuous."""
+        return self.expand(self.lookup(indices))
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """The vectors (b, n, e) that these indices stand for; ValueError where codes are continuous."""
         if self.codebook_size is None:
             raise ValueError(f"codes of {type(self.quantizer).__name__} are continuous and have no indices")
         with torch.autocast(indices.device.type, enabled=False):
-            return self.from_code(self.quantizer.decode(indices))
+            return self.quantizer.decode(indices)
 
 
 class FSQ(nn.Module):

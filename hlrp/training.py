@@ -1,6 +1,7 @@
 """A run: its folder, its learning rate, its log, its checkpoints, and the ways in which it ends.
 
 OUTPUT_DIR/
+    run.lock                            held while a process trains in this folder
     run.json                            settings, versions, git state, state of the run
     metrics.jsonl                       every logged scalar, one line a step and split
     checkpoints/<step:06d>/pretrained_model    the model (config.json + model.safetensors)
@@ -11,6 +12,8 @@ A run is a function of (settings, step): nothing random is carried from step to 
 the weights and the optimizer's state, and continues to the bit.
 """
 
+import ctypes
+import fcntl
 import json
 import math
 import os
@@ -77,6 +80,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def keep_freed_memory() -> None:
+    """Makes glibc reuse large freed blocks, which it would give back to the system and get again page by page."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Makes torch's random numbers a function of (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
@@ -116,11 +128,15 @@ class Run:
         self.accelerator, self.output_dir = accelerator, output_dir
         if accelerator.device.type == "cpu":  # accelerate launch leaves one thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+            keep_freed_memory()
         self.settings = settings | {"num_processes": accelerator.num_processes}
         self.steps, self.seed = settings["steps"], settings["seed"]
         self.check_freq = (
             1 if accelerator.device.type == "cpu" else 10
         )  # what waits for the device [optimizer step]
+        if accelerator.is_main_process:
+            self.lock = lock(output_dir)
+        accelerator.wait_for_everyone()
         self.checkpoint = last_checkpoint(output_dir)
         record = output_dir / "run.json"
         self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
@@ -136,7 +152,6 @@ class Run:
         self.restart_clock()
         self.bar = None
         if accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
             self.start_log(fingerprint)
         accelerator.wait_for_everyone()
 
@@ -333,6 +348,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_json(self.output_dir / "run.json", self.record | {"state": state, "step": self.step})
             self.metrics.close()
+            self.lock.close()
             if self.bar is not None:
                 self.bar.close()
         self.accelerator.end_training()
@@ -341,6 +357,21 @@ class Run:
         """One line above the progress bar, from the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
+
+
+def lock(output_dir: Path):
+    """Makes the folder and holds it for as long as this process lives. Raises ValueError where another one does."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / "run.lock").open("a")
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # of the process: a loader's worker does not inherit it
+    except BlockingIOError:
+        raise ValueError(
+            f"a process that is alive trains in output_dir={output_dir}; give another one"
+        ) from None
+    return file
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -153,7 +153,7 @@ def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: i
     for place, batch in share.batches(dataset):
         true = codes[place]
         variants = [None, true, torch.zeros_like(true), codes[across[place]], codes[within[place]]]
-        errors = [laq.errors(batch["frames"], variant, batch["task"]) for variant in variants]
+        errors = laq.errors(batch["frames"], variants, batch["task"])
         targets = list(errors[0])
         errors = torch.stack([torch.stack([by_target[t] for t in targets]) for by_target in errors]).double()
         paired = errors[[1, 4]] * ~alone[place]  # true and shuffled, where the episode has another pair

@@ -41,7 +41,7 @@ class Model(nn.Module):
         indices = frames[:, 1, 0, 10, :20].int().argmax(dim=1, keepdim=True).repeat(1, 2)
         return indices[..., None].float(), None if self.is_continuous else indices
 
-    def decode(self, first, codes, task):
+    def decode(self, first, codes, task, second):
         assert not self.training
         assert len(first) == len(codes) == len(task)
         self.decoded.append((first, codes))

@@ -161,11 +161,15 @@ def test_a_signal_saves_and_asks_for_the_same_command_again(number, whole, tmp_p
     assert steps == [2, 4, 6, 8, 10, 12, 12]
 
 
-def test_a_warning_to_all_processes_of_a_job_stops_it_in_order(tmp_path):
+def test_a_warning_to_all_processes_of_a_job_stops_it_in_order_and_until_then_nobody_else_trains_there(
+    tmp_path,
+):
     running = subprocess.Popen(command(tmp_path, steps=2000, num_workers=2), start_new_session=True)
     while not (tmp_path / "checkpoints/last").exists():
         assert running.poll() is None
         time.sleep(0.05)
+    with pytest.raises(ValueError, match="a process that is alive trains in"):
+        train(tmp_path, steps=2000)
     os.killpg(running.pid, signal.SIGTERM)
     assert running.wait(timeout=60) == 75
     saved = (tmp_path / "checkpoints/last").readlink()

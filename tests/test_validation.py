@@ -50,11 +50,10 @@ class Oracle(nn.Module):
         indices = codes[:, :, 0].round().long() + 8
         return codes, None if self.continuous else indices % self.num_codes
 
-    def errors(self, frames, codes, task):
+    def errors(self, frames, variants, task):
         first, second = frames.float().unbind(1)
-        change = 0 if codes is None else codes[..., None] if self.listens else 1
-        pred = first + change
-        return {"pixels": (pred - second).square().flatten(1).mean(dim=1)}
+        changes = [0 if codes is None else codes[..., None] if self.listens else 1 for codes in variants]
+        return [{"pixels": (first + x - second).square().flatten(1).mean(dim=1)} for x in changes]
 
 
 SET, FIT = Brightening(0, num_episodes=12), Brightening(100, num_episodes=12)

@@ -28,11 +28,11 @@ published, not in each attention, and from the 225 distinct displacements instea
 cost that does not grow with the batch and would at 4 pairs weigh 16 times what it does at the published 64.
 
 glibc gives large freed blocks back to the system and gets them again page by page, a cost that varies twofold here
-from minute to minute. The run asks it to keep them, for both sides (`mallopt`); --system-malloc measures without.
+from minute to minute. `train_laq.py` asks it to keep them, and so does the run, for both sides; --system-malloc
+measures without.
 """
 
 import argparse
-import ctypes
 import re
 import statistics
 import sys
@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hlrp.laq import LAQ, SIZES, LAQConfig
-from hlrp.training import parameter_groups
+from hlrp.training import keep_freed_memory, parameter_groups
 from hlrp.transformer import Attention
 
 SIZE = SIZES["base"]
@@ -260,13 +260,6 @@ def step_times(model: nn.Module, optimizer, batch: dict, bf16: bool) -> tuple[fl
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return middle - start, time.process_time() - middle
-
-
-def keep_freed_memory() -> None:
-    """glibc reuses large freed blocks instead of unmapping them."""
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    assert libc.mallopt(m_mmap_threshold, 2**30) and libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def main() -> int:
