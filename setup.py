@@ -19,7 +19,8 @@ setup(
         "torch>=2.7,<2.12",  # LeRobot's cap
         "torchvision>=0.22,<0.27",
         "lerobot[training]>=0.6.1,<0.7",  # accelerate, datasets, av, torchcodec, wandb, pyarrow come with it
-        "transformers>=5.4,<6",
+        "transformers>=5.18,<6",  # earlier ones fail in SmolVLM under bf16 autocast
+        "peft>=0.18,<1",
         "tyro>=1.0,<2",
         "webdataset>=1.0,<2",
         "einops>=0.8,<0.9",

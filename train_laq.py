@@ -33,7 +33,7 @@ class Args:
     steps: int = 900  # optimizer steps
     batch_size: int = 32  # pairs per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
-    lr: float = 1e-3  # highest learning rate
+    lr: float = 1e-3  # highest learning rate; 3e-4 or less suits the larger sizes
     warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
     weight_decay: float = 0.05
     grad_clip: float = 1.0  # largest gradient norm
@@ -62,11 +62,11 @@ def main(args: Args) -> None:
     )
     from hlrp.plots import save_grids
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, cosine_lr, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
-    check(args)
+    check_loop(args)
     args.model = args.model.resolved()
     precision = args.mixed_precision
     if precision == "auto":
@@ -104,11 +104,12 @@ def main(args: Args) -> None:
         args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
     laq = LAQ(args.model)
     if args.model.action_weight:
-        laq.set_action_statistics([action_statistics(clips) for clips in train_clips])
+        laq.to_action.set_statistics([action_statistics(clips) for clips in train_clips])
     if args.compile:
         for block in (module for module in laq.modules() if isinstance(module, Block)):
             block.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(laq, args.weight_decay), lr=args.lr, fused=True)
+    groups = parameter_groups(laq, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     model, optimizer = accelerator.prepare(laq, optimizer)
     run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
     run.load(model, optimizer)
@@ -161,30 +162,6 @@ def main(args: Args) -> None:
     run.print(summary(args.output_dir, run.report))
 
 
-def check(args: Args) -> None:
-    """Raises ValueError for settings that no run can have."""
-    for name in (
-        "steps",
-        "batch_size",
-        "grad_accumulation",
-        "log_freq",
-        "eval_freq",
-        "save_freq",
-        "val_samples",
-    ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
-    for name in ("lr", "grad_clip"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
-    if not 0 <= args.label_fraction <= 1:
-        raise ValueError(f"label_fraction={args.label_fraction}; expected 0 to 1")
-    if not 0 <= args.warmup_steps <= args.steps:
-        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
-    if not args.data:
-        raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
-
-
 def settings(args: Args) -> dict:
     """The settings by the names of their flags, as plain values."""
     values = asdict(args)
@@ -208,9 +185,7 @@ def summary(output_dir: Path, report: dict) -> str:
                 f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "
                 f"(random codes {figures['action_r2_random']:.2f})"
             )
-    lines.append(
-        f"next           python -c \"from hlrp.laq import LAQ; print(LAQ.from_pretrained('{folder}').config)\""
-    )
+    lines.append(f"next           accelerate launch train_vla.py --laq {folder}")
     return "\n".join(lines)
 
 

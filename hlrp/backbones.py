@@ -1,16 +1,16 @@
 """Frozen pretrained features of frames (FrozenEncoder) and instructions (TextEncoder), by transformers.
 
 Each takes a hub id or a local folder, reads safetensors weights only, and raises ValueError where a tensor is
-missing, unexpected or misshapen: no weight is ever random. No other module imports transformers.
+missing, unexpected or misshapen: no weight is ever random. No module but this and vlm imports transformers.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hlrp.checkpoints import weights_hash
 from hlrp.transformer import patchify
 
 
@@ -73,10 +73,7 @@ class FrozenEncoder(nn.Module):
         self.grid = (self.image_size // self.patch_size,) * 2
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0) if is_dino else 0  # CLS, registers
 
-        interpolations = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
-        if processor.resample not in interpolations:
-            raise ValueError(f"{name}: resample={processor.resample}; expected one of {interpolations}")
-        self.interpolation, self.scale = interpolations[processor.resample], processor.rescale_factor
+        self.interpolation, self.scale = interpolation_of(name, processor), processor.rescale_factor
         self.mean, self.std = list(processor.image_mean), list(processor.image_std)
 
         self.model = model.eval().requires_grad_(False)
@@ -104,12 +101,7 @@ class FrozenEncoder(nn.Module):
 
         What transformers' processor gives for the whole frame, but for its rounding in the resize.
         """
-        pixels = frames.float()
-        for size in ((frames.shape[-2], self.image_size), (self.image_size, self.image_size)):
-            pixels = F.interpolate(pixels, size, mode=self.interpolation, antialias=True)
-            pixels = pixels.clamp(0, 255)  # bicubic overshoots, which PIL cuts off along each axis
-        channels = zip((pixels * self.scale).unbind(dim=1), self.mean, self.std, strict=True)
-        return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        return to_pixels(frames, self.image_size, self.interpolation, self.scale, self.mean, self.std)
 
 
 class TextEncoder(nn.Module):
@@ -156,6 +148,28 @@ class TextEncoder(nn.Module):
         return features[indices], mask[indices].bool()
 
 
+def interpolation_of(name: str, processor) -> str:
+    """The mode of F.interpolate that stands for the resample of `name`'s image processor."""
+    # By PIL's numbers. 1 is Lanczos, for which transformers takes bicubic on a GPU as well.
+    modes = {1: "bicubic", 2: "bilinear", 3: "bicubic"}
+    if processor.resample not in modes:
+        raise ValueError(f"{name}: resample={processor.resample}; expected one of {modes}")
+    return modes[processor.resample]
+
+
+def to_pixels(
+    frames: Tensor, size: int, interpolation: str, scale: float, mean: list[float], std: list[float]
+) -> Tensor:
+    """frames uint8 (b, c, h, w) -> float32 (b, c, size, size), resized with antialias, scaled and normalised."""
+    pixels = frames.float()
+    for shape in ((frames.shape[-2], size), (size, size)):
+        if pixels.shape[-2:] != shape:
+            pixels = F.interpolate(pixels, shape, mode=interpolation, antialias=True)
+            pixels = pixels.clamp(0, 255)  # bicubic overshoots, which PIL cuts off along each axis
+    channels = zip((pixels * scale).unbind(dim=1), mean, std, strict=True)
+    return torch.stack([(channel - m) / s for channel, m, s in channels], dim=1)
+
+
 def load(name: str, families: dict[str, Family]):
     """The float32 model and the config of a hub id or folder. Raises ValueError naming what does not fit."""
     import transformers
@@ -187,13 +201,7 @@ def read(auto, name: str, **options):
     try:
         return auto.from_pretrained(name, **options)
     except OSError as error:
-        fits = "a hub id such as facebook/dinov2-base or google-t5/t5-base, or a folder with"
+        examples = "facebook/dinov2-base, google-t5/t5-base or HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
         files = "config.json, model.safetensors and the config of its processor or tokenizer"
-        raise ValueError(f"cannot read {name!r}: {error}\nExpected {fits} {files}") from error
-
-
-def weights_hash(model: nn.Module, *facts) -> str:
-    """16 hex digits of the facts and the tensors, whatever the tensors' names and order."""
-    tensors = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
-    hashes = sorted(hashlib.sha256(tensor).hexdigest() for tensor in tensors)
-    return hashlib.sha256(repr((facts, hashes)).encode()).hexdigest()[:16]
+        fits = f"a hub id such as {examples}, or a folder with {files}"
+        raise ValueError(f"cannot read {name!r}: {error}\nExpected {fits}") from error

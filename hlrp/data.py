@@ -15,7 +15,8 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
 Constructors index, and decode nothing; decoders open at the first read, in the process that reads.
 
 A sample is a flat dict of one clip, the frames of one episode at stated times in seconds, from t = 0 on:
-    frames uint8 (t, c, h, w), fitted to a square; task, dataset str; source, episode, index int (frame of
+    frames uint8 (t, c, h, w), fitted to a square; images uint8 (v, c, h, w), the view at t = 0 that a policy sees,
+    in its own size, where it is asked for; task, dataset str; source, episode, index int (frame of
     t = 0); fps float; state float32 (s,) at t = 0; action float32 (chunk, a) from t = 0 up to, not including,
     the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so.
@@ -73,12 +74,15 @@ class Clips(Dataset):
         image_size: int = 224,
         source_index: int = 0,
         labelled_episodes: Sequence[int] | None = None,
+        input_size: int | None = None,
     ):
-        """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding."""
+        """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
+        input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel]."""
         times = np.asarray(times, dtype=np.float64)
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
+        self.input_size = input_size
         self.episodes = np.asarray(episodes, dtype=np.int64)
         self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
         fps = source.fps[self.episodes]
@@ -141,7 +145,8 @@ class Clips(Dataset):
         except ValueError as error:
             raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
 
-        frames, task = fit(read.pop("frames"), self.image_size), read.pop("task")
+        native, task = read.pop("frames"), read.pop("task")
+        frames = fit(native, self.image_size)
         state = read.pop("state", None)
         for i, start in enumerate(starts):
             sample = {
@@ -153,6 +158,8 @@ class Clips(Dataset):
                 "index": int(start),
                 "fps": float(source.fps[episode]),
             }
+            if self.input_size is not None:
+                sample["images"] = fit(native[position[i, :1]], self.input_size)
             if source.state_dim:
                 sample["state"] = state[position[i, 0]]
             if is_labelled:
@@ -190,6 +197,8 @@ class Mixture(Dataset):
     def __init__(self, clips: Sequence[Clips], weights: Sequence[float] | None = None, seed: int = 0):
         """weights: how often each source is drawn, whatever its size, relative to their sum; else equal."""
         self.clips, self.seed = list(clips), seed
+        if not self.clips:
+            raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
         weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, dtype=np.float64)
         names = [c.source.name for c in self.clips]
         if len(set(names)) < len(names):
@@ -215,6 +224,7 @@ class Mixture(Dataset):
                 c.labelled_episodes.tolist(),
                 c.times.tolist(),
                 c.image_size,
+                c.input_size,
                 count,
             )
             for c, count in zip(self.clips, self.counts, strict=True)

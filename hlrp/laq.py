@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
-from hlrp.losses import masked_mean
+from hlrp.losses import ActionReadout
 from hlrp.quantizers import QuantizerName, make_quantizer
 from hlrp.transformer import Transformer, patchify, unpatchify
 
@@ -104,7 +104,8 @@ def standardise(frames: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """The first frame, codes and further context -> one prediction a patch and target, "nothing changes" at first.
 
-    The codes are added to every patch (as in Genie, Sec. 2.1); context tokens stand before the patches.
+    The codes scale and shift what every block reads (FiLM, Perez et al. 2017, arXiv:1709.07871; in a transformer:
+    Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2). Context tokens stand before the patches.
     """
 
     def __init__(
@@ -112,6 +113,9 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.from_codes = nn.Linear(num_tokens * size.dim, size.dim)
+        self.to_modulations = nn.ModuleList(
+            nn.Linear(size.dim, 4 * size.dim, bias=False) for _ in range(size.decoder_depth)
+        )
         self.from_inputs = nn.ModuleDict({name: nn.Linear(dim, size.dim) for name, dim in inputs.items()})
         self.transformer = Transformer(size.dim, size.decoder_depth, size.num_heads, grid)
         self.to_outputs = nn.ModuleDict({name: nn.Linear(size.dim, dim) for name, dim in outputs.items()})
@@ -121,8 +125,10 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
         patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
-        patches = patches + self.from_codes(codes.flatten(1))[:, None]
-        hidden = self.transformer(patches, prefix=context)[:, -patches.shape[1] :]
+        condition = self.from_codes(codes.flatten(1))
+        modulations = [layer(condition)[:, None] for layer in self.to_modulations]  # b 1 4d
+        patches = patches + condition[:, None]
+        hidden = self.transformer(patches, context, modulations)[:, -patches.shape[1] :]
         return {name: head(hidden).float() for name, head in self.to_outputs.items()}
 
 
@@ -176,9 +182,7 @@ class LAQ(nn.Module):
 
         if config.action_weight:
             latent_dim = config.num_tokens * size.dim
-            self.to_action = nn.Parameter(torch.zeros(config.action_sources, latent_dim, config.action_dim))
-            self.register_buffer("action_mean", torch.zeros(config.action_sources, config.action_dim))
-            self.register_buffer("action_std", torch.ones(config.action_sources, config.action_dim))
+            self.to_action = ActionReadout(latent_dim, config.action_sources, config.action_dim)
         if config.language:
             from hlrp.backbones import TextEncoder
 
@@ -206,7 +210,7 @@ class LAQ(nn.Module):
             loss = loss + weight * term
             metrics[f"{name}_loss"] = term.detach()
         if self.config.action_weight:
-            term = self.action_loss(codes, batch)
+            term = self.to_action.loss(codes.flatten(1), batch)
             loss = loss + self.config.action_weight * term
             metrics["action_loss"] = term.detach()
         return loss, metrics
@@ -355,21 +359,6 @@ class LAQ(nn.Module):
         if name == "flow":
             return picture * self.patch_size
         return ((observed.images[:, 0] + picture) * 0.25 + 0.5).clamp(0, 1)
-
-    def action_loss(self, codes: Tensor, batch: dict) -> Tensor:
-        """Squared error of the mean action over the pair's time span, over the labelled samples alone."""
-        taken = ~batch["action_is_pad"]  # b chunk
-        mean = (batch["action"] * taken[..., None]).sum(1) / taken.sum(1, keepdim=True).clamp(min=1)
-        source = batch["source"]
-        target = (mean - self.action_mean[source]) / self.action_std[source]
-        predicted = torch.einsum("bd,bda->ba", codes.flatten(1).float(), self.to_action[source])
-        return masked_mean((predicted - target).square().mean(-1), taken.any(1))
-
-    def set_action_statistics(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
-        """Mean and standard deviation (a,) of each source's actions, which the action loss is scaled by."""
-        for source, (mean, std) in enumerate(statistics):
-            self.action_mean[source, : len(mean)] = mean
-            self.action_std[source, : len(std)] = std
 
     def save_pretrained(self, folder: Path, **provenance) -> None:
         """config.json + model.safetensors; `provenance` (data, report, step) goes into the config."""

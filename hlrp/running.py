@@ -26,6 +26,10 @@ class RunningNorm(nn.Module):
             self.follow(x.detach())
         return (x - self.mean) * (self.variance + 1e-6).rsqrt()
 
+    def inverse(self, x: Tensor) -> Tensor:
+        """What `forward` made x from, in evaluation mode."""
+        return x * (self.variance + 1e-6).sqrt() + self.mean
+
     @torch.no_grad()
     def follow(self, x: Tensor):
         count = x.new_tensor(len(x)).expand(x.shape[1:])

@@ -58,6 +58,21 @@ FREE = {  # settings that may change between a start and a resume: the weights d
 }
 
 
+def check_loop(args) -> None:
+    """Raises ValueError for settings of a training script that no run can have."""
+    counts = "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split()
+    for name in counts:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
+    for name in ("lr", "grad_clip"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
+    if not 0 <= args.label_fraction <= 1:
+        raise ValueError(f"label_fraction={args.label_fraction}; expected 0 to 1")
+    if not 0 <= args.warmup_steps <= args.steps:
+        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
+
+
 def cosine_lr(step: int, lr: float, warmup_steps: int, steps: int, final_ratio: float = 0.1) -> float:
     """Learning rate of optimizer step `step` (from 0): linear from lr / warmup_steps, then cosine to a tenth."""
     if step < warmup_steps:
@@ -217,22 +232,30 @@ class Run:
         The time that the training waits for data is measured here.
         """
         iterator, accumulation = iter(loader), self.accelerator.gradient_accumulation_steps
-        micro_step = self.step * accumulation
         while self.step < self.steps:
             before = time.monotonic()
-            batch = next(iterator)
+            batches = [next(iterator) for _ in range(accumulation)]
             self.waited += time.monotonic() - before
-            self.seen.setdefault(self.step + 1, []).extend(
-                zip(batch["dataset"], batch["episode"].tolist(), strict=True)
-            )
-            self.samples += len(batch["dataset"])
-            batch = {
-                k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
-                for k, v in batch.items()
-            }
-            seed_step(self.seed, micro_step, self.accelerator.process_index)
-            micro_step += 1
-            yield batch | {"step": self.step}
+            labelled = self.share_of_labelled(batches)
+            for i, batch in enumerate(batches):
+                self.seen.setdefault(self.step + 1, []).extend(
+                    zip(batch["dataset"], batch["episode"].tolist(), strict=True)
+                )
+                self.samples += len(batch["dataset"])
+                batch = {
+                    k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
+                    for k, v in batch.items()
+                }
+                seed_step(self.seed, self.step * accumulation + i, self.accelerator.process_index)
+                yield batch | labelled | {"step": self.step}
+
+    def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
+        """How many samples of an optimizer step have actions, on all ranks, for each of its batches."""
+        if "action_is_pad" not in batches[0]:
+            return {}
+        count = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
+        count = count.to(self.accelerator.device, torch.float32)
+        return {"num_labelled": self.accelerator.reduce(count, "mean") / len(batches)}
 
     def advance(self, loss: Tensor, grad_norm: Tensor) -> int:
         """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or

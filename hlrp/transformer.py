@@ -87,22 +87,28 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, whose two halves may read their input scaled and shifted."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.attention = Attention(dim, num_heads)
         self.feed_forward = FeedForward(dim)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = x + self.attention(norm(x), angles)
-        return x + self.feed_forward(norm(x))
+    def forward(self, x: Tensor, angles: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """x: (b, n, d); modulation: (b, 1, 4 d), scales and shifts, zeros change nothing."""
+        if modulation is None:
+            x = x + self.attention(norm(x), angles)
+            return x + self.feed_forward(norm(x))
+        first, second, shift, other_shift = modulation.chunk(4, dim=-1)
+        x = x + self.attention(norm(x) * (1 + first) + shift, angles)
+        return x + self.feed_forward(norm(x) * (1 + second) + other_shift)
 
 
 class Transformer(nn.Module):
     """`depth` blocks over the patches of a grid, behind optional prefix tokens without a position.
 
     forward(patches (b, n, d), prefix (b, m, d) | None) -> (b, m + n, d). The prefix stands at the angle zero.
+    modulations: of each block, as `Block` takes it.
     """
 
     def __init__(self, dim: int, depth: int, num_heads: int, grid: tuple[int, int]):
@@ -110,7 +116,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.register_buffer("angles", rotary_2d(grid, dim // num_heads), persistent=False)
 
-    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+    def forward(
+        self, patches: Tensor, prefix: Tensor | None = None, modulations: list[Tensor] | None = None
+    ) -> Tensor:
         x, angles = (
             patches.float(),
             self.angles,
@@ -118,6 +126,6 @@ class Transformer(nn.Module):
         if prefix is not None:
             x = torch.cat([prefix.float(), x], dim=1)
             angles = F.pad(angles, (0, 0, prefix.shape[1], 0))
-        for block in self.blocks:
-            x = block(x, angles)
+        for i, block in enumerate(self.blocks):
+            x = block(x, angles, None if modulations is None else modulations[i])
         return norm(x)

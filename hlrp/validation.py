@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hlrp.data import collate
 from hlrp.laq import LAQ
+from hlrp.losses import mean_action
 from hlrp.metrics import code_health, gather
 from hlrp.probes import MIN_EPISODES, code_features, one_hot_features, probe_r2
 
@@ -117,10 +118,7 @@ def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> Latents:
     for _, batch in share.batches(dataset):
         actions = has_action = None
         if "action" in batch:
-            taken = ~batch["action_is_pad"]  # b chunk
-            has_action = taken.any(dim=1)
-            actions = (batch["action"].double() * taken[..., None]).sum(dim=1)  # b a
-            actions = actions / taken.sum(dim=1, keepdim=True).clamp(min=1)
+            actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
         parts.append(Latents(*laq.encode(batch["frames"]), batch["episode"], actions, has_action))
     columns = zip(*parts, strict=True)
     return Latents(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))

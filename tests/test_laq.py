@@ -113,7 +113,7 @@ def test_d13_every_loss_term_moves_parameters(target, features_folder):
     )
     actions = {"action": torch.randn(4, 5, 3), "action_is_pad": torch.zeros(4, 5, dtype=torch.bool)}
     if target == "action_weight":
-        torch.nn.init.normal_(model.to_action)
+        torch.nn.init.normal_(model.to_action.weight)
     loss, metrics = model(batch() | actions | {"source": torch.tensor([0, 1, 0, 1])})
     loss.backward()
     assert (
@@ -137,16 +137,16 @@ def test_the_flow_weight_grows_with_the_step():
 
 def test_unlabelled_samples_do_not_touch_the_action_loss():
     model = laq(action_weight=1.0, action_dim=3, action_sources=1)
-    torch.nn.init.normal_(model.to_action)
+    torch.nn.init.normal_(model.to_action.weight)
     codes = torch.randn(4, 2, 128)
     action, is_pad = torch.randn(4, 5, 3), torch.zeros(4, 5, dtype=torch.bool)
     labelled = {"action": action[:2], "action_is_pad": is_pad[:2], "source": torch.zeros(2, dtype=torch.long)}
-    expected = model.action_loss(codes[:2], labelled)
+    expected = model.to_action.loss(codes[:2].flatten(1), labelled)
     is_pad[2:], action[2:] = True, 1e30
     mixed = {"action": action, "action_is_pad": is_pad, "source": torch.zeros(4, dtype=torch.long)}
-    torch.testing.assert_close(model.action_loss(codes, mixed), expected)
+    torch.testing.assert_close(model.to_action.loss(codes.flatten(1), mixed), expected)
     mixed["action_is_pad"] = torch.ones(4, 5, dtype=torch.bool)
-    assert model.action_loss(codes, mixed) == 0
+    assert model.to_action.loss(codes.flatten(1), mixed) == 0
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq-ema", "residual-vq", "gaussian"])

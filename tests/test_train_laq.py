@@ -253,11 +253,8 @@ def test_true_actions_supervise_the_share_of_episodes_that_was_asked_for(tmp_pat
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < line["action_loss"] < 100
     found = weights(tmp_path)
-    assert (
-        found["action_mean"].shape == (2, 2)
-        and found["to_action"][0].any()
-        and not found["to_action"][1].any()
-    )
+    robot, human = found["to_action.weight"]
+    assert found["to_action.mean"].shape == (2, 2) and robot.any() and not human.any()
 
 
 @pytest.mark.parametrize(

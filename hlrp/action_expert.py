@@ -1,0 +1,141 @@
+"""The action expert: flow matching turns noise into a chunk of actions, given what a backbone has seen.
+
+Flow matching: Lipman et al. 2022 (arXiv:2210.02747). As a head of a vision-language model: pi0, Black et al. 2024
+(arXiv:2410.24164), Sec. IV. With s from 0 (noise) to 1 (actions):
+
+    x_s = s actions + (1 - s) noise,    velocity(x_s, s, context) -> actions - noise
+
+One trunk serves several spaces, such as the latent actions of video and the actions of a robot.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hlrp.transformer import FeedForward, attend, norm
+
+LAST_TIME = 0.999  # training draws no time beyond it: there, x_s is the actions themselves
+
+
+class Context(NamedTuple):
+    """What the expert attends to, computed once for all steps of the integration."""
+
+    keys_values: list[tuple[Tensor, Tensor]]  # of each block, (b, heads, n, head_dim)
+    bias: Tensor  # (b, 1, 1, n): -inf at padding
+
+
+def sinusoids(x: Tensor, dim: int, longest: float) -> Tensor:
+    """Features (..., dim) of numbers x (...), with wavelengths from 2 pi / longest to 2 pi."""
+    frequencies = longest ** torch.linspace(0, 1, dim // 2, device=x.device)
+    angles = x[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ExpertBlock(nn.Module):
+    """Attention among the chunk, attention to the context, feed-forward, all modulated by the time.
+
+    The modulation is DiT's adaLN-Zero (Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2).
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.to_q, self.to_kv = nn.Linear(dim, dim, bias=False), nn.Linear(context_dim, 2 * dim, bias=False)
+        self.from_context = nn.Linear(dim, dim, bias=False)
+        self.feed_forward = FeedForward(dim)
+        self.to_modulation = nn.Linear(dim, 9 * dim)
+        nn.init.zeros_(self.to_modulation.weight)
+        nn.init.zeros_(self.to_modulation.bias)
+
+    def heads(self, x: Tensor, parts: int) -> Tensor:
+        return rearrange(x, "b n (parts h d) -> parts b h n d", parts=parts, h=self.num_heads)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.heads(self.to_kv(norm(context)), 2)
+        return norm(k), v
+
+    def forward(self, x: Tensor, time: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        shifts, scales, gates = self.to_modulation(time)[:, None].unflatten(-1, (3, 3, -1)).unbind(-3)
+
+        def modulated(x: Tensor, i: int) -> Tensor:
+            return norm(x) * (1 + scales[..., i, :]) + shifts[..., i, :]
+
+        q, k, v = self.heads(self.to_qkv(modulated(x, 0)), 3)
+        mixed = rearrange(attend(norm(q), norm(k), v), "b h n d -> b n (h d)")
+        x = x + gates[..., 0, :] * self.to_out(mixed)
+
+        (q,) = self.heads(self.to_q(modulated(x, 1)), 1)
+        k, v = keys_values
+        read = F.scaled_dot_product_attention(norm(q), k, v, attn_mask=bias.to(q.dtype))
+        x = x + gates[..., 1, :] * self.from_context(rearrange(read, "b h n d -> b n (h d)"))
+
+        return x + gates[..., 2, :] * self.feed_forward(modulated(x, 2))
+
+
+class ActionExpert(nn.Module):
+    """A transformer over the steps of a chunk that cross-attends to the hidden states of a backbone.
+
+    spaces: name -> dimensions of one step. Values are expected at zero mean and unit variance.
+    """
+
+    def __init__(
+        self, spaces: dict[str, int], context_dim: int, dim: int = 256, depth: int = 4, num_heads: int = 4
+    ):
+        super().__init__()
+        if dim % num_heads or dim % 2:
+            raise ValueError(f"dim={dim} is not an even multiple of num_heads={num_heads}")
+        self.dim = dim
+        self.from_space = nn.ModuleDict({name: nn.Linear(size, dim) for name, size in spaces.items()})
+        self.to_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.blocks = nn.ModuleList(ExpertBlock(dim, num_heads, context_dim) for _ in range(depth))
+        self.to_space = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in spaces.items()})
+        for layer in self.to_space.values():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def read(self, hidden: Tensor, mask: Tensor) -> Context:
+        """hidden (b, n, context_dim), mask bool (b, n), True at what may be seen."""
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+        return Context([block.keys_values(hidden) for block in self.blocks], bias[:, None, None])
+
+    def velocity(self, space: str, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        """x (b, t, a) at times (b,) in [0, 1] -> (b, t, a)."""
+        steps = torch.arange(x.shape[1], device=x.device)
+        hidden = self.from_space[space](x) + sinusoids(steps, self.dim, 1e-2)
+        time = self.to_time(sinusoids(time, self.dim, 1e3))
+        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
+            hidden = block(hidden, time, keys_values, context.bias)
+        return self.to_space[space](norm(hidden)).float()
+
+    def errors(self, space: str, actions: Tensor, context: Context, is_pad: Tensor | None = None) -> Tensor:
+        """The flow-matching loss (b,) of actions (b, t, a), over the steps that is_pad (b, t) does not mark.
+
+        Times are drawn from pi0's beta distribution, which prefers noise (its Appendix B).
+        """
+        b, device = len(actions), actions.device
+        u = torch.rand(b, device=device)
+        time = LAST_TIME * (1 - u ** (1 / 1.5))  # u^(1/1.5) is Beta(1.5, 1)
+        noise = torch.randn_like(actions)
+        if is_pad is not None:
+            actions = actions.masked_fill(is_pad[..., None], 0.0)
+        s = time[:, None, None]
+        predicted = self.velocity(space, s * actions + (1 - s) * noise, time, context)
+        errors = (predicted - (actions - noise)).square().mean(-1)  # b t
+        if is_pad is None:
+            return errors.mean(1)
+        taken = ~is_pad
+        return (errors * taken).sum(1) / taken.sum(1).clamp(min=1)
+
+    @torch.no_grad()
+    def sample(self, space: str, noise: Tensor, context: Context, num_steps: int = 10) -> Tensor:
+        """Actions (b, t, a) from noise of that shape, by Euler steps."""
+        x = noise
+        for i in range(num_steps):
+            time = torch.full((len(x),), i / num_steps, device=x.device)
+            x = x + self.velocity(space, x, time, context) / num_steps
+        return x

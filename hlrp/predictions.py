@@ -1,0 +1,269 @@
+"""Validation of a VLA on held-out episodes: does it predict the latent actions, by the text and by the image, and
+what do its predictions say about the actions? Every figure stands beside its control."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hlrp.laq import LAQ
+from hlrp.losses import mean_action
+from hlrp.metrics import code_health
+from hlrp.plots import candidates, difference, moving, pairs_grid
+from hlrp.probes import MIN_EPISODES, one_hot_features, probe_r2
+from hlrp.running import nearest
+from hlrp.validation import COLLAPSED_UP_TO, Share
+from hlrp.vla import VLA, Predicted
+
+log = logging.getLogger(__name__)
+
+CONDITIONS = ("", "_shuffled_text", "_blank_image")
+NUM_ROWS = 8  # pairs shown
+
+
+class Predictions(NamedTuple):
+    """What a VLA predicts of a whole set, in its order; one row a condition where there is an axis c."""
+
+    true_indices: Tensor | None  # int64 (b, t, m)
+    true_vectors: Tensor  # (b, t, e)
+    indices: Tensor | None  # int64 (b, c, t, m)
+    vectors: Tensor  # (b, c, t, e)
+    errors: Tensor  # (b, c): the head's loss
+    episodes: Tensor  # int64 (b,)
+    actions: Tensor | None  # (b, a), mean over the span
+    has_action: Tensor | None  # bool (b,)
+
+
+def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
+    """The part of a VLA's batch that follows from frames (b, t + 1, c, h, w)."""
+    actions = laq.label(frames)
+    labels = {"latent_vectors": actions.vectors.flatten(2)}
+    return labels if actions.indices is None else labels | {"latent_indices": actions.indices}
+
+
+def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
+    """A prediction as indices (b, t, m), None where the LAQ is continuous, and as vectors (b, t, e).
+
+    A flow's vector stands for the nearest code.
+    """
+    indices, vectors = predicted
+    num_tokens = laq.config.num_tokens
+    if vectors is None:
+        per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
+        found = laq.quantizer.lookup(
+            per_token if laq.config.quantizer == "residual-vq" else per_token[..., 0]
+        )
+        return indices, found.flatten(1).unflatten(0, indices.shape[:2])
+    if laq.quantizer.codebook_size is None or laq.config.quantizer == "residual-vq":
+        return None, vectors
+    every = torch.arange(laq.quantizer.codebook_size, device=vectors.device)
+    codebook = laq.quantizer.lookup(every[:, None])[:, 0]  # k e
+    tokens = vectors.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n e
+    return nearest(tokens, codebook).unflatten(0, vectors.shape[:2]), vectors
+
+
+def other_tasks(tasks: list[str], seed: int) -> list[str]:
+    """For each instruction another one of the list, drawn at random; the same where there is but one."""
+    unique = sorted(set(tasks))
+    if len(unique) == 1:
+        return tasks
+    steps = torch.randint(1, len(unique), (len(tasks),), generator=torch.Generator().manual_seed(seed))
+    place = {task: i for i, task in enumerate(unique)}
+    return [unique[(place[t] + k) % len(unique)] for t, k in zip(tasks, steps.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def evaluate(
+    vla: VLA,
+    laq: LAQ,
+    sets: dict[str, Dataset],
+    fit_sets: dict[str, Dataset] | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """The report of each source, as `hlrp.validation.evaluate` makes that of a LAQ, and called alike.
+
+    Plain JSON; what a source does not have is left out or None:
+        samples, episodes, tasks
+        loss, loss_shuffled_text, loss_blank_image     the head's: negative log-likelihood of a code, or flow error
+        accuracy, accuracy_shuffled_text, accuracy_blank_image, accuracy_by_position    of predicted codes
+        majority, majority_by_position                 accuracy of the set's own most frequent code at each position
+        unique_sequences, perplexity, usage            of the predicted codes, possible_sequences their bound
+        action_r2, action_r2_random                    ridge probe of the mean action from what is predicted
+        action_r2_true                                 from the true latent actions: what can be reached
+    """
+    share = Share(rank, num_ranks, batch_size, num_workers, next(laq.parameters()).device)
+    was_training = vla.training
+    vla.eval()
+    report = {}
+    for name, dataset in sets.items():
+        if len(dataset) < num_ranks:
+            raise ValueError(
+                f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
+            )
+        tasks = sorted({task for _, batch in share.batches(dataset) for task in batch["task"]})
+        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS)
+        figures = {"samples": len(dataset), "episodes": len(found.episodes.unique()), "tasks": len(tasks)}
+        for i, condition in enumerate(CONDITIONS):
+            figures[f"loss{condition}"] = float(found.errors[:, i].double().mean())
+        if found.indices is not None and found.true_indices is not None:
+            figures |= accuracies(found.indices, found.true_indices)
+            health = code_health(found.indices[:, 0].flatten(1), laq.quantizer.codebook_size)
+            codes = found.true_indices.flatten(1).unique(dim=0)
+            figures |= health | {"possible_sequences": len(codes)}
+        if found.actions is not None:
+            fit = None
+            if fit_sets and name in fit_sets:
+                fit = predict_all(vla, laq, fit_sets[name], share, seed, CONDITIONS[:1])
+            figures |= action_probes(found, fit, laq.quantizer.codebook_size, vla.config.head == "flow", seed)
+        report[name] = figures
+    vla.train(was_training)
+    return report
+
+
+def predict_all(vla: VLA, laq: LAQ, dataset: Dataset, share: Share, seed: int, conditions) -> Predictions:
+    """Labels and predicts this rank's share of a set, under each of the conditions, and gathers all of them."""
+    parts = []
+    for _, batch in share.batches(dataset):
+        batch |= label(laq, batch["frames"])
+        rows = []
+        for condition in conditions:
+            seen = batch
+            if condition == "_shuffled_text":
+                seen = batch | {"task": other_tasks(batch["task"], seed)}
+            elif condition == "_blank_image":
+                seen = batch | {"images": torch.full_like(batch["images"], 128)}
+            predicted = complete(laq, vla.generate(seen["images"], seen["task"]))
+            torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
+            rows.append((*predicted, vla.score(seen)))
+        indices, vectors, errors = zip(*rows, strict=True)
+        actions = has_action = None
+        if "action" in batch:
+            actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
+        parts.append(
+            Predictions(
+                batch.get("latent_indices"),
+                batch["latent_vectors"],
+                None if indices[0] is None else torch.stack(indices, dim=1),
+                torch.stack(vectors, dim=1),
+                torch.stack(errors, dim=1),
+                batch["episode"],
+                actions,
+                has_action,
+            )
+        )
+    columns = zip(*parts, strict=True)
+    return Predictions(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
+
+
+def accuracies(indices: Tensor, true: Tensor) -> dict:
+    """indices int64 (b, c, t, m), true int64 (b, t, m)."""
+    hits = (indices == true[:, None]).double().mean(dim=(0, 2))  # c m
+    counts = torch.stack([column.bincount().max() for column in true.flatten(0, 1).unbind(-1)])
+    majority = counts.double() / true[..., 0].numel()
+    names = [f"accuracy{condition}" for condition in CONDITIONS]
+    return dict(zip(names, hits.mean(1).tolist(), strict=True)) | {
+        "accuracy_by_position": hits[0].tolist(),
+        "majority": float(majority.mean()),
+        "majority_by_position": majority.tolist(),
+    }
+
+
+def action_probes(
+    found: Predictions, fit: Predictions | None, codebook_size: int | None, of_vectors: bool, seed: int
+) -> dict:
+    """Ridge probes from predicted and from true latent actions to the mean action, scored on validation episodes.
+
+    They read which codes there are. of_vectors: the prediction's vectors, which say more than the codes next to them.
+    """
+    sides = [found] if fit is None else [fit, found]
+    is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
+    actions = torch.cat([side.actions[side.has_action] for side in sides])
+    episodes = torch.cat([side.episodes[side.has_action] for side in sides])
+    fitted, scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
+    if scored < MIN_EPISODES if fit is None else fitted < MIN_EPISODES - 1 or scored < 1:
+        return {"action_r2": None, "action_r2_random": None, "action_r2_true": None}
+
+    def r2(features: list[Tensor]) -> dict:
+        x = torch.cat([part[side.has_action] for part, side in zip(features, sides, strict=True)])
+        return probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
+
+    def features(indices: Tensor | None, vectors: Tensor) -> Tensor:
+        if indices is None or codebook_size is None:
+            return vectors.flatten(1)
+        return one_hot_features(indices.flatten(1), codebook_size)
+
+    predicted = r2([features(None if of_vectors else s.indices[:, 0], s.vectors[:, 0]) for s in sides])
+    true = r2([features(s.true_indices, s.true_vectors) for s in sides])
+    return {
+        "action_r2": predicted["r2"],
+        "action_r2_random": predicted["r2_random"],
+        "action_r2_per_dim": predicted["r2_per_dim"],
+        "action_r2_true": true["r2"],
+    }
+
+
+def alarms(report: dict[str, dict]) -> list[str]:
+    """A sentence for each figure that says that the model does not predict latent actions."""
+    sentences = []
+    for name, figures in report.items():
+        if "accuracy" in figures and figures["accuracy"] <= figures["majority"]:
+            sentences.append(
+                f"{name}: the codes predicted are right for {figures['accuracy']:.1%}, no more than the most "
+                f"frequent code at each position ({figures['majority']:.1%})."
+            )
+        unique, possible = figures.get("unique_sequences"), figures.get("possible_sequences")
+        if unique is not None and unique <= min(COLLAPSED_UP_TO, possible // 2):
+            sentences.append(
+                f"{name}: the predictions have collapsed. Different sequences of codes: {unique} predicted, "
+                f"{possible} true ones in {figures['samples']} samples."
+            )
+        for condition, fault in (("_shuffled_text", "read the text"), ("_blank_image", "look at the image")):
+            if figures[f"loss{condition}"] <= figures["loss"] and (
+                condition != "_shuffled_text" or figures["tasks"] > 1
+            ):
+                sentences.append(
+                    f"{name}: the model does not {fault}: its loss is {figures['loss']:.3f}, and "
+                    f"{figures[f'loss{condition}']:.3f} with {condition[1:].replace('_', ' ')}."
+                )
+    return sentences
+
+
+@torch.no_grad()
+def save_grid(
+    vla: VLA, laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int, seed: int = 0
+) -> Path | None:
+    """Held-out pairs beside what the LAQ decodes from the true and from the predicted latent action.
+
+    The pairs shown are of the half that changes more. None, and a line in the log, where the LAQ decodes no pixels.
+    """
+    if "pixels" not in laq.weights:
+        log.warning("no picture grid: the LAQ decodes %s, no pixels", ", ".join(laq.weights))
+        return None
+    was_training, device = vla.training, next(laq.parameters()).device
+    vla.eval()
+    batch, source = candidates(sets, seed)
+    rows = moving(batch["frames"], source, batch["episode"])[:NUM_ROWS]
+    frames, tasks = batch["frames"][rows], [batch["task"][i] for i in rows]
+    pairs = frames[:, :2].to(device)
+    _, vectors = complete(laq, vla.generate(batch["images"][rows].to(device), tasks))
+    vla.train(was_training)
+    vectors = vectors[:, 0].unflatten(1, (laq.config.num_tokens, -1))
+    true, _ = laq.encode(pairs)
+    decoded = [
+        laq.decode(pairs[:, 0], codes, tasks, pairs[:, 1])["pixels"] for codes in (true, laq.expand(vectors))
+    ]
+    first, second = frames[:, :2].unbind(1)
+    columns = {"image": first / 255, f"{laq.config.delta:g} s later": second / 255}
+    columns |= {"decoded, true code": decoded[0].cpu(), "decoded, predicted": decoded[1].cpu()}
+    columns["|change| x 3"] = difference(columns["decoded, predicted"], columns["image"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return pairs_grid(
+        folder / f"predicted_{step:06d}.png", f"Predicted latent actions, step {step}", columns, tasks
+    )

@@ -1,0 +1,275 @@
+"""VLA: a vision-language model that predicts the latent actions to come from the image and the instruction.
+
+Latent action pretraining of a VLA: LAPA (Ye et al. 2024, arXiv:2410.11758, Sec. 3.2), UniVLA (Bu et al. 2025,
+arXiv:2505.06111). Three heads let the latent out of the model, with one interface:
+
+    tokens    its codes, one after another, each given those before it
+    parallel  its codes, all at once: a query for each stands behind the prompt (OpenVLA-OFT, arXiv:2502.19645)
+    flow      its vector, by flow matching, by an expert that reads the prompt (pi0, arXiv:2410.24164)
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hlrp.action_expert import ActionExpert, ExpertBlock
+from hlrp.checkpoints import load_config, load_weights, save_pretrained
+from hlrp.losses import ActionReadout
+from hlrp.running import RunningNorm
+from hlrp.vlm import VLM, VLMConfig
+
+
+@dataclass
+class LatentSpace:
+    """What stage 1 says of its latent actions."""
+
+    delta: float  # time that one spans [s]
+    num_tokens: int  # indices of one, 0 where it is continuous
+    codebook_size: int  # values of an index
+    vector_dim: int  # dimensions of one as a vector
+    image_size: int  # of the frames that it is read from [pixel]
+    fingerprint: str  # of the LAQ
+
+
+@dataclass
+class VLAConfig:
+    head: Literal["tokens", "parallel", "flow"] = "parallel"  # how the latent action leaves the model
+    chunk_size: int = 1  # latent actions predicted, one after another in time
+    token_rows: Literal["codes", "vocabulary"] = (
+        "codes"  # tokens: a softmax over codes, or over words and codes
+    )
+    expert_dim: int = 256  # width of the flow head's expert
+    expert_depth: int = 4  # and its blocks
+    num_inference_steps: int = 10  # of the flow's integration
+
+    action_weight: float = 0.0  # weight of true actions where a sample has them
+    action_dim: int = 0  # set from the data when action_weight > 0
+    action_sources: int = 0  # likewise: action spaces, one readout each
+
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+
+
+class Predicted(NamedTuple):
+    """Latent actions (b, chunk_size, ...) that a head predicts: its codes, or its vectors."""
+
+    indices: Tensor | None  # int64 (b, t, m)
+    vectors: Tensor | None  # (b, t, e)
+
+
+class Scored(NamedTuple):
+    """What a head says of the true latent actions."""
+
+    errors: Tensor  # (b,): the loss of each sample
+    prompt: Tensor  # (b, d): the hidden state that ends the prompt
+    metrics: dict[str, Tensor]
+
+
+class CodeHead(nn.Module):
+    """A row of its own for each code at each position of a latent action; no other code can be predicted there."""
+
+    def __init__(self, dim: int, space: LatentSpace, chunk_size: int):
+        super().__init__()
+        if not space.num_tokens:
+            raise ValueError(
+                "head=tokens and head=parallel predict codes, and this LAQ has none: head=flow fits"
+            )
+        self.num_tokens, self.chunk_size, self.length = (
+            space.num_tokens,
+            chunk_size,
+            space.num_tokens * chunk_size,
+        )
+        self.rows = nn.Parameter(torch.randn(space.num_tokens, space.codebook_size, dim) * dim**-0.5)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (b, n, d) at the positions of codes -> (b, n, k); n may end within a latent action."""
+        rows = self.rows.repeat(self.chunk_size, 1, 1)[: hidden.shape[1]]
+        return torch.einsum("bnd,nkd->bnk", hidden.float(), rows.float())
+
+    def score(self, logits: Tensor, targets: Tensor, prompt: Tensor, vocab_size: int = 0) -> Scored:
+        """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n)."""
+        errors = F.cross_entropy(logits.transpose(1, 2), targets + vocab_size, reduction="none").mean(1)
+        guesses = logits[..., vocab_size:].argmax(-1)
+        return Scored(errors, prompt, {"accuracy": (guesses == targets).float().mean()})
+
+
+class TokensHead(CodeHead):
+    """Autoregressive: loss as of next-token prediction, at the positions of codes alone."""
+
+    def __init__(self, dim: int, space: LatentSpace, chunk_size: int, token_rows: str):
+        super().__init__(dim, space, chunk_size)
+        self.in_vocabulary = token_rows == "vocabulary"
+        self.embeddings = nn.Parameter(torch.randn_like(self.rows) * 0.02)  # as wide as word embeddings are
+
+    def embed(self, indices: Tensor, first: int = 0) -> Tensor:
+        """indices (b, n) at the positions from `first` on -> (b, n, d)."""
+        places = (first + torch.arange(indices.shape[1], device=indices.device)) % self.num_tokens
+        return self.embeddings[places, indices]
+
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+        targets = latents.flatten(1)  # b n
+        hidden = vlm(images, tasks, self.embed(targets[:, :-1])).hidden[:, -self.length :]
+        if not self.in_vocabulary:
+            return self.score(self.logits(hidden), targets, hidden[:, 0])
+        words = vlm.vocab_logits(hidden)
+        codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
+        place = torch.arange(self.length, device=targets.device) % self.num_tokens
+        logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
+        return self.score(logits, targets, hidden[:, 0], words.shape[-1])
+
+    def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
+        encoded = vlm(images, tasks, use_cache=self.length > 1)
+        indices = []
+        for i in range(self.length):
+            if i:
+                encoded = vlm.extend(encoded, self.embed(indices[-1], i - 1))
+            row = self.rows[i % self.num_tokens].float()
+            indices.append(draw(encoded.hidden[:, -1:].float() @ row.T, temperature))
+        return Predicted(rearrange(torch.cat(indices, dim=1), "b (t m) -> b t m", m=self.num_tokens), None)
+
+
+class ParallelHead(CodeHead):
+    """One query a code behind the prompt: a single forward pass."""
+
+    def __init__(self, dim: int, space: LatentSpace, chunk_size: int):
+        super().__init__(dim, space, chunk_size)
+        self.queries = nn.Parameter(torch.randn(self.length, dim) * 0.02)
+
+    def hidden(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        """The end of the prompt and the queries: (b, 1 + n, d)."""
+        queries = self.queries.expand(len(images), -1, -1)  # n d -> b n d
+        return vlm(images, tasks, queries).hidden[:, -self.length - 1 :]
+
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+        hidden = self.hidden(vlm, images, tasks)
+        return self.score(self.logits(hidden[:, 1:]), latents.flatten(1), hidden[:, 0])
+
+    def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
+        indices = draw(self.logits(self.hidden(vlm, images, tasks)[:, 1:]), temperature)
+        return Predicted(rearrange(indices, "b (t m) -> b t m", m=self.num_tokens), None)
+
+
+class FlowHead(nn.Module):
+    """Flow matching on the vectors of latent actions, at zero mean and unit variance over the data."""
+
+    def __init__(self, dim: int, space: LatentSpace, config: VLAConfig):
+        super().__init__()
+        self.size, self.num_steps = (config.chunk_size, space.vector_dim), config.num_inference_steps
+        self.norm = RunningNorm(space.vector_dim)
+        self.expert = ActionExpert({"latent": space.vector_dim}, dim, config.expert_dim, config.expert_depth)
+
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+        targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
+        encoded = vlm(images, tasks)
+        errors = self.expert.errors("latent", targets, self.expert.read(encoded.hidden, encoded.mask))
+        return Scored(errors, encoded.hidden[:, -1], {})
+
+    def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
+        encoded = vlm(images, tasks)
+        noise = temperature * torch.randn(len(images), *self.size, device=encoded.hidden.device)
+        context = self.expert.read(encoded.hidden, encoded.mask)
+        return Predicted(
+            None, self.norm.inverse(self.expert.sample("latent", noise, context, self.num_steps))
+        )
+
+
+def draw(logits: Tensor, temperature: float) -> Tensor:
+    """logits (b, n, k) -> indices (b, n), the likeliest at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.distributions.Categorical(logits=logits / temperature).sample()
+
+
+class VLA(nn.Module):
+    """`forward(batch) -> (loss, metrics)` trains it; `generate(images, tasks)` predicts latent actions."""
+
+    def __init__(self, config: VLAConfig, space: LatentSpace, vlm: VLM):
+        super().__init__()
+        check(config)
+        self.config, self.space, self.vlm = config, space, vlm
+        match config.head:
+            case "tokens":
+                self.head = TokensHead(vlm.dim, space, config.chunk_size, config.token_rows)
+            case "parallel":
+                self.head = ParallelHead(vlm.dim, space, config.chunk_size)
+            case "flow":
+                self.head = FlowHead(vlm.dim, space, config)
+        if vlm.lm_head is not None and config.token_rows != "vocabulary":
+            vlm.lm_head.requires_grad_(False)  # nothing reads it
+        if config.action_weight:
+            self.to_action = ActionReadout(vlm.dim, config.action_sources, config.action_dim)
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
+        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e); action (b, chunk, a)
+        with action_is_pad and source where action_weight is set."""
+        latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
+        scored = self.head(self.vlm, batch["images"], batch["task"], latents)
+        loss = scored.errors.mean()
+        metrics = {"latent_loss": loss.detach(), **scored.metrics}
+        if self.config.action_weight:
+            term = self.to_action.loss(scored.prompt, batch)
+            loss = loss + self.config.action_weight * term
+            metrics["action_loss"] = term.detach()
+        return loss, metrics
+
+    def block_classes(self) -> set[type[nn.Module]]:
+        """The repeated layers: units to shard or to compile."""
+        return self.vlm.block_classes() | {ExpertBlock}
+
+    @torch.no_grad()
+    def score(self, batch: dict) -> Tensor:
+        """The loss (b,) of each sample's latent actions: negative log-likelihood of a code, or the flow's error."""
+        latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
+        return self.head(self.vlm, batch["images"], batch["task"], latents).errors
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, tasks: Sequence[str], temperature: float = 0.0) -> Predicted:
+        """images uint8 (b, v, c, h, w), b instructions -> latent actions (b, chunk_size, ...).
+
+        temperature: 0 gives the likeliest codes, and of a flow what noise of zero becomes; 1 draws a sample.
+        """
+        return self.head.generate(self.vlm, images, tasks, temperature)
+
+    def save_pretrained(self, folder: Path, **provenance) -> None:
+        """config.json + model.safetensors + vlm/: the architecture, tokenizer and image processor of the VLM."""
+        config = {"type": "vla", "hlrp_version": version("lerobot_policy_hlrp")}
+        config |= {"vla": asdict(self.config), "latent_space": asdict(self.space)}
+        (folder / "vlm").mkdir()
+        self.vlm.save_parts(folder / "vlm")
+        save_pretrained(folder, self, config | provenance)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "VLA":
+        """Rebuilds a model, in evaluation mode, from its checkpoint folder alone.
+
+        Raises ValueError where the folder is none of a VLA, and where a tensor is missing or left over.
+        """
+        saved = load_config(folder, "vla")
+        config = VLAConfig(**saved["vla"] | {"vlm": VLMConfig(**saved["vla"]["vlm"])})
+        vlm = VLM.from_folder(Path(folder) / "vlm", config.vlm)
+        model = cls(config, LatentSpace(**saved["latent_space"]), vlm)
+        load_weights(folder, model)
+        return model.eval()
+
+
+def check(config: VLAConfig) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    heads = ("tokens", "parallel", "flow")
+    if config.head not in heads:
+        raise ValueError(f"head={config.head!r}; expected one of {', '.join(heads)}")
+    if config.token_rows == "vocabulary" and config.head != "tokens":
+        raise ValueError(f"token_rows='vocabulary' is a form of head=tokens; head={config.head} has none")
+    for name in ("chunk_size", "num_inference_steps", "expert_dim", "expert_depth"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
+    if config.action_weight < 0:
+        raise ValueError(f"action_weight={config.action_weight}; expected 0 or more")
+    if config.action_weight and not config.action_dim:
+        raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

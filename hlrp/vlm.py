@@ -1,0 +1,436 @@
+"""Vision-language models as backbones of a policy: SmolVLM2, Qwen2.5-VL, Qwen3-VL and PaliGemma 2, by transformers.
+
+One interface for all: images and instructions in, last hidden states out, with embeddings of the caller's own behind
+the prompt (`suffix`). What the families do in their own ways (prompts, patches, positions, masks) ends in this module.
+Prompts are padded on the left, so that a suffix starts at the same index in every row.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+from hlrp.backbones import interpolation_of, load, read, to_pixels
+
+
+@dataclass
+class VLMConfig:
+    vlm: str = "tiny"  # hub id or folder of SmolVLM2, Qwen2.5-VL, Qwen3-VL or PaliGemma 2; tiny: from scratch
+    image_size: int | None = None  # side of the image the VLM sees, its own by default (tiny: 64) [pixel]
+
+    freeze: tuple[Literal["vision", "language"], ...] = ()  # towers that stay as they are
+    freeze_layers: int = 0  # first layers of the language model that stay as they are
+    lora_rank: int = 0  # above 0: train low-rank adapters (peft) on the language model, nothing else of it
+    gradient_checkpointing: bool = False  # less memory for about a third more compute
+
+
+class Family(NamedTuple):
+    model: str  # class of transformers
+    text: str = "language_model"  # where its base model keeps the language model
+    vision: str = "visual"  # and the image encoder
+    unused: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "smolvlm": Family("SmolVLMForConditionalGeneration", "text_model", "vision_model"),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration"),
+    "paligemma": Family("PaliGemmaForConditionalGeneration", vision="vision_tower"),
+}
+
+
+class Prompt(NamedTuple):
+    ids: Tensor  # n, on the CPU
+    positions: Tensor  # axes n: Qwen's rotary positions have three axes, the others' one
+
+
+class Prefix(NamedTuple):
+    embeds: Tensor  # b n d, placeholders where the images go
+    mask: Tensor  # bool (b, n), False at the padding on the left
+    positions: Tensor  # axes b n
+    images: dict[str, Tensor]  # what the family's base model takes: pixel_values, image_grid_thw
+
+
+class Cache(NamedTuple):
+    keys_values: object  # transformers' DynamicCache
+    position: Tensor  # b, the next
+
+
+class Encoded(NamedTuple):
+    hidden: Tensor  # b n d, behind the final norm
+    mask: Tensor  # bool (b, n)
+    cache: Cache | None
+
+
+class VLM(nn.Module):
+    """A vision-language model without its text generation.
+
+    dim: width of the language model;  vocab_size: rows of `vocab_head`
+    image_size: side of the image [pixel];  num_image_tokens: of one image
+
+    Images are uint8 until they are on the model's device, are shown whole and resized once (SmolVLM2's processor
+    goes over a larger size, for crops that are not made here). What projects images to the language model is of
+    neither tower. Dropout is off in what is frozen. `lm_head`, where it is not tied, is no part of `forward`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, processor, config: VLMConfig):
+        """model: transformers' with a language head;  processor: of images."""
+        super().__init__()
+        self.config, self.family = model.config, model.config.model_type
+        self.is_qwen, self.is_paligemma = self.family.startswith("qwen"), self.family == "paligemma"
+        self.tokenizer, self.processor = tokenizer, processor
+        family = FAMILIES[self.family]
+
+        self.model = model.model  # without the head
+        embedding = self.model.get_input_embeddings()
+        self.dim, self.vocab_size = embedding.embedding_dim, embedding.num_embeddings
+        is_tied = model.lm_head.weight is embedding.weight
+        self.lm_head = None if is_tied else model.lm_head
+        self.text = [self.model.get_submodule(family.text)]  # in lists: each module has one name
+        self.vision = [self.model.get_submodule(family.vision)]
+        self.layers = [*self.text[0].layers]
+        lists = [module for module in self.vision[0].modules() if isinstance(module, nn.ModuleList)]
+        self.blocks = [*max(lists, key=len)]
+
+        self.image_size, self.num_image_tokens = self.check_image_size(config)
+        self.interpolation = interpolation_of(config.vlm, processor)
+        self.check_tokenizer(config.vlm)
+        self.prompts: dict[tuple[str, int], Prompt] = {}
+        if self.is_qwen:
+            self.vision[0].patch_embed.proj = PatchProjection.of(self.vision[0].patch_embed.proj)
+        self.choose_trainable(config)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.is_checkpointing = config.gradient_checkpointing
+        self.train()
+
+    @classmethod
+    def from_config(cls, config: VLMConfig, instructions: Sequence[str]) -> "VLM":
+        """The pretrained model that `config.vlm` names, or `tiny`, whose tokenizer learns from `instructions`."""
+        if config.vlm == "tiny":
+            return cls(*tiny(64 if config.image_size is None else config.image_size, instructions), config)
+        model, _ = load(config.vlm, FAMILIES)
+        return cls(model, *read_parts(config.vlm), config)
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, config: VLMConfig) -> "VLM":
+        """The model that `save_parts` described. Its weights are unset: the checkpoint's own are to be loaded."""
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        architecture = read(transformers.AutoConfig, str(folder))
+        if architecture.model_type not in FAMILIES:
+            found = f"{folder} is a {architecture.model_type!r} model"
+            raise ValueError(f"{found}; expected one of {', '.join(FAMILIES)}")
+        with no_init_weights():
+            model = getattr(transformers, FAMILIES[architecture.model_type].model)(architecture)
+        model.tie_weights()
+        return cls(model.float(), *read_parts(str(folder)), config)
+
+    def save_parts(self, folder: Path | str) -> None:
+        """Writes the architecture, the tokenizer and the image processor: all but the weights."""
+        for part in (self.config, self.tokenizer, self.processor):
+            part.save_pretrained(folder)
+
+    def check_image_size(self, config: VLMConfig) -> tuple[int, int]:
+        """Side of the image and its number of tokens. Raises ValueError where the model cannot see that size."""
+        vision, processor = self.config.vision_config, self.processor
+        if self.is_qwen:  # any size within the processor's limits; its own is what that makes of 224
+            merge, step = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
+            least, most = (int(processor.size[edge] ** 0.5) for edge in ("shortest_edge", "longest_edge"))
+            own = min(-(-max(224, least) // step), most // step) * step
+        elif self.is_paligemma:
+            merge, step, own, most = 1, vision.patch_size, vision.image_size, 0
+        else:
+            merge, step = self.config.scale_factor, vision.patch_size * self.config.scale_factor
+            own = most = processor.max_image_size["longest_edge"]
+        size, others = own if config.image_size is None else config.image_size, range(step, most + 1, step)
+        if size != own and size not in others:
+            fits = f"{own} or a multiple of {step} up to {others[-1]}" if others else f"{own}"
+            raise ValueError(f"image_size={size} does not fit {config.vlm}: expected {fits}")
+        return size, (size // vision.patch_size // merge) ** 2
+
+    def check_tokenizer(self, name: str) -> None:
+        """Without its files transformers makes up a tokenizer, which knows no image."""
+        image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        ids = self.tokenizer(str(image_token), add_special_tokens=False).input_ids
+        if ids != [self.config.image_token_id] or len(self.tokenizer) > self.vocab_size:
+            found = f"a tokenizer of {len(self.tokenizer)} tokens for a model of {self.vocab_size}"
+            expected = f"one whose token {self.config.image_token_id} stands for images"
+            raise ValueError(f"{name} has {found}; expected {expected}, in files beside the model's")
+
+    def choose_trainable(self, config: VLMConfig) -> None:
+        """Sets `requires_grad` and adds the adapters."""
+        if unknown := set(config.freeze) - {"vision", "language"}:
+            raise ValueError(f"freeze={sorted(unknown)}; expected some of vision, language")
+        if not 0 <= config.freeze_layers <= len(self.layers):
+            expected = f"0 to {len(self.layers)}, the layers of {config.vlm}"
+            raise ValueError(f"freeze_layers={config.freeze_layers}; expected {expected}")
+        if config.lora_rank < 0:
+            raise ValueError(f"lora_rank={config.lora_rank}; expected a rank, or 0 for no adapters")
+        frozen = self.layers[: config.freeze_layers]
+        if "vision" in config.freeze:
+            frozen += [child for name, child in self.vision[0].named_children() if "merger" not in name]
+        if "language" in config.freeze:
+            frozen += [*self.text] if self.lm_head is None else [*self.text, self.lm_head]
+        for module in [self] if config.lora_rank else frozen:
+            module.requires_grad_(False)
+        if config.lora_rank:
+            if "language" in config.freeze or config.freeze_layers == len(self.layers):
+                found = f"freeze={config.freeze} and freeze_layers={config.freeze_layers}"
+                raise ValueError(f"lora_rank={config.lora_rank}, but {found} leave no layer to adapt")
+            from peft import LoraConfig, inject_adapter_in_model
+
+            names = [
+                f"layers.{i}.{name}"
+                for i, layer in enumerate(self.layers[config.freeze_layers :], start=config.freeze_layers)
+                for name, module in layer.named_modules()
+                if isinstance(module, nn.Linear)
+            ]
+            lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+            inject_adapter_in_model(lora, self.text[0])
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        blocks = self.block_classes()
+        for module in self.modules():
+            parameters = [*module.parameters()]
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                for child in module.modules():
+                    child.training = mode and type(child) in blocks  # a layer's own: checkpointing
+        return self
+
+    def block_classes(self) -> set[type[nn.Module]]:
+        """The repeated layers of both towers: units to shard, checkpoint or compile."""
+        return {type(self.layers[0]), type(self.blocks[0])}
+
+    @property
+    def vocab_head(self) -> Tensor:
+        """(vocab_size, dim), the token embeddings' own weight where the model ties the two."""
+        return (self.lm_head or self.model.get_input_embeddings()).weight
+
+    def vocab_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., dim) -> (..., vocab_size), as the pretrained head gives them (Gemma 2 caps its own)."""
+        logits = hidden @ self.vocab_head.T
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def prompt(self, task: str, num_views: int) -> Prompt:
+        """What the family's processor makes of an instruction behind `num_views` images, remembered."""
+        key = (task, num_views)
+        if key not in self.prompts:
+            if len(self.prompts) == 4096:
+                self.prompts.pop(next(iter(self.prompts)))
+            self.prompts[key] = self.make_prompt(task, num_views)
+        return self.prompts[key]
+
+    def make_prompt(self, task: str, num_views: int) -> Prompt:
+        tokenizer, image_id = self.tokenizer, self.config.image_token_id
+        image = tokenizer.convert_ids_to_tokens(image_id)
+        if self.is_paligemma:
+            text = f"{image * num_views}{tokenizer.bos_token}{task}\n"
+        else:
+            content = [{"type": "image"}] * num_views + [{"type": "text", "text": task}]
+            message = {"role": "user", "content": content}
+            text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        tokens = image * self.num_image_tokens
+        if self.family == "smolvlm":
+            edge = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
+            tokens = f"{edge}{getattr(tokenizer, 'global_image_token', '<global-img>')}{tokens}{edge}"
+        text = text.replace(image, tokens)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        is_image = ids == image_id
+        if is_image.sum() != num_views * self.num_image_tokens:
+            raise ValueError(f"the instruction {task!r} holds {image!r}, which stands for an image")
+        if self.is_qwen:
+            positions, _ = self.model.get_rope_index(
+                ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=self.grids(num_views)
+            )
+            return Prompt(ids, positions[:, 0])
+        first = 1 if self.is_paligemma else 0
+        return Prompt(ids, torch.arange(first, first + len(ids))[None])
+
+    def grids(self, num_images: int) -> Tensor:
+        side = self.image_size // self.config.vision_config.patch_size
+        return torch.tensor([[1, side, side]]).expand(num_images, -1)  # time, rows, columns
+
+    def preprocess(self, images: Tensor) -> dict[str, Tensor]:
+        """images uint8 (b, v, c, h, w) -> what the family's base model takes, float32."""
+        processor, vision = self.processor, self.config.vision_config
+        b, v = images.shape[:2]
+        mean, std = list(processor.image_mean), list(processor.image_std)
+        pixels = to_pixels(
+            images.flatten(0, 1), self.image_size, self.interpolation, processor.rescale_factor, mean, std
+        )
+        if self.is_paligemma:
+            return {"pixel_values": pixels}
+        if not self.is_qwen:
+            return {"pixel_values": pixels.unflatten(0, (b, v))}
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        sizes = {"m": merge, "s": merge, "p": patch, "q": patch, "t": vision.temporal_patch_size}
+        pattern = "b c (h m p) (w s q) -> (b h w m s) (c t p q)"  # patches that will merge stand together
+        patches, grids = repeat(pixels, pattern, **sizes), self.grids(b * v).to(pixels.device)
+        return {"pixel_values": patches, "image_grid_thw": grids}
+
+    def prefix(self, images: Tensor, tasks: list[str]) -> Prefix:
+        """images: uint8 (b, v, c, h, w), the v views of a moment in the order in which the prompt shows them."""
+        if len(tasks) != len(images):
+            raise ValueError(f"{len(images)} rows of images, but {len(tasks)} instructions")
+        embedding = self.model.get_input_embeddings()
+        prompts = [self.prompt(task, images.shape[1]) for task in tasks]
+        n = max(len(prompt.ids) for prompt in prompts)
+        left = [n - len(prompt.ids) for prompt in prompts]
+        pad_id = self.tokenizer.pad_token_id or 0
+        ids = [F.pad(prompt.ids, (pad, 0), value=pad_id) for prompt, pad in zip(prompts, left, strict=True)]
+        positions = [F.pad(prompt.positions, (pad, 0)) for prompt, pad in zip(prompts, left, strict=True)]
+        mask = torch.arange(n) >= torch.tensor(left)[:, None]  # b n
+        ids, positions = torch.stack(ids), torch.stack(positions, dim=1)  # b n, axes b n
+        device = embedding.weight.device
+        ids, positions, mask = (x.to(device, non_blocking=True) for x in (ids, positions, mask))
+        return Prefix(embedding(ids), mask, positions, self.preprocess(images.to(mask.device)))
+
+    def forward(
+        self, images: Tensor, tasks: list[str], suffix: Tensor | None = None, use_cache: bool = False
+    ) -> Encoded:
+        """images uint8 (b, v, c, h, w), b instructions, suffix (b, m, d) -> hidden (b, n + m, d).
+
+        A suffix position sees the prompt and the suffix up to itself: hidden[:, -m - 1 : -1] predicts the suffix.
+        """
+        embeds, mask, positions, images = self.prefix(images, tasks)
+        options = {}
+        num_suffix = 0 if suffix is None else suffix.shape[1]
+        if self.is_paligemma:  # 0: attends in both directions, 1: causally
+            types = torch.arange(embeds.shape[1] + num_suffix, device=mask.device) >= embeds.shape[1]
+            options["token_type_ids"] = types.long().expand(len(mask), -1)
+        position = positions.amax(dim=(0, 2)) + 1  # b
+        if suffix is not None:
+            embeds = torch.cat([embeds, suffix.to(embeds.dtype)], dim=1)
+            positions = torch.cat([positions, self.follow(position, num_suffix, len(positions))], dim=-1)
+            mask = F.pad(mask, (0, num_suffix), value=True)
+        hidden, keys_values = self.run(embeds, mask, positions, use_cache=use_cache, **images, **options)
+        return Encoded(hidden, mask, Cache(keys_values, position + num_suffix) if use_cache else None)
+
+    def extend(self, encoded: Encoded, suffix: Tensor) -> Encoded:
+        """`encoded` and m more positions (b, m, d) -> hidden (b, n + m, d). `encoded` stays fit for another suffix."""
+        assert encoded.cache is not None, "extend needs what forward(use_cache=True) or extend returned"
+        keys_values, position = copy.copy(encoded.cache.keys_values), encoded.cache.position
+        keys_values.layers = [copy.copy(layer) for layer in keys_values.layers]  # tensors stay shared
+        axes, m = 3 if self.is_qwen else 1, suffix.shape[1]
+        mask = F.pad(encoded.mask, (0, m), value=True)
+        suffix = suffix.to(encoded.hidden.dtype)
+        hidden, keys_values = self.run(
+            suffix, mask, self.follow(position, m, axes), past_key_values=keys_values, use_cache=True
+        )
+        return Encoded(torch.cat([encoded.hidden, hidden], dim=1), mask, Cache(keys_values, position + m))
+
+    def follow(self, position: Tensor, length: int, axes: int) -> Tensor:
+        """The next positions, the same on all axes: (axes, b, length)."""
+        return (position[:, None] + torch.arange(length, device=position.device)).expand(axes, -1, -1)
+
+    def run(self, embeds: Tensor, mask: Tensor, positions: Tensor, use_cache: bool, **options):
+        assert not (use_cache and self.training and self.is_checkpointing), "checkpointing fills no cache"
+        if not self.is_qwen:
+            positions = positions[0]
+        options |= {"attention_mask": mask.long(), "position_ids": positions, "use_cache": use_cache}
+        output = self.model(inputs_embeds=embeds, **options)
+        return output.last_hidden_state, output.past_key_values
+
+
+class PatchProjection(nn.Conv3d):
+    """A Conv3d whose kernel is as large as its input, computed as the matrix product that it is."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv3d) -> "PatchProjection":
+        is_biased, size = conv.bias is not None, conv.kernel_size
+        projection = cls(conv.in_channels, conv.out_channels, size, size, bias=is_biased, device="meta")
+        projection.weight, projection.bias = conv.weight, conv.bias
+        return projection
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(n, c, t, p, q) -> (n, d)"""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def read_parts(name: str):
+    """Tokenizer and image processor of a hub id or folder, the tokenizer with the processor's chat template."""
+    import json
+
+    import transformers
+    from transformers.utils import cached_file
+
+    tokenizer, processor = (
+        read(getattr(transformers, auto), name) for auto in ("AutoTokenizer", "AutoImageProcessor")
+    )
+    faults = ("missing_entries", "connection_errors")
+    options = {f"_raise_exceptions_for_{fault}": False for fault in faults}
+    legacy = cached_file(name, "chat_template.json", **options)  # where processors kept it before *.jinja
+    if legacy is not None:
+        tokenizer.chat_template = json.loads(Path(legacy).read_text())["chat_template"]
+    return tokenizer, processor
+
+
+def tiny(image_size: int, instructions: Sequence[str]):
+    """A SmolVLM of 2.8 M parameters from scratch, with tokenizer and image processor."""
+    import transformers
+
+    patch_size, scale_factor = 8, 2 if image_size >= 64 else 1
+    if image_size < 16 or image_size % (patch_size * scale_factor):
+        multiple = f"a multiple of {patch_size * scale_factor}"
+        raise ValueError(f"image_size={image_size} does not fit tiny: expected {multiple} from 16 up")
+    tokenizer = tiny_tokenizer(instructions)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"image_size": image_size, "patch_size": patch_size}
+    config = transformers.SmolVLMConfig(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=scale_factor,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=True,
+    )
+    size = {"longest_edge": image_size}
+    processor = transformers.SmolVLMImageProcessor(
+        size=size, max_image_size=size, do_image_splitting=False, resample=3
+    )
+    return transformers.SmolVLMForConditionalGeneration(config), tokenizer, processor
+
+
+def tiny_tokenizer(instructions: Sequence[str]):
+    """Byte-level BPE of at most 1024 tokens, the same for the same set of instructions; it knows every text."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<pad>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(set(instructions)), trainer)
+    content = "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    template = f"{{% for part in messages[0]['content'] %}}{content}{{% endfor %}}<eos>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=special[3:],
+        chat_template=template,
+    )

@@ -1,0 +1,225 @@
+"""Stage 2: a vision-language model learns to predict the latent actions of a LAQ from image and instruction.
+
+    accelerate launch train_vla.py                                            # after train_laq.py, on the same data
+    accelerate launch train_vla.py --vlm HuggingFaceTB/SmolVLM2-500M-Video-Instruct --lr 1e-4 --laq FOLDER
+    accelerate launch --num_processes 8 train_vla.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --head flow --lora-rank 16
+
+The LAQ's checkpoint tells delta, image size and codes. The same command resumes an interrupted run. Everything is
+written to --output-dir; the checkpoint that stage 3 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from hlrp.vla import VLA, LatentSpace, VLAConfig
+from hlrp.vlm import VLM
+
+
+@dataclass
+class Args:
+    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1
+    accept_failed_laq: bool = False  # also one whose report says that its codes are no latent actions
+    # sources, each with @WEIGHT behind it or 1, as for train_laq.py; by default those that the LAQ learned from
+    data: tuple[str, ...] = ()
+    val_fraction: float = 0.1  # share of each source's episodes held out
+    val_samples: int = 512  # samples of each source in a validation
+    label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
+    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+
+    model: VLAConfig = field(default_factory=VLAConfig)
+
+    output_dir: Path = Path("outputs/vla")
+    steps: int = 900  # optimizer steps
+    batch_size: int = 32  # samples per process and forward pass
+    grad_accumulation: int = 1  # forward passes per optimizer step
+    lr: float = 1e-3  # highest learning rate; 1e-4 or less suits a pretrained vlm
+    warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0  # largest gradient norm
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+    compile: bool = False  # torch.compile of each transformer block
+    seed: int = 0
+    num_workers: int = 2  # loader processes per training process
+
+    log_freq: int = 50  # [optimizer step]
+    eval_freq: int = 300  # [optimizer step]
+    save_freq: int = 300  # [optimizer step]
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+
+
+def main(args: Args) -> None:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    from hlrp.checkpoints import load_config
+    from hlrp.data import Clips, Mixture, action_statistics, choose_clips, loader, split_episodes
+    from hlrp.laq import LAQ
+    from hlrp.predictions import alarms, evaluate, label, save_grid
+    from hlrp.sources import open_source, parse_uri
+    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
+    from hlrp.validation import alarms as laq_alarms
+    from hlrp.validation import scalars
+
+    check_loop(args)
+    stage1 = load_config(args.laq, "laq")
+    faults = laq_alarms(stage1["report"] or {})
+    if faults and not args.accept_failed_laq:
+        raise ValueError(
+            f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same"
+        )
+    args.data = args.data or tuple(stage1["data"])
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.grad_accumulation,
+        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+
+    # teacher
+    laq = LAQ.from_pretrained(args.laq).requires_grad_(False).to(accelerator.device)
+    space = latent_space(laq)
+
+    # model and data: an image and the frames that follow it, from other episodes in training and validation
+    with accelerator.main_process_first():  # which renders what is not there yet
+        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+    if args.model.vlm.vlm == "tiny" and args.model.vlm.image_size is None:
+        args.model.vlm.image_size = space.image_size
+    torch.manual_seed(args.seed)
+    vlm = VLM.from_config(args.model.vlm, instructions(sources))
+    times = tuple(space.delta * i for i in range(args.model.chunk_size + 1))
+    train_clips, val_clips = [], []
+    for i, source in enumerate(sources):
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
+        labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
+        sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
+        train_clips.append(Clips(source, train_episodes, times, **sizes, labelled_episodes=labelled))
+        val_clips.append(Clips(source, val_episodes, times, **sizes))
+    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
+    val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    fit_sets = {
+        clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips
+    }
+    if args.model.action_weight:
+        args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
+    vla = VLA(args.model, space, vlm)
+    if args.model.action_weight:
+        vla.to_action.set_statistics([action_statistics(clips) for clips in train_clips])
+    if args.compile:
+        for block in (module for module in vla.modules() if type(module) in vla.block_classes()):
+            block.compile()
+    groups = parameter_groups(vla, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    model, optimizer = accelerator.prepare(vla, optimizer)
+    run = Run(accelerator, args.output_dir, settings(args) | {"laq": space.fingerprint}, mixture.fingerprint)
+    run.load(model, optimizer)
+
+    def validate() -> None:
+        run.report = evaluate(vla, laq, val_sets, fit_sets, **ranks, num_workers=args.num_workers)
+        run.log("val", scalars(run.report), run.step)
+        for alarm in alarms(run.report):
+            run.print(f"ALARM: {alarm}")
+        if accelerator.is_main_process:
+            save_grid(vla, laq, val_sets, args.output_dir / "grids", run.step)
+
+    # train
+    trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    run.print(
+        f"{trained / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} samples of {len(sources)} source(s), "
+        f"{args.steps} steps of {run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
+    )
+    start = run.step * run.samples_per_step
+    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    for batch in run.batches(train_loader):
+        lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
+        set_lr(optimizer, lr)
+        batch |= label(laq, batch.pop("frames"))  # the future leaves the batch: what it did is the label
+        with accelerator.accumulate(model):
+            loss, metrics = model(batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue  # below here: once per optimizer step
+        step = run.advance(loss, grad_norm)
+
+        if step % args.log_freq == 0:
+            consumed = mixture.consumed(0, step * run.samples_per_step)
+            shares = {f"share/{s.name}": n / consumed.sum() for s, n in zip(sources, consumed, strict=True)}
+            run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
+        if step % args.eval_freq == 0 or step == args.steps:
+            validate()
+        stop = run.must_stop()
+        if stop or step % args.save_freq == 0 or step == args.steps:
+            run.save(model, optimizer, data=args.data)
+        if stop and step < args.steps:
+            run.interrupt()
+    run.finish()
+    run.print(summary(args.output_dir, run.report))
+
+
+def latent_space(laq) -> LatentSpace:
+    """What the LAQ's latent actions are, read off one of them."""
+    config = laq.config
+    blank = torch.zeros(1, 2, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    actions = laq.label(blank.to(laq.queries.device))
+    return LatentSpace(
+        delta=config.delta,
+        num_tokens=0 if actions.indices is None else actions.indices.shape[-1],
+        codebook_size=laq.quantizer.codebook_size or 0,
+        vector_dim=actions.vectors[0, 0].numel(),
+        image_size=config.image_size,
+        fingerprint=laq.fingerprint,
+    )
+
+
+def instructions(sources) -> list[str]:
+    """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
+    found = set()
+    for source in sources:
+        episodes = range(0, len(source.lengths), max(1, len(source.lengths) // 256))
+        found |= {source.read(episode, [0])["task"] for episode in episodes}
+    return sorted(found)
+
+
+def settings(args: Args) -> dict:
+    """The settings by the names of their flags, as plain values."""
+    values = asdict(args)
+    values |= values.pop("model")
+    values |= values.pop("vlm")
+    return values | {"output_dir": str(args.output_dir), "data": list(args.data)}
+
+
+def summary(output_dir: Path, report: dict) -> str:
+    """Where things are, and the figures that matter."""
+    folder = output_dir / "checkpoints" / "last" / "pretrained_model"
+    lines = [f"\nVLA            {folder}", f"pictures       {output_dir / 'grids'}"]
+    for name, figures in report.items():
+        if "accuracy" in figures:
+            lines.append(
+                f"{name}: {figures['accuracy']:.1%} of the codes predicted "
+                f"(most frequent code {figures['majority']:.1%}, shuffled text "
+                f"{figures['accuracy_shuffled_text']:.1%}, blank image {figures['accuracy_blank_image']:.1%})"
+            )
+        if figures.get("action_r2") is not None:
+            lines.append(
+                f"{name}, true actions from the prediction: R2 {figures['action_r2']:.2f} "
+                f"(from the true codes {figures['action_r2_true']:.2f}, random codes {figures['action_r2_random']:.2f})"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
