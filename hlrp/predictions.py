@@ -65,14 +65,12 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
     return nearest(tokens, codebook).unflatten(0, vectors.shape[:2]), vectors
 
 
-def other_tasks(tasks: list[str], seed: int) -> list[str]:
-    """For each instruction another one of the list, drawn at random; the same where there is but one."""
-    unique = sorted(set(tasks))
-    if len(unique) == 1:
+def other_tasks(tasks: list[str], every: list[str], seed: int) -> list[str]:
+    """For each instruction another one of those in `every`, drawn at random; the same where there is but one."""
+    if len(every) == 1:
         return tasks
-    steps = torch.randint(1, len(unique), (len(tasks),), generator=torch.Generator().manual_seed(seed))
-    place = {task: i for i, task in enumerate(unique)}
-    return [unique[(place[t] + k) % len(unique)] for t, k in zip(tasks, steps.tolist(), strict=True)]
+    steps = torch.randint(1, len(every), (len(tasks),), generator=torch.Generator().manual_seed(seed))
+    return [every[(every.index(t) + k) % len(every)] for t, k in zip(tasks, steps.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -108,8 +106,9 @@ def evaluate(
                 f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
             )
         tasks = sorted({task for _, batch in share.batches(dataset) for task in batch["task"]})
-        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS)
-        figures = {"samples": len(dataset), "episodes": len(found.episodes.unique()), "tasks": len(tasks)}
+        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks)
+        figures = {"samples": len(dataset), "episodes": len(found.episodes.unique())}
+        figures["tasks"] = int(share.gather(torch.tensor([len(tasks)], device=share.device)).max())
         for i, condition in enumerate(CONDITIONS):
             figures[f"loss{condition}"] = float(found.errors[:, i].double().mean())
         if found.indices is not None and found.true_indices is not None:
@@ -120,14 +119,22 @@ def evaluate(
         if found.actions is not None:
             fit = None
             if fit_sets and name in fit_sets:
-                fit = predict_all(vla, laq, fit_sets[name], share, seed, CONDITIONS[:1])
+                fit = predict_all(vla, laq, fit_sets[name], share, seed, CONDITIONS[:1], tasks)
             figures |= action_probes(found, fit, laq.quantizer.codebook_size, vla.config.head == "flow", seed)
         report[name] = figures
     vla.train(was_training)
     return report
 
 
-def predict_all(vla: VLA, laq: LAQ, dataset: Dataset, share: Share, seed: int, conditions) -> Predictions:
+def predict_all(
+    vla: VLA,
+    laq: LAQ,
+    dataset: Dataset,
+    share: Share,
+    seed: int,
+    conditions: tuple[str, ...],
+    tasks: list[str],
+) -> Predictions:
     """Labels and predicts this rank's share of a set, under each of the conditions, and gathers all of them."""
     parts = []
     for _, batch in share.batches(dataset):
@@ -136,7 +143,7 @@ def predict_all(vla: VLA, laq: LAQ, dataset: Dataset, share: Share, seed: int, c
         for condition in conditions:
             seen = batch
             if condition == "_shuffled_text":
-                seen = batch | {"task": other_tasks(batch["task"], seed)}
+                seen = batch | {"task": other_tasks(batch["task"], tasks, seed)}
             elif condition == "_blank_image":
                 seen = batch | {"images": torch.full_like(batch["images"], 128)}
             predicted = complete(laq, vla.generate(seen["images"], seen["task"]))
