@@ -8,6 +8,7 @@ The same command resumes an interrupted run. Everything is written to --output-d
 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -166,7 +167,7 @@ def settings(args: Args) -> dict:
     """The settings by the names of their flags, as plain values."""
     values = asdict(args)
     values |= values.pop("model")
-    return values | {"output_dir": str(args.output_dir), "data": list(args.data)}
+    return json.loads(json.dumps(values, default=str))
 
 
 def summary(output_dir: Path, report: dict) -> str:

@@ -8,6 +8,7 @@ The LAQ's checkpoint tells delta, image size and codes. The same command resumes
 written to --output-dir; the checkpoint that stage 3 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -199,7 +200,7 @@ def settings(args: Args) -> dict:
     values = asdict(args)
     values |= values.pop("model")
     values |= values.pop("vlm")
-    return values | {"output_dir": str(args.output_dir), "data": list(args.data)}
+    return json.loads(json.dumps(values, default=str))
 
 
 def summary(output_dir: Path, report: dict) -> str:

@@ -39,6 +39,9 @@ MODEL = {
 }  # a quantizer with state
 
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+
 def train(output_dir, model=None, **settings):
     model = LAQConfig(**MODEL | (model or {}))
     train_laq.main(train_laq.Args(**SETTINGS | settings, model=model, output_dir=output_dir))
@@ -63,21 +66,6 @@ def assert_equal_to_the_bit(output_dir, other_dir):
     found, expected = weights(output_dir), weights(other_dir)
     assert found.keys() == expected.keys()
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch):
-    """What accelerate and a run leave behind in a process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
