@@ -63,7 +63,7 @@ def main(args: Args) -> None:
     )
     from hlrp.plots import save_grids
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, distribute, gathered, parameter_groups, set_lr
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
     mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
-        clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips
+        clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
 
     # model
@@ -109,12 +109,14 @@ def main(args: Args) -> None:
     if args.compile:
         for block in (module for module in laq.modules() if isinstance(module, Block)):
             block.compile()
+    model = distribute(laq, {Block}, accelerator)  # before the optimizer, which holds what is left here
     groups = parameter_groups(laq, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    model, optimizer = accelerator.prepare(laq, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
     run.load(model, optimizer)
 
+    @gathered(laq)
     def validate() -> None:
         run.report = evaluate(laq, val_sets, fit_sets, **ranks, num_workers=args.num_workers)
         run.log("val", scalars(run.report), run.step)

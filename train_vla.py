@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import tyro
 
-from hlrp.vla import VLA, LatentSpace, VLAConfig
+from hlrp.vla import VLA, VLAConfig
 from hlrp.vlm import VLM
 
 
@@ -58,10 +58,11 @@ def main(args: Args) -> None:
 
     from hlrp.checkpoints import load_config
     from hlrp.data import Clips, Mixture, action_statistics, choose_clips, loader, split_episodes
+    from hlrp.label import latent_space
     from hlrp.laq import LAQ
     from hlrp.predictions import alarms, evaluate, label, save_grid
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, distribute, gathered, parameter_groups, set_lr
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
 
@@ -99,17 +100,20 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     vlm = VLM.from_config(args.model.vlm, instructions(sources))
     times = tuple(space.delta * i for i in range(args.model.chunk_size + 1))
+    is_labelled = all(getattr(source, "latent_space", None) for source in sources)  # by hlrp.label
+    cached = asdict(space) if is_labelled else None
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
         labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
         sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
-        train_clips.append(Clips(source, train_episodes, times, **sizes, labelled_episodes=labelled))
+        labels = {"labelled_episodes": labelled, "latent_space": cached}
+        train_clips.append(Clips(source, train_episodes, times, **sizes, **labels))
         val_clips.append(Clips(source, val_episodes, times, **sizes))
     mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
-        clips.source.name: choose_clips(clips, 2 * args.val_samples, args.seed) for clips in train_clips
+        clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
     if args.model.action_weight:
         args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
@@ -119,12 +123,14 @@ def main(args: Args) -> None:
     if args.compile:
         for block in (module for module in vla.modules() if type(module) in vla.block_classes()):
             block.compile()
+    model = distribute(vla, vla.vlm.block_classes(), accelerator)  # before the optimizer, which holds what is left here
     groups = parameter_groups(vla, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    model, optimizer = accelerator.prepare(vla, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     run = Run(accelerator, args.output_dir, settings(args) | {"laq": space.fingerprint}, mixture.fingerprint)
     run.load(model, optimizer)
 
+    @gathered(vla)
     def validate() -> None:
         run.report = evaluate(vla, laq, val_sets, fit_sets, **ranks, num_workers=args.num_workers)
         run.log("val", scalars(run.report), run.step)
@@ -135,6 +141,7 @@ def main(args: Args) -> None:
 
     # train
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
+    run.print(f"latent actions are {'read from the data' if cached else 'computed along the way'}")
     run.print(
         f"{trained / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} samples of {len(sources)} source(s), "
         f"{args.steps} steps of {run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
@@ -144,7 +151,9 @@ def main(args: Args) -> None:
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
         set_lr(optimizer, lr)
-        batch |= label(laq, batch.pop("frames"))  # the future leaves the batch: what it did is the label
+        frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
+        if "latent_vectors" not in batch:
+            batch |= label(laq, frames)
         with accelerator.accumulate(model):
             loss, metrics = model(batch)
             accelerator.backward(loss)
@@ -169,21 +178,6 @@ def main(args: Args) -> None:
             run.interrupt()
     run.finish()
     run.print(summary(args.output_dir, run.report))
-
-
-def latent_space(laq) -> LatentSpace:
-    """What the LAQ's latent actions are, read off one of them."""
-    config = laq.config
-    blank = torch.zeros(1, 2, 3, config.image_size, config.image_size, dtype=torch.uint8)
-    actions = laq.label(blank.to(laq.queries.device))
-    return LatentSpace(
-        delta=config.delta,
-        num_tokens=0 if actions.indices is None else actions.indices.shape[-1],
-        codebook_size=laq.quantizer.codebook_size or 0,
-        vector_dim=actions.vectors[0, 0].numel(),
-        image_size=config.image_size,
-        fingerprint=laq.fingerprint,
-    )
 
 
 def instructions(sources) -> list[str]:

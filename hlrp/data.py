@@ -12,13 +12,16 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
         frames uint8 (t, c, h, w) of native size; task str, or ""; state float32 (t, s) where state_dim > 0;
         and whatever else the source knows, as tensors (t, ...) or as one value for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
+    latent_space      dict, only where the source has cached latent actions: whose they are, and of which camera
+    labels(episode, indices) -> these: latent_vectors float32 (t, e), latent_indices int64 (t, m) where discrete
 Constructors index, and decode nothing; decoders open at the first read, in the process that reads.
 
 A sample is a flat dict of one clip, the frames of one episode at stated times in seconds, from t = 0 on:
     frames uint8 (t, c, h, w), fitted to a square; images uint8 (v, c, h, w), the view at t = 0 that a policy sees,
     in its own size, where it is asked for; task, dataset str; source, episode, index int (frame of
     t = 0); fps float; state float32 (s,) at t = 0; action float32 (chunk, a) from t = 0 up to, not including,
-    the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time.
+    the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
+    latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so.
 """
 
@@ -75,19 +78,25 @@ class Clips(Dataset):
         source_index: int = 0,
         labelled_episodes: Sequence[int] | None = None,
         input_size: int | None = None,
+        latent_space: dict | None = None,
     ):
         """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
-        input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel]."""
+        input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
+        latent_space: of the LAQ whose cached latent actions a sample shows, from all times but the last. What
+        follows t = 0 is then known by them, and `frames` holds t = 0 alone."""
         times = np.asarray(times, dtype=np.float64)
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
-        self.input_size = input_size
+        self.input_size, self.latent_space = input_size, latent_space
         self.episodes = np.asarray(episodes, dtype=np.int64)
         self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
         fps = source.fps[self.episodes]
         self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
         self._check_times(fps)
+        if latent_space is not None:
+            self._check_labels(fps)
+            source.labels(int(self.episodes[0]), [0])  # read now, once for all workers
 
         lengths = source.lengths[self.episodes]
         num_clips = np.maximum(lengths - self.offsets[:, -1], 0)
@@ -112,6 +121,25 @@ class Clips(Dataset):
                     f"{fps[worst]:g} fps of episode {self.episodes[worst]}; {nearest:.4g} s fits"
                 )
 
+    def _check_labels(self, fps: np.ndarray) -> None:
+        source, found = self.source, getattr(self.source, "latent_space", None)
+        if found is None:
+            raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
+        for name, value in (self.latent_space | {"camera": source.camera}).items():
+            if found[name] != value:
+                raise ValueError(
+                    f"{source.uri}: its latent actions are of {name}={found[name]!r}, but {name}={value!r} is "
+                    f"expected; python -m hlrp.label makes others from {found['source']}, which fits without, too"
+                )
+        delta = found["delta"]
+        steps = np.outer(np.rint(fps * delta).astype(np.int64), np.arange(len(self.times)))
+        if (self.offsets != steps).any():
+            raise ValueError(
+                f"{source.uri}: a sample's latent actions are between {self.times.tolist()} s, the cached ones are "
+                f"of whole frames, {steps[0, 1] / fps[0]:.4g} s for delta={delta:g} s; "
+                f"without cached ones fits: {found['source']}"
+            )
+
     def __len__(self) -> int:
         return int(self.ends[-1])
 
@@ -135,13 +163,17 @@ class Clips(Dataset):
         source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
         is_labelled = source.action_dim > 0 and episode in self.labelled_episodes
         chunk = np.arange(offsets[-1])
-        clip_frames = starts[:, None] + offsets  # clips t
+        shown = offsets if self.latent_space is None else offsets[:1]
+        clip_frames = starts[:, None] + shown  # clips t
         unique, position = np.unique(clip_frames, return_inverse=True)  # position: clips t
         try:
             read = source.read(episode, unique)
             if is_labelled:
                 actions = source.actions(episode, (starts[:, None] + chunk).ravel())
                 actions = actions.view(len(starts), len(chunk), source.action_dim)
+            labels = {}
+            if self.latent_space is not None:
+                labels = source.labels(episode, (starts[:, None] + offsets[:-1]).ravel())
         except ValueError as error:
             raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
 
@@ -165,6 +197,8 @@ class Clips(Dataset):
             if is_labelled:
                 sample["action"] = actions[i]
                 sample["action_is_pad"] = torch.zeros(len(chunk), dtype=torch.bool)
+            for key, column in labels.items():
+                sample[key] = column.unflatten(0, (len(starts), -1))[i]
             for key, value in read.items():
                 sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value
             yield sample

@@ -49,7 +49,7 @@ class LAQConfig:
     patch_size: int | None = None  # [pixel]; None: 8, 16 or 32 by size
 
     num_tokens: int = 4  # discrete tokens per latent action
-    codebook_size: int = 64  # codes a token chooses from
+    codebook_size: int = 8  # codes a token chooses from
     quantizer: QuantizerName = "fsq"
 
     features: str | None = None  # frozen features, hub id or folder: DINOv2, DINOv3, SigLIP2, V-JEPA 2

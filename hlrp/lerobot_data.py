@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch import Tensor
 from hlrp.videos import naming, probe_all, read_frames
 
 STATE, ACTION = "observation.state", "action"
+LATENT_ACTION, LATENT_INDICES = "latent_action", "latent_action_indices"  # columns that hlrp.label adds
+LATENT_SPACE = "meta/latent_actions.json"  # and what they are
 Columns = dict[str, np.ndarray]
 
 
@@ -42,7 +44,7 @@ class LeRobotData:
         skip_broken: bool = False,
     ):
         self.uri = uri or f"lerobot:{repo_or_dir}"
-        root = find_dataset(repo_or_dir, "meta/*")
+        self.root = root = find_dataset(repo_or_dir, "meta/*")
         info = read_info(root, repo_or_dir)
         self.camera = choose_camera(self.uri, info["features"], camera)
         self.is_video = info["features"][self.camera]["dtype"] == "video"
@@ -59,6 +61,8 @@ class LeRobotData:
             self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION)
         )
         self.tasks = read_tasks(root)
+        labels = root / LATENT_SPACE
+        self.latent_space = json.loads(labels.read_text()) if labels.is_file() else None
 
         self.video_files, broken = [], {}
         if self.is_video:
@@ -101,6 +105,22 @@ class LeRobotData:
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         rows = self.episodes["first_row"][episode] + np.asarray(indices)
         return torch.from_numpy(self.numbers[ACTION][rows])
+
+    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = self.episodes["first_row"][episode] + np.asarray(indices)
+        return {name: torch.from_numpy(column[rows]) for name, column in self.latent_actions.items()}
+
+    @cached_property
+    def latent_actions(self) -> Columns:
+        """The cached labels of all frames, as `labels` names them; read when they are first asked for."""
+        columns = {"latent_vectors": LATENT_ACTION}
+        if self.latent_space["num_tokens"]:
+            columns["latent_indices"] = LATENT_INDICES
+        tables = [read_table(path, list(columns.values())) for path in self.data_files]
+        return {
+            name: np.concatenate([to_numpy(table[column]) for table in tables])
+            for name, column in columns.items()
+        }
 
 
 def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:

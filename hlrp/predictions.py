@@ -31,7 +31,7 @@ class Predictions(NamedTuple):
     true_vectors: Tensor  # (b, t, e)
     indices: Tensor | None  # int64 (b, c, t, m)
     vectors: Tensor  # (b, c, t, e)
-    errors: Tensor  # (b, c): the head's loss
+    errors: Tensor | None  # (b, c): the head's loss, where it was asked for
     episodes: Tensor  # int64 (b,)
     actions: Tensor | None  # (b, a), mean over the span
     has_action: Tensor | None  # bool (b,)
@@ -106,7 +106,7 @@ def evaluate(
                 f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
             )
         tasks = sorted({task for _, batch in share.batches(dataset) for task in batch["task"]})
-        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks)
+        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks, with_errors=True)
         figures = {"samples": len(dataset), "episodes": len(found.episodes.unique())}
         figures["tasks"] = int(share.gather(torch.tensor([len(tasks)], device=share.device)).max())
         for i, condition in enumerate(CONDITIONS):
@@ -119,7 +119,9 @@ def evaluate(
         if found.actions is not None:
             fit = None
             if fit_sets and name in fit_sets:
-                fit = predict_all(vla, laq, fit_sets[name], share, seed, CONDITIONS[:1], tasks)
+                fit = predict_all(
+                    vla, laq, fit_sets[name], share, seed, CONDITIONS[:1], tasks, with_errors=False
+                )
             figures |= action_probes(found, fit, laq.quantizer.codebook_size, vla.config.head == "flow", seed)
         report[name] = figures
     vla.train(was_training)
@@ -134,12 +136,14 @@ def predict_all(
     seed: int,
     conditions: tuple[str, ...],
     tasks: list[str],
+    with_errors: bool,
 ) -> Predictions:
     """Labels and predicts this rank's share of a set, under each of the conditions, and gathers all of them."""
     parts = []
     for _, batch in share.batches(dataset):
-        batch |= label(laq, batch["frames"])
-        rows = []
+        if "latent_vectors" not in batch:
+            batch |= label(laq, batch["frames"])
+        rows, errors = [], []
         for condition in conditions:
             seen = batch
             if condition == "_shuffled_text":
@@ -147,9 +151,11 @@ def predict_all(
             elif condition == "_blank_image":
                 seen = batch | {"images": torch.full_like(batch["images"], 128)}
             predicted = complete(laq, vla.generate(seen["images"], seen["task"]))
-            torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
-            rows.append((*predicted, vla.score(seen)))
-        indices, vectors, errors = zip(*rows, strict=True)
+            rows.append(predicted)
+            if with_errors:
+                torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
+                errors.append(vla.score(seen))
+        indices, vectors = zip(*rows, strict=True)
         actions = has_action = None
         if "action" in batch:
             actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
@@ -159,7 +165,7 @@ def predict_all(
                 batch["latent_vectors"],
                 None if indices[0] is None else torch.stack(indices, dim=1),
                 torch.stack(vectors, dim=1),
-                torch.stack(errors, dim=1),
+                torch.stack(errors, dim=1) if with_errors else None,
                 batch["episode"],
                 actions,
                 has_action,

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -42,6 +46,7 @@ from hlrp.checkpoints import (
     write_json,
     write_text,
 )
+from hlrp.running import Codebook
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
@@ -109,19 +114,101 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}/{name}": value for i, values in state["state"].items() for name, value in values.items()}
-    save_tensors(folder / "optimizer_state.safetensors", tensors)
-    write_json(folder / "optimizer_param_groups.json", {"param_groups": state["param_groups"]})
+def sharding():
+    """The plugin that `accelerate launch --config_file slurm/fsdp.yaml` describes; None for any other launch.
+
+    accelerate itself shards on GPUs alone. Raises ValueError for settings of it that nothing here follows.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version}; expected 2, as in slurm/fsdp.yaml")
+    for name, instead in (
+        ("cpu_ram_efficient_loading", "each rank reads the weights, of which it keeps its shard"),
+        ("activation_checkpointing", "--gradient-checkpointing is the setting of a VLM"),
+    ):
+        if getattr(plugin, name):
+            raise ValueError(f"fsdp_{name}=true; expected false, as in slurm/fsdp.yaml: {instead}")
+    return plugin
+
+
+def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> nn.Module:
+    """The model on its device: whole on each rank (DDP), or sharded where the launch asks for it (FSDP2).
+
+    The optimizer is to be built on what this returns. Sharded, each of the blocks is gathered for as long as it
+    computes, and all the rest from the start of a forward pass to the end of the backward pass. bf16: blocks are
+    gathered in it, gradients are summed in float32, and the operations that autocast knows compute in it, as under DDP.
+    """
+    plugin = sharding()
+    if plugin is None:
+        return accelerator.prepare_model(model)
+    if any(isinstance(module, Codebook) and not module.ema for module in model.modules()):
+        raise ValueError("this quantizer moves its codes in place, which shards do not keep; vq-ema and fsq fit")
+    device, is_bf16 = accelerator.device.type, accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policies = {"mp_policy": policy if is_bf16 else MixedPrecisionPolicy(), "offload_policy": plugin.cpu_offload}
+    mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
+    units = [module for module in model.modules() if type(module) in blocks]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, **policies)
+    fully_shard(model, mesh=mesh, offload_policy=plugin.cpu_offload)
+    for module in [*units, model] if is_bf16 else []:
+        module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """In here every rank holds all parameters of a sharded model, may call any method of it, and waits for no other."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not model and sharding().reshard_after_forward, recurse=False)
+        unit.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The shards of all ranks, each of which must call it, put together; what is no shard passes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The full tensors, gathered one by one, on the CPU of the ranks that keep them."""
+    gathered = ((name, full(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors of its state, by the place of their parameter and their name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{name}": value for i, values in state.items() for name, value in values.items()}
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor] | None = None) -> None:
+    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out.
+
+    tensors: its `moments` in full, where they are sharded.
+    """
+    save_tensors(folder / "optimizer_state.safetensors", moments(optimizer) if tensors is None else tensors)
+    groups = optimizer.state_dict()["param_groups"]
+    write_json(folder / "optimizer_param_groups.json", {"param_groups": groups})
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Raises ValueError where the saved state is of other parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
         index, name = key.split("/")
+        owner = parameters[int(index)]
+        if isinstance(owner, DTensor) and tensor.shape == owner.shape:
+            tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)
         state.setdefault(int(index), {})[name] = tensor
     groups = json.loads((folder / "optimizer_param_groups.json").read_text())["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -220,7 +307,8 @@ class Run:
         """Continues from the last checkpoint, if there is one."""
         if self.checkpoint:
             model = self.accelerator.unwrap_model(model)
-            load_weights(self.checkpoint / "pretrained_model", model)
+            with implicit_replication():  # of a whole tensor, a shard takes its part
+                load_weights(self.checkpoint / "pretrained_model", model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
             config = json.loads((self.checkpoint / "pretrained_model" / CONFIG).read_text())
             self.report = config["report"]
@@ -261,7 +349,7 @@ class Run:
         """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
         gradient, naming the step and what the batch was made of."""
         self.step += 1
-        sound = torch.isfinite(loss.detach() + grad_norm)
+        sound = torch.isfinite(loss.detach() + full(grad_norm))
         self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
         if self.bar is not None:
             self.bar.update()
@@ -305,7 +393,7 @@ class Run:
             self.restart_clock()  # validation takes no part in the speed of training
         else:
             names = [name for name, value in values.items() if torch.is_tensor(value)]
-            means = torch.stack([values[name].detach().float() for name in names])
+            means = torch.stack([full(values[name]).detach().float() for name in names])
             means = self.accelerator.reduce(means, "mean").tolist()
             values = values | dict(zip(names, means, strict=True)) | self.speed(step)
         if not self.accelerator.is_main_process:
@@ -348,15 +436,18 @@ class Run:
         """Writes checkpoints/<step> whole, then points checkpoints/last at it."""
         self.refuse_faults()
         folder = self.output_dir / "checkpoints" / f"{self.step:06d}"
-        if self.accelerator.is_main_process and not folder.is_dir():
+        model, is_main = self.accelerator.unwrap_model(model), self.accelerator.is_main_process
+        weights = full_copies(model.state_dict(), is_main)
+        state = full_copies(moments(optimizer), is_main)
+        if is_main and not folder.is_dir():
             with whole_folder(folder) as partial:
                 (partial / "pretrained_model").mkdir()
                 (partial / "training_state").mkdir()
                 provenance |= {"step": self.step, "report": self.report}
-                self.accelerator.unwrap_model(model).save_pretrained(
-                    partial / "pretrained_model", **provenance
-                )
-                save_optimizer(partial / "training_state", optimizer)
+                hook = model.register_state_dict_post_hook(lambda _, shards, *__: shards.update(weights))
+                model.save_pretrained(partial / "pretrained_model", **provenance)
+                hook.remove()
+                save_optimizer(partial / "training_state", optimizer, state)
                 write_json(partial / "training_state" / "training_step.json", {"step": self.step})
             link_last(folder)
         self.accelerator.wait_for_everyone()

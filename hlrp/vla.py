@@ -94,9 +94,10 @@ class CodeHead(nn.Module):
 
     def score(self, logits: Tensor, targets: Tensor, prompt: Tensor, vocab_size: int = 0) -> Scored:
         """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n)."""
-        errors = F.cross_entropy(logits.transpose(1, 2), targets + vocab_size, reduction="none").mean(1)
+        labels = (targets + vocab_size).flatten()  # b n -> (b n)
+        errors = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(targets)
         guesses = logits[..., vocab_size:].argmax(-1)
-        return Scored(errors, prompt, {"accuracy": (guesses == targets).float().mean()})
+        return Scored(errors.mean(1), prompt, {"accuracy": (guesses == targets).float().mean()})
 
 
 class TokensHead(CodeHead):
@@ -114,11 +115,13 @@ class TokensHead(CodeHead):
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
         targets = latents.flatten(1)  # b n
-        hidden = vlm(images, tasks, self.embed(targets[:, :-1])).hidden[:, -self.length :]
+        suffix = vlm.embed_scale * self.embed(targets[:, :-1])
+        hidden = vlm(images, tasks, suffix).hidden[:, -self.length :]
         if not self.in_vocabulary:
             return self.score(self.logits(hidden), targets, hidden[:, 0])
         words = vlm.vocab_logits(hidden)
         codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
+        codes = vlm.cap_logits(codes)  # words themselves
         place = torch.arange(self.length, device=targets.device) % self.num_tokens
         logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
         return self.score(logits, targets, hidden[:, 0], words.shape[-1])
@@ -128,9 +131,11 @@ class TokensHead(CodeHead):
         indices = []
         for i in range(self.length):
             if i:
-                encoded = vlm.extend(encoded, self.embed(indices[-1], i - 1))
-            row = self.rows[i % self.num_tokens].float()
-            indices.append(draw(encoded.hidden[:, -1:].float() @ row.T, temperature))
+                encoded = vlm.extend(encoded, vlm.embed_scale * self.embed(indices[-1], i - 1))
+            logits = encoded.hidden[:, -1:].float() @ self.rows[i % self.num_tokens].float().T
+            if self.in_vocabulary:
+                logits = vlm.cap_logits(logits)
+            indices.append(draw(logits, temperature))
         return Predicted(rearrange(torch.cat(indices, dim=1), "b (t m) -> b t m", m=self.num_tokens), None)
 
 
@@ -143,7 +148,7 @@ class ParallelHead(CodeHead):
 
     def hidden(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
         """The end of the prompt and the queries: (b, 1 + n, d)."""
-        queries = self.queries.expand(len(images), -1, -1)  # n d -> b n d
+        queries = vlm.embed_scale * self.queries.expand(len(images), -1, -1)  # n d -> b n d
         return vlm(images, tasks, queries).hidden[:, -self.length - 1 :]
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
@@ -183,7 +188,8 @@ def draw(logits: Tensor, temperature: float) -> Tensor:
     """logits (b, n, k) -> indices (b, n), the likeliest at temperature 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.distributions.Categorical(logits=logits / temperature).sample()
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities.flatten(0, 1), 1).view(logits.shape[:-1])
 
 
 class VLA(nn.Module):
@@ -264,11 +270,15 @@ def check(config: VLAConfig) -> None:
     heads = ("tokens", "parallel", "flow")
     if config.head not in heads:
         raise ValueError(f"head={config.head!r}; expected one of {', '.join(heads)}")
+    if config.token_rows not in ("codes", "vocabulary"):
+        raise ValueError(f"token_rows={config.token_rows!r}; expected one of codes, vocabulary")
     if config.token_rows == "vocabulary" and config.head != "tokens":
         raise ValueError(f"token_rows='vocabulary' is a form of head=tokens; head={config.head} has none")
     for name in ("chunk_size", "num_inference_steps", "expert_dim", "expert_depth"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
+    if config.expert_dim % 4:
+        raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")
     if config.action_weight < 0:
         raise ValueError(f"action_weight={config.action_weight}; expected 0 or more")
     if config.action_weight and not config.action_dim:

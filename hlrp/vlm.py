@@ -73,6 +73,7 @@ class VLM(nn.Module):
 
     dim: width of the language model;  vocab_size: rows of `vocab_head`
     image_size: side of the image [pixel];  num_image_tokens: of one image
+    embed_scale: what the model multiplies word embeddings by, and a suffix is to be by its caller (Gemma: sqrt(dim))
 
     Images are uint8 until they are on the model's device, are shown whole and resized once (SmolVLM2's processor
     goes over a larger size, for crops that are not made here). What projects images to the language model is of
@@ -90,6 +91,7 @@ class VLM(nn.Module):
         self.model = model.model  # without the head
         embedding = self.model.get_input_embeddings()
         self.dim, self.vocab_size = embedding.embedding_dim, embedding.num_embeddings
+        self.embed_scale = getattr(embedding, "scalar_embed_scale", 1.0)
         is_tied = model.lm_head.weight is embedding.weight
         self.lm_head = None if is_tied else model.lm_head
         self.text = [self.model.get_submodule(family.text)]  # in lists: each module has one name
@@ -216,8 +218,11 @@ class VLM(nn.Module):
         return (self.lm_head or self.model.get_input_embeddings()).weight
 
     def vocab_logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., dim) -> (..., vocab_size), as the pretrained head gives them (Gemma 2 caps its own)."""
-        logits = hidden @ self.vocab_head.T
+        """hidden (..., dim) -> (..., vocab_size), as the pretrained head gives them."""
+        return self.cap_logits(hidden @ self.vocab_head.T)
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
+        """Logits of words, bounded where the family bounds them: Gemma 2 (arXiv:2408.00118, Sec. 2)."""
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -289,7 +289,7 @@ def test_a_named_size_brings_its_frames_on_the_command_line():
 def test_default_codes_tell_the_actions_of_the_clean_world(tmp_path):
     train(
         tmp_path,
-        {"image_size": 64, "codebook_size": 64, "quantizer": "fsq"},
+        {"image_size": 64, "quantizer": "fsq"},
         data=("world:clean",),
         val_samples=1024,
         steps=3000,

@@ -1,0 +1,263 @@
+"""Cached latent actions: a dataset once more, with what a LAQ says of every frame beside it.
+
+    python -m hlrp.label --data metaworld:mt10 --output-dir data/mt10_labelled                # after train_laq.py
+    python -m hlrp.label --data videos:DIR --output-dir data/videos_labelled --image-size 256 --laq FOLDER
+    accelerate launch train_vla.py --data lerobot:data/mt10_labelled
+
+Writes a LeRobot v3 dataset; the source is left as it is. Two columns are new, and hold NaN and -1 at a frame whose
+delta reaches past its episode:
+    latent_action           float32 (e,): the vectors of all tokens, see `hlrp.laq.LatentActions`
+    latent_action_indices   int64 (m,): their codes, where the LAQ is discrete
+meta/latent_actions.json says whose they are. A LeRobot dataset keeps all that it has, and the camera of the URI is
+labelled. Other video (videos:, world:) becomes a LeRobot dataset first, and what was written is labelled.
+"""
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from hlrp.checkpoints import whole_folder, write_json
+from hlrp.data import Clips
+from hlrp.laq import LAQ, LatentActions
+from hlrp.lerobot_data import (
+    ACTION,
+    LATENT_ACTION,
+    LATENT_INDICES,
+    LATENT_SPACE,
+    STATE,
+    LeRobotData,
+    find_dataset,
+)
+from hlrp.sources import open_source, parse_uri
+from hlrp.transforms import fit
+from hlrp.vla import LatentSpace
+
+CAMERA = "observation.images.camera"  # of video that becomes a dataset here
+QUEUE_SIZE = 64  # frames that wait for the encoder
+
+
+@dataclass
+class Args:
+    data: str  # the source: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS
+    output_dir: Path  # folder to write, must not exist yet
+    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1
+    # videos: and world: side of the square that frames are letterboxed into [pixel]; None: as they are
+    image_size: int | None = None
+    batch_size: int = 64  # frames embedded together
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+
+
+def main(args: Args) -> None:
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # LeRobot decodes nothing here
+    scheme, location = parse_uri(args.data)[1:3]
+    is_lerobot = scheme in ("lerobot", "metaworld")
+    if args.output_dir.exists():
+        raise ValueError(f"output_dir={args.output_dir} exists already; delete it or choose another folder")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size={args.batch_size}; expected 1 or more")
+    if is_lerobot and args.image_size is not None:
+        raise ValueError(f"image_size={args.image_size}, but {args.data} keeps its frames; leave it out")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    bf16 = args.mixed_precision == "bf16" or (args.mixed_precision == "auto" and device.type != "cpu")
+
+    laq = LAQ.from_pretrained(args.laq).requires_grad_(False).to(device)
+    if scheme == "lerobot":
+        find_dataset(location, "*")  # also the cameras that are not labelled
+    source = open_source(args.data)
+    if is_lerobot and source.latent_space is not None:
+        origin = source.latent_space["source"]
+        raise ValueError(f"{source.uri} has latent actions already; what it was made from fits: {origin}")
+    frame_offsets(laq, source)  # raises before anything is written
+    facts = asdict(latent_space(laq)) | {
+        "camera": source.camera if is_lerobot else CAMERA,
+        "source": source.uri,
+        "source_fingerprint": source.fingerprint,
+        "mixed_precision": "bf16" if bf16 else "no",
+        "hlrp_version": version("lerobot_policy_hlrp"),
+    }
+
+    videos = args.output_dir.with_name(args.output_dir.name + ".videos.partial")
+    with whole_folder(args.output_dir) as folder:
+        if not is_lerobot:
+            shutil.rmtree(videos, ignore_errors=True)
+            write_dataset(source, videos, args.image_size)
+            source = LeRobotData(videos, uri=source.uri)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            columns = label_dataset(laq, source, args.batch_size)
+        folder.rmdir()  # LeRobot makes it itself
+        add_columns(source.root, folder, columns)
+        write_json(folder / LATENT_SPACE, facts)
+        shutil.rmtree(videos, ignore_errors=True)
+    print(f"{args.output_dir}: {len(source.lengths)} episodes with latent actions")
+
+
+def latent_space(laq: LAQ) -> LatentSpace:
+    """What the LAQ's latent actions are, read off one of them."""
+    config = laq.config
+    blank = torch.zeros(1, 2, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    actions = laq.label(blank.to(laq.queries.device))
+    return LatentSpace(
+        delta=config.delta,
+        num_tokens=0 if actions.indices is None else actions.indices.shape[-1],
+        codebook_size=laq.quantizer.codebook_size or 0,
+        vector_dim=actions.vectors[0, 0].numel(),
+        image_size=config.image_size,
+        fingerprint=laq.fingerprint,
+    )
+
+
+def frame_offsets(laq: LAQ, source) -> np.ndarray:
+    """Delta in frames of each episode, as `Clips` has it. Raises ValueError where delta does not fit the source."""
+    episodes = range(len(source.lengths))
+    return Clips(source, episodes, (0.0, laq.config.delta), laq.config.image_size).offsets[:, 1]
+
+
+def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, np.ndarray]:
+    """The new columns, one row a frame, in the order of the data files."""
+    for stray in sorted(set(source.root.glob("data/*/*.parquet")) - set(source.data_files)):
+        raise ValueError(
+            f"{stray} belongs to no episode, but LeRobot would copy it; a dataset without it fits"
+        )
+    space = latent_space(laq)
+    num_frames = int(source.lengths.sum())
+    columns = {LATENT_ACTION: np.full((num_frames, space.vector_dim), np.nan, dtype=np.float32)}
+    if space.num_tokens:
+        columns[LATENT_INDICES] = np.full((num_frames, space.num_tokens), -1)
+    for episode, offset in enumerate(tqdm(frame_offsets(laq, source), unit="episode", disable=None)):
+        first = source.episodes["first_row"][episode]
+        for part in label_episode(laq, source, episode, int(offset), batch_size):
+            rows = slice(first, first := first + len(part.vectors))
+            columns[LATENT_ACTION][rows] = part.vectors.flatten(1).cpu().numpy()
+            if space.num_tokens:
+                columns[LATENT_INDICES][rows] = part.indices.cpu().numpy()
+    return columns
+
+
+@torch.inference_mode()
+def label_episode(laq: LAQ, source, episode: int, offset: int, batch_size: int) -> list[LatentActions]:
+    """The latent actions from the first frame on, up to the last that has another one `offset` frames later.
+
+    Each frame is embedded once, and no more than batch_size + offset of them are held.
+    """
+    parts, embedded = [], None
+    length = int(source.lengths[episode])
+    for start in range(0, length, batch_size):
+        frames = source.read(episode, np.arange(start, min(start + batch_size, length)))["frames"]
+        frames = fit(frames, laq.config.image_size).to(laq.queries.device)
+        new = laq.embed(laq.observe(frames[None]))[0]  # t n d
+        embedded = new if embedded is None else torch.cat([embedded, new])
+        if len(embedded) > offset:
+            parts.append(laq.between(embedded[:-offset], embedded[offset:]))
+            embedded = embedded[-offset:]
+    return parts
+
+
+def add_columns(root: Path, output_dir: Path, columns: dict[str, np.ndarray]) -> None:
+    """Copies a LeRobot dataset, and adds columns to it."""
+    import datasets
+    from lerobot.datasets import LeRobotDataset
+    from lerobot.datasets.dataset_tools import add_features
+
+    datasets.disable_progress_bars()
+    features = {
+        name: (column, {"dtype": str(column.dtype), "shape": column.shape[1:], "names": None})
+        for name, column in columns.items()
+    }
+    repo_id = f"hlrp/{output_dir.stem}"
+    add_features(LeRobotDataset(repo_id, root=root), features, output_dir, repo_id)
+
+
+def write_dataset(source, folder: Path, image_size: int | None) -> None:
+    """Writes any source as a LeRobot dataset of one camera, with state and action where it has them.
+
+    Raises ValueError where episodes differ in frame rate or size, which those of one dataset cannot.
+    """
+    import av
+    import datasets
+    from lerobot.configs import RGBEncoderConfig
+    from lerobot.datasets import LeRobotDataset
+
+    av.logging.set_libav_level(av.logging.ERROR)  # x264 reports on each episode
+    datasets.disable_progress_bars()
+    fps = common_fps(source)
+    height, width = (image_size, image_size) if image_size is not None else common_size(source)
+    if height % 2 or width % 2 or min(height, width) < 16:
+        raise ValueError(
+            f"{source.uri}: frames of {width} x {height} pixels; even sizes from 16 on are encoded, "
+            "and --image-size 256 letterboxes frames into one"
+        )
+    image = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
+    features = {CAMERA: image}
+    for key, dim in ((STATE, source.state_dim), (ACTION, source.action_dim)):
+        if dim:
+            features[key] = {"dtype": "float32", "shape": (dim,), "names": None}
+    dataset = LeRobotDataset.create(
+        f"hlrp/{source.name}",
+        fps,
+        features,
+        root=folder,
+        rgb_encoder=RGBEncoderConfig(vcodec="h264", g=2, crf=18, preset="veryfast"),
+        streaming_encoding=True,
+        encoder_queue_maxsize=QUEUE_SIZE,
+        encoder_threads=1,
+    )
+    queues = dataset.writer._streaming_encoder._frame_queues
+    for episode, length in enumerate(tqdm(source.lengths, unit="episode", disable=None)):
+        for start in range(0, length, QUEUE_SIZE):
+            indices = np.arange(start, min(start + QUEUE_SIZE, length))
+            read = source.read(episode, indices)
+            frames = read["frames"] if image_size is None else fit(read["frames"], image_size)
+            columns = {CAMERA: frames.permute(0, 2, 3, 1).numpy()}
+            if source.state_dim:
+                columns[STATE] = read["state"].numpy()
+            if source.action_dim:
+                columns[ACTION] = source.actions(episode, indices).numpy()
+            for i in range(len(indices)):
+                while any(queue.full() for queue in queues.values()):  # LeRobot would drop the frame
+                    time.sleep(0.001)
+                frame = {key: column[i] for key, column in columns.items()}
+                dataset.add_frame(frame | {"task": read["task"]})
+        dataset.save_episode()
+    dataset.finalize()
+
+
+def common_fps(source) -> int:
+    """Frames per second of all episodes, as the whole number that LeRobot knows: 29.97 is 30."""
+    fps = max(1, round(float(source.fps[0])))
+    for episode in np.flatnonzero(np.abs(source.fps - fps) > 0.01 * fps):
+        names = [f"{named(source, i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
+        raise ValueError(
+            f"{source.uri}: frames per second differ, or are no whole number ({', '.join(names)}); "
+            "a dataset has one whole number: files of one frame rate fit"
+        )
+    return fps
+
+
+def common_size(source) -> tuple[int, int]:
+    """Height and width of all episodes."""
+    sizes = [tuple(source.read(i, [0])["frames"].shape[-2:]) for i in range(len(source.lengths))]
+    for episode, (height, width) in enumerate(sizes):
+        if (height, width) != sizes[0]:
+            raise ValueError(
+                f"{source.uri}: {named(source, 0)} has frames of {sizes[0][1]} x {sizes[0][0]} pixels and "
+                f"{named(source, episode)} of {width} x {height}; --image-size 256 letterboxes them into one size"
+            )
+    return sizes[0]
+
+
+def named(source, episode: int) -> str:
+    """An episode as its user knows it."""
+    return str(source.paths[episode]) if hasattr(source, "paths") else f"episode {episode}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
