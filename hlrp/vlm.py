@@ -37,6 +37,7 @@ class Family(NamedTuple):
     unused: tuple[str, ...] = ()
 
 
+TINY_IMAGE = ("image_pad", "video_pad", "vision_start", "vision_end")
 FAMILIES = {
     "smolvlm": Family("SmolVLMForConditionalGeneration", "text_model", "vision_model"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
@@ -381,38 +382,40 @@ def read_parts(name: str):
 
 
 def tiny(image_size: int, instructions: Sequence[str]):
-    """A SmolVLM of 2.8 M parameters from scratch, with tokenizer and image processor."""
+    """A Qwen3-VL of about 3 M parameters from scratch, with tokenizer and image processor."""
     import transformers
 
-    patch_size, scale_factor = 8, 2 if image_size >= 64 else 1
-    if image_size < 16 or image_size % (patch_size * scale_factor):
-        multiple = f"a multiple of {patch_size * scale_factor}"
+    patch_size, merge_size = 8, 2 if image_size >= 64 else 1
+    if image_size < 16 or image_size % (patch_size * merge_size):
+        multiple = f"a multiple of {patch_size * merge_size}"
         raise ValueError(f"image_size={image_size} does not fit tiny: expected {multiple} from 16 up")
     tokenizer = tiny_tokenizer(instructions)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+    text = {"vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "head_dim": 32}
+    text |= {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+    text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    vision = {
+        "depth": 4,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "out_hidden_size": 192,
+    }
+    vision |= {"num_position_embeddings": (image_size // patch_size) ** 2, "deepstack_visual_indexes": [1]}
+    patches = {"patch_size": patch_size, "temporal_patch_size": 2}
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in TINY_IMAGE}
+    config = transformers.Qwen3VLConfig(
+        text_config=text | {"tie_word_embeddings": True},
+        vision_config=vision | patches | {"spatial_merge_size": merge_size},
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=True,
-        **ids,
     )
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    vision |= {"image_size": image_size, "patch_size": patch_size}
-    config = transformers.SmolVLMConfig(
-        text_config=text,
-        vision_config=vision,
-        scale_factor=scale_factor,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
-    )
-    size = {"longest_edge": image_size}
-    processor = transformers.SmolVLMImageProcessor(
-        size=size, max_image_size=size, do_image_splitting=False, resample=3
-    )
-    return transformers.SmolVLMForConditionalGeneration(config), tokenizer, processor
+    size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
+    processor = transformers.Qwen2VLImageProcessor(size=size, merge_size=merge_size, **patches)
+    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
 
 
 def tiny_tokenizer(instructions: Sequence[str]):
@@ -420,7 +423,7 @@ def tiny_tokenizer(instructions: Sequence[str]):
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    special = ["<pad>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>"]
+    special = ["<pad>", "<bos>", "<eos>", *(f"<|{name}|>" for name in TINY_IMAGE)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -429,7 +432,8 @@ def tiny_tokenizer(instructions: Sequence[str]):
         vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(sorted(set(instructions)), trainer)
-    content = "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    content = f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     template = f"{{% for part in messages[0]['content'] %}}{content}{{% endfor %}}<eos>"
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
