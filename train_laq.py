@@ -31,7 +31,7 @@ class Args:
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
     output_dir: Path = Path("outputs/laq")
-    steps: int = 900  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 32  # pairs per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
     lr: float = 1e-3  # highest learning rate; 3e-4 or less suits the larger sizes

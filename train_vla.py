@@ -34,7 +34,7 @@ class Args:
     model: VLAConfig = field(default_factory=VLAConfig)
 
     output_dir: Path = Path("outputs/vla")
-    steps: int = 900  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 32  # samples per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
     lr: float = 1e-3  # highest learning rate; 1e-4 or less suits a pretrained vlm
