@@ -24,7 +24,8 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
 def mean_action(action: Tensor, action_is_pad: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over a chunk (b, t, a) of the actions that are none of padding: (b, a); and who has any: bool (b,)."""
     taken = ~action_is_pad
-    mean = (action * taken[..., None]).sum(1) / taken.sum(1, keepdim=True).clamp(min=1)
+    action = action.masked_fill(action_is_pad[..., None], 0.0)
+    mean = action.sum(1) / taken.sum(1, keepdim=True).clamp(min=1)
     return mean, taken.any(1)
 
 

@@ -121,7 +121,7 @@ class TokensHead(CodeHead):
             return self.score(self.logits(hidden), targets, hidden[:, 0])
         words = vlm.vocab_logits(hidden)
         codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
-        codes = vlm.cap_logits(codes)  # words themselves
+        codes = vlm.cap_logits(codes)  # as those of words
         place = torch.arange(self.length, device=targets.device) % self.num_tokens
         logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
         return self.score(logits, targets, hidden[:, 0], words.shape[-1])

@@ -269,8 +269,8 @@ def test_settings_that_do_not_fit_are_named_with_what_would(saved, family, optio
 
 def test_an_instruction_that_holds_an_image_token_is_an_error():
     vlm = VLM.from_config(VLMConfig(), TASKS)
-    with pytest.raises(ValueError, match="'see <image>'"):
-        vlm.prefix(images(64), ["push", "see <image>"])
+    with pytest.raises(ValueError, match=r"'see <\|image_pad\|>'"):
+        vlm.prefix(images(64), ["push", "see <|image_pad|>"])
 
 
 @pytest.mark.parametrize("options", [{}, {"image_size": 28}, {"image_size": 42}])
@@ -309,9 +309,9 @@ def test_what_is_frozen_gets_no_gradient_and_all_else_does(saved, family):
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_dropout_is_off_in_what_is_frozen_and_on_elsewhere():
+def test_dropout_is_off_in_what_is_frozen_and_on_elsewhere(saved):
     torch.manual_seed(0)
-    vlm = VLM.from_config(VLMConfig(freeze=("vision",)), TASKS)
+    vlm = VLM.from_config(VLMConfig(str(saved("smolvlm")[0]), freeze=("vision",)), [])
     for layer in [*vlm.layers, *vlm.blocks]:
         layer.self_attn.attention_dropout = layer.self_attn.dropout = 0.5
     pixels = vlm.preprocess(images(64))["pixel_values"]
@@ -358,7 +358,7 @@ def test_adapters_start_as_nothing_and_freeze_all_else():
 
 def test_the_repeated_layers_are_named_and_the_model_copies():
     vlm = VLM.from_config(VLMConfig(), TASKS).eval()
-    assert {cls.__name__ for cls in vlm.block_classes()} == {"LlamaDecoderLayer", "SmolVLMEncoderLayer"}
+    assert {cls.__name__ for cls in vlm.block_classes()} == {"Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"}
     copied = copy.deepcopy(vlm)
     nn.init.zeros_(vlm.vocab_head)
     assert copied.vocab_head.abs().sum() > 0

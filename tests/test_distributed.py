@@ -1,0 +1,154 @@
+"""train_vla.py on two processes, whole on each (DDP) and in shards (FSDP2), against one process.
+
+As a script it is what the processes run: train_vla.py, with an eye on what each of them holds and gets.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import train_vla
+from hlrp.laq import LAQ, LAQConfig
+from hlrp.training import Run, distribute
+from hlrp.vla import VLA, VLAConfig
+
+ROOT = Path(train_vla.__file__).parent
+DATA = ("world:clean?episodes=6", "world:human?episodes=6")  # with and without actions
+
+
+def train(folder, name, batch_size):
+    train_vla.main(
+        train_vla.Args(
+            laq=folder / "laq",
+            data=DATA,
+            val_samples=9,
+            model=VLAConfig(head="parallel", action_weight=0.5),
+            output_dir=folder / name,
+            steps=4,
+            batch_size=batch_size,
+            warmup_steps=2,
+            num_workers=0,
+            log_freq=1,
+            eval_freq=4,
+            save_freq=2,
+        )
+    )
+
+
+def launch(folder, *names):
+    """Trains under these names on two processes; only the one called ddp in no shards."""
+    options = ["--config_file", ROOT / "slurm/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, __file__, folder, *names]
+    variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, timeout=300, env=os.environ | variables)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs ddp and fsdp behind a LAQ whose codes are as random as its weights."""
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "laq").mkdir()
+    torch.manual_seed(0)
+    laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8))
+    nn.init.normal_(laq.to_change.weight)
+    laq.save_pretrained(folder / "laq", data=DATA, step=0, report=None)
+    launch(folder, "ddp", "fsdp")
+    return folder
+
+
+def logged(output_dir, name) -> list[float]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if line["split"] == "train"]
+
+
+def tensors(output_dir) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's state of the last checkpoint."""
+    last = output_dir / "checkpoints" / "last"
+    weights = load_file(last / "pretrained_model" / "model.safetensors")
+    return weights | load_file(last / "training_state" / "optimizer_state.safetensors")
+
+
+def observed(folder, name) -> list[dict]:
+    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_two_processes_train_what_one_trains_however_unevenly_labels_lie(folder):
+    train(folder, "one", batch_size=8)
+    for name in ("ddp", "fsdp"):
+        first, second = (ranks["labelled"] for ranks in observed(folder, name))
+        assert len(first) == 4 and any(a != b for a, b in zip(first, second, strict=True))
+        for value in ("loss", "action_loss", "grad_norm"):
+            assert logged(folder / name, value) == pytest.approx(logged(folder / "one", value), rel=1e-3)
+    found, expected = tensors(folder / "fsdp"), tensors(folder / "one")
+    assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
+    VLA.from_pretrained(folder / "fsdp/checkpoints/last/pretrained_model")
+
+
+def test_a_rank_holds_its_shard_of_parameters_gradients_and_optimizer_state(folder):
+    (whole, _), shards = ([rank["bytes"] for rank in observed(folder, name)] for name in ("ddp", "fsdp"))
+    assert max(shards) <= 1.1 / 2 * whole
+
+
+def test_a_killed_run_of_shards_continues_to_the_bit(folder):
+    shutil.copytree(folder / "fsdp", folder / "killed", ignore=lambda *_: ["000004"], symlinks=True)
+    launch(folder, "killed")
+    found, expected = tensors(folder / "killed"), tensors(folder / "fsdp")
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version=1; expected 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading=true; expected false"),
+        ({}, "moves its codes in place"),
+    ],
+)
+def test_what_shards_cannot_do_is_named(variables, message, monkeypatch):
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | variables
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distribute(LAQ(LAQConfig(image_size=32, patch_size=8, quantizer="vq")), set(), None)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    step, share_of_labelled, seen = AcceleratedOptimizer.step, Run.share_of_labelled, {}
+
+    def observed_step(optimizer, *args):
+        step(optimizer, *args)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [x for state in optimizer.optimizer.state.values() for x in state.values()]
+        held = [*parameters, *(p.grad for p in parameters), *states]
+        held = [x.to_local() if isinstance(x, DTensor) else x for x in held]
+        seen["bytes"] = sum(x.numel() * x.element_size() for x in held)
+
+    def observed_share(run, batches):
+        seen["labelled"].append(int(sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)))
+        return share_of_labelled(run, batches)
+
+    AcceleratedOptimizer.step, Run.share_of_labelled = observed_step, observed_share
+    for name in names:
+        seen["labelled"] = []
+        os.environ["ACCELERATE_USE_FSDP"] = str(name != "ddp").lower()
+        train(folder, name, batch_size=4)
+        (folder / f"{name}_{os.environ['RANK']}.json").write_text(json.dumps(seen))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

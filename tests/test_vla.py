@@ -1,0 +1,309 @@
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lerobot_data import write
+from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
+
+from hlrp.data import Clips, collate
+from hlrp.laq import LAQ, LAQConfig
+from hlrp.predictions import label
+from hlrp.sources import open_source
+from hlrp.vla import VLA, LatentSpace, VLAConfig
+from hlrp.vlm import VLM, VLMConfig
+
+VOCABULARY = {"head": "tokens", "token_rows": "vocabulary"}
+CODE_HEADS = [{"head": "tokens"}, VOCABULARY, {"head": "parallel"}]
+HEADS = [*CODE_HEADS, {"head": "flow", "expert_dim": 32, "expert_depth": 1}]
+
+
+def name(value):
+    return "-".join(map(str, [*value.values()][:2])) if isinstance(value, dict) else None
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a family."""
+    folders = {}
+
+    def get(family):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            save_vlm(folders[family], family, is_tied=family != "smolvlm")  # as SmolVLM2 is
+        return folders[family]
+
+    return get
+
+
+def make(folder, family="smolvlm", num_tokens=3, codebook_size=5, vector_dim=6, **settings):
+    torch.manual_seed(0)
+    vlm_config = VLMConfig(str(folder), IMAGE_SIZE[family])
+    space = LatentSpace(0.3, num_tokens, codebook_size, vector_dim, image_size=32, fingerprint="")
+    return VLA(VLAConfig(**settings, vlm=vlm_config), space, VLM.from_config(vlm_config, TASKS))
+
+
+def make_batch(vla, rows=4):
+    torch.manual_seed(1)
+    chunk_size, space = vla.config.chunk_size, vla.space
+    return {
+        "images": torch.randint(256, (rows, 1, 3, 40, 40), dtype=torch.uint8),
+        "task": (TASKS * rows)[:rows],
+        "latent_indices": torch.randint(space.codebook_size, (rows, chunk_size, space.num_tokens)),
+        "latent_vectors": torch.randn(rows, chunk_size, space.vector_dim),
+    }
+
+
+def train(vla, batch, steps, lr=1e-2):
+    """The loss of each step; the flow's noise is the same in all."""
+    optimizer, losses = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], lr), []
+    for _ in range(steps):
+        torch.manual_seed(2)
+        loss, metrics = vla(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        assert not [name for name, p in vla.named_parameters() if p.requires_grad and p.grad is None]
+        optimizer.step()
+        losses.append(loss.item())
+    assert loss == metrics["latent_loss"] and ("accuracy" in metrics) == (vla.config.head != "flow")
+    return losses
+
+
+def predict(vla, images, tasks, temperature=0.0):
+    torch.manual_seed(3)
+    predicted = vla.generate(images, tasks, temperature)
+    assert (predicted.indices is None) != (predicted.vectors is None)
+    return predicted.vectors if predicted.indices is None else predicted.indices
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_alone_predicts_what_the_trained_model_predicts(saved, family, settings, tmp_path):
+    hub, checkpoint = tmp_path / "hub", tmp_path / "pretrained_model"
+    shutil.copytree(saved(family), hub)
+    vla = make(hub, family, chunk_size=2, **settings)
+    batch = make_batch(vla)
+    train(vla, batch, steps=3)
+    vla.eval()
+    checkpoint.mkdir()
+    vla.save_pretrained(checkpoint, step=3)
+    shutil.rmtree(hub)
+
+    again = VLA.from_pretrained(checkpoint)
+    assert again.space == vla.space and not again.training
+    for temperature in (0.0, 1.0):
+        found, expected = (predict(m, batch["images"], batch["task"], temperature) for m in (again, vla))
+        assert torch.equal(found, expected) and found.shape[:2] == (4, 2)
+    errors = []
+    for model in (again, vla):
+        torch.manual_seed(4)
+        errors.append(model.score(batch))
+    assert torch.equal(*errors) and errors[0].shape == (4,)
+
+
+@pytest.mark.parametrize("num_tokens, codebook_size", [(1, 2), (5, 7)])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("settings", HEADS, ids=name)
+def test_any_number_of_tokens_codes_and_latent_actions_is_learned(
+    saved, settings, chunk_size, num_tokens, codebook_size
+):
+    sizes = {"num_tokens": num_tokens, "codebook_size": codebook_size, "chunk_size": chunk_size}
+    vla = make(saved("smolvlm"), **sizes, **settings)
+    batch = make_batch(vla)
+    losses = train(vla, batch, steps=15)
+    assert losses[-1] < 0.8 * losses[0]
+    size = 6 if vla.config.head == "flow" else num_tokens
+    assert predict(vla.eval(), batch["images"], batch["task"]).shape == (4, chunk_size, size)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_over_the_vocabulary_and_its_gradients_are_those_of_transformers_labels(
+    tmp_path, family, is_tied
+):
+    reference, _ = save_vlm(tmp_path, family, is_tied)
+    vla = make(tmp_path, family, chunk_size=2, **VOCABULARY)
+    batch, (vlm, head) = make_batch(vla, rows=2), (vla.vlm, vla.head)
+    num_words, codes = vlm.vocab_size, torch.arange(3 * 5).view(3, 5)  # rows behind those of the words
+    reference.resize_token_embeddings(num_words + codes.numel(), mean_resizing=False)
+    with torch.no_grad():
+        if is_tied:
+            head.rows.copy_(head.embeddings)
+        reference.get_input_embeddings().weight[num_words:] = head.embeddings.flatten(0, 1)
+        reference.lm_head.weight[num_words:] = head.rows.flatten(0, 1)
+
+    prompts = [vlm.prompt(task, 1).ids for task in batch["task"]]
+    longest = max(map(len, prompts))
+    prompts = torch.stack([F.pad(ids, (longest - len(ids), 0), value=-1) for ids in prompts])
+    suffix = num_words + codes[torch.arange(3), batch["latent_indices"]].flatten(1)
+    ids = torch.cat([prompts, suffix], dim=1)
+    inputs = {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
+    inputs |= {"labels": ids.masked_fill(ids < num_words, -100), **vlm.preprocess(batch["images"])}
+    if vlm.is_qwen:
+        inputs["mm_token_type_ids"] = (ids == vlm.config.image_token_id).int()
+    if vlm.is_paligemma:
+        inputs["token_type_ids"] = (ids >= num_words).long()
+    expected = reference.train()(**inputs).loss
+    expected.backward()
+    loss, _ = vla(batch)
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    found = {key.removeprefix("vlm."): parameter.grad for key, parameter in vla.named_parameters()}
+    rows, embeddings = (found.pop(f"head.{key}").flatten(0, 1) for key in ("rows", "embeddings"))
+    embedding = next(key for key in found if key.endswith("embed_tokens.weight"))
+    found[embedding] = torch.cat([found[embedding], embeddings + rows if is_tied else embeddings])
+    if not is_tied:
+        found["lm_head.weight"] = torch.cat([found["lm_head.weight"], rows])
+    gradients = {key: parameter.grad for key, parameter in reference.named_parameters()}
+    assert found.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * largest + 1e-6, msg=key)
+
+
+@pytest.mark.parametrize("settings", CODE_HEADS[:2], ids=name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_codes_one_after_another_are_those_of_a_greedy_search_without_a_cache(saved, family, settings):
+    vla = make(saved(family), family, chunk_size=2, **settings).eval()
+    batch, head, errors = make_batch(vla), vla.head, []
+    codes = torch.empty(4, 0, dtype=torch.int64)
+    with torch.no_grad():
+        head.embeddings.normal_()  # so that each code changes the next
+        for i in range(6):
+            suffix = vla.vlm.embed_scale * head.embed(codes)
+            logits = vla.vlm(batch["images"], batch["task"], suffix).hidden[:, -1] @ head.rows[i % 3].T
+            codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], dim=1)
+            errors.append(F.cross_entropy(logits, codes[:, -1], reduction="none"))
+    codes = codes.view(4, 2, 3)
+    assert torch.equal(predict(vla, batch["images"], batch["task"]), codes) and len(codes.unique(dim=0)) > 1
+    if settings != VOCABULARY:  # there, words take part in the softmax
+        score = vla.score(batch | {"latent_indices": codes})
+        torch.testing.assert_close(score, torch.stack(errors).mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", CODE_HEADS, ids=name)
+def test_ten_thousand_samples_are_valid_codes_as_frequent_as_the_softmax_says(saved, settings):
+    vla = make(saved("smolvlm"), num_tokens=4, **settings).eval()
+    image, task, rows = torch.randint(256, (1, 1, 3, 46, 46), dtype=torch.uint8), TASKS[:1], 2500
+    codes = predict(vla, image.expand(rows, -1, -1, -1, -1), task * rows, temperature=1.0)
+    assert codes.shape == (rows, 1, 4) and codes.min() == 0 and codes.max() == 4
+    with torch.no_grad():
+        is_parallel = vla.config.head == "parallel"
+        hidden = vla.head.hidden(vla.vlm, image, task)[:, 1:] if is_parallel else vla.vlm(image, task).hidden
+        first = hidden[:, :1] if is_parallel else hidden[:, -1:]
+        expected = rows * vla.head.logits(first).softmax(-1).flatten()
+    counts = codes[:, 0, 0].bincount(minlength=5)
+    assert ((counts - expected).abs() < 5 * expected.sqrt() + 1).all() and (counts > 0).sum() > 1
+
+
+def labelled_batch(vla):
+    batch = make_batch(vla)
+    is_pad = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    action = torch.randn(4, 3, 2)
+    return batch | {"action": action, "action_is_pad": is_pad, "source": torch.tensor([0, 1, 0, 1])}
+
+
+def action_loss(vla, batch):
+    torch.manual_seed(2)
+    vla.zero_grad()
+    loss, metrics = vla(batch)
+    ((loss - metrics["latent_loss"]) / vla.config.action_weight).backward()  # what is left: the action's
+    return metrics["action_loss"], vla.to_action.weight.grad.clone()
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=name)
+def test_the_action_loss_is_of_labelled_samples_alone_and_exact_however_they_are_split(saved, settings):
+    vla = make(saved("smolvlm"), action_weight=0.5, action_dim=2, action_sources=2, **settings)
+    torch.nn.init.normal_(vla.to_action.weight)
+    batch = labelled_batch(vla)
+    loss, metrics = vla(batch)
+    torch.testing.assert_close(loss, metrics["latent_loss"] + 0.5 * metrics["action_loss"])
+    whole, gradient = action_loss(vla, batch)
+
+    other = batch["action"].masked_fill(batch["action_is_pad"][..., None], 1e4)
+    assert torch.equal(action_loss(vla, batch | {"action": other})[0], whole)
+    without = {k: [x for i, x in enumerate(v) if i != 1] for k, v in batch.items()}
+    without = {k: v if k == "task" else torch.stack(v) for k, v in without.items()}
+    torch.testing.assert_close(action_loss(vla, without), (whole, gradient))
+
+    halves = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]  # 1 and 2 labelled samples
+    parts = [action_loss(vla, half | {"num_labelled": torch.tensor(3 / 2)}) for half in halves]
+    mean = tuple(torch.stack(values).mean(0) for values in zip(*parts, strict=True))
+    torch.testing.assert_close(mean, (whole, gradient))
+    unlabelled = batch | {"action_is_pad": torch.ones(4, 3, dtype=torch.bool)}
+    assert action_loss(vla, unlabelled)[0] == 0
+
+
+class Poisoned:
+    """A source of whose frames all behind `last` are inverted."""
+
+    def __init__(self, source, last):
+        self.source, self.last = source, last
+
+    def __getattr__(self, key):
+        return getattr(self.source, key)
+
+    def read(self, episode, indices):
+        read = self.source.read(episode, indices)
+        is_later = torch.as_tensor(indices)[:, None, None, None] > self.last
+        return read | {"frames": torch.where(is_later, 255 - read["frames"], read["frames"])}
+
+
+@pytest.mark.parametrize("scheme", ["world", "lerobot"])
+def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(
+    saved, scheme, tmp_path
+):
+    uri = "world:clean?episodes=3" if scheme == "world" else f"lerobot:{write(tmp_path / 'data', codec=None)}"
+    source = open_source(uri)
+    laq = LAQ(LAQConfig(image_size=16, patch_size=8, codebook_size=16)).eval()
+
+    def batch_of(source_at):
+        samples = []
+        for i in (0, 3, 9, 21):
+            t = Clips(source, range(3), (0.0, 0.3, 0.6))[i]["index"]
+            clips = Clips(source_at(t), range(3), (0.0, 0.3, 0.6), image_size=16, input_size=46)
+            samples.append(clips[i])
+        batch = collate(samples)
+        return batch | label(laq, batch["frames"])
+
+    clean, poisoned = batch_of(lambda t: source), batch_of(lambda t: Poisoned(source, t))
+    changed = {
+        key
+        for key, value in clean.items()
+        if not (torch.equal(value, poisoned[key]) if torch.is_tensor(value) else value == poisoned[key])
+    }
+    assert changed == {"frames", "latent_vectors", "latent_indices"} and "images" in clean
+    assert torch.equal(clean["frames"][:, 0], poisoned["frames"][:, 0])
+    sizes = {"num_tokens": 4, "codebook_size": 16, "vector_dim": clean["latent_vectors"].shape[-1]}
+    for settings in HEADS:
+        vla = make(saved("smolvlm"), chunk_size=2, **sizes, **settings)
+        found, expected = (predict(vla, batch["images"], batch["task"], 1.0) for batch in (poisoned, clean))
+        assert torch.equal(found, expected)
+        assert train(vla, clean, steps=1) != train(vla, poisoned, steps=1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"head": "words"}, "head='words'; expected one of tokens, parallel, flow"),
+        ({"head": "tokens", "token_rows": "words"}, "token_rows='words'; expected one of codes, vocabulary"),
+        ({"head": "flow", "token_rows": "vocabulary"}, "token_rows='vocabulary' .* head=flow has none"),
+        ({"chunk_size": 0}, "chunk_size=0; expected 1 or more"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"head": "flow", "expert_dim": 30}, "expert_dim=30; expected a multiple of 4"),
+        ({"head": "flow", "expert_depth": 0}, "expert_depth=0"),
+        ({"action_weight": -1.0}, "action_weight=-1.0; expected 0 or more"),
+        ({"action_weight": 1.0}, "action_weight=1.0, but no source in the data has actions"),
+        ({"head": "tokens", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
+        ({"head": "parallel", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named_with_what_would(saved, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(saved("smolvlm"), **settings)
