@@ -62,8 +62,9 @@ def main(args: Args) -> None:
         split_episodes,
     )
     from hlrp.plots import save_grids
+    from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, distribute, gathered, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
@@ -109,7 +110,7 @@ def main(args: Args) -> None:
     if args.compile:
         for block in (module for module in laq.modules() if isinstance(module, Block)):
             block.compile()
-    model = distribute(laq, {Block}, accelerator)  # before the optimizer, which holds what is left here
+    model = distribute(laq, {Block}, accelerator)  # what a rank holds, the optimizer too
     groups = parameter_groups(laq, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)

@@ -61,8 +61,9 @@ def main(args: Args) -> None:
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
     from hlrp.predictions import alarms, evaluate, label, save_grid
+    from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, distribute, gathered, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
 
@@ -123,7 +124,7 @@ def main(args: Args) -> None:
     if args.compile:
         for block in (module for module in vla.modules() if type(module) in vla.block_classes()):
             block.compile()
-    model = distribute(vla, vla.vlm.block_classes(), accelerator)  # before the optimizer, which holds what is left here
+    model = distribute(vla, vla.vlm.block_classes(), accelerator)  # what a rank holds, the optimizer too
     groups = parameter_groups(vla, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)

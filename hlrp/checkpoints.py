@@ -62,9 +62,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def save_pretrained(folder: Path, model: nn.Module, config: dict) -> None:
-    """Writes a model and the config that rebuilds it. The folder must exist."""
-    save_tensors(folder / WEIGHTS, model.state_dict())
+def save_pretrained(
+    folder: Path, model: nn.Module, config: dict, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a model and the config that rebuilds it. The folder must exist.
+
+    weights: its state in full, where the model lies in shards.
+    """
+    save_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
     write_json(folder / CONFIG, config)
 
 

@@ -360,11 +360,11 @@ class LAQ(nn.Module):
             return picture * self.patch_size
         return ((observed.images[:, 0] + picture) * 0.25 + 0.5).clamp(0, 1)
 
-    def save_pretrained(self, folder: Path, **provenance) -> None:
+    def save_pretrained(self, folder: Path, weights: dict[str, Tensor] | None = None, **provenance) -> None:
         """config.json + model.safetensors; `provenance` (data, report, step) goes into the config."""
         config = {"type": "laq", "hlrp_version": version("lerobot_policy_hlrp"), "laq": asdict(self.config)}
         config["frozen"] = self.fingerprints()
-        save_pretrained(folder, self, config | provenance)
+        save_pretrained(folder, self, config | provenance, weights)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "LAQ":

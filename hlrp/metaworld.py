@@ -14,6 +14,7 @@ import difflib
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import threading
@@ -263,6 +264,7 @@ def _picture(renderer, scene, camera: str) -> np.ndarray:
 
 
 def _create_dataset(folder: Path, setting: Setting):
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # on decoders: none is used here
     import av
     import datasets
     from lerobot.configs import RGBEncoderConfig

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +30,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
@@ -46,7 +44,7 @@ from hlrp.checkpoints import (
     write_json,
     write_text,
 )
-from hlrp.running import Codebook
+from hlrp.sharding import full, full_copies, sharding
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
@@ -114,76 +112,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def sharding():
-    """The plugin that `accelerate launch --config_file slurm/fsdp.yaml` describes; None for any other launch.
-
-    accelerate itself shards on GPUs alone. Raises ValueError for settings of it that nothing here follows.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    from accelerate import FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version={plugin.fsdp_version}; expected 2, as in slurm/fsdp.yaml")
-    for name, instead in (
-        ("cpu_ram_efficient_loading", "each rank reads the weights, of which it keeps its shard"),
-        ("activation_checkpointing", "--gradient-checkpointing is the setting of a VLM"),
-    ):
-        if getattr(plugin, name):
-            raise ValueError(f"fsdp_{name}=true; expected false, as in slurm/fsdp.yaml: {instead}")
-    return plugin
-
-
-def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> nn.Module:
-    """The model on its device: whole on each rank (DDP), or sharded where the launch asks for it (FSDP2).
-
-    The optimizer is to be built on what this returns. Sharded, each of the blocks is gathered for as long as it
-    computes, and all the rest from the start of a forward pass to the end of the backward pass. bf16: blocks are
-    gathered in it, gradients are summed in float32, and the operations that autocast knows compute in it, as under DDP.
-    """
-    plugin = sharding()
-    if plugin is None:
-        return accelerator.prepare_model(model)
-    if any(isinstance(module, Codebook) and not module.ema for module in model.modules()):
-        raise ValueError("this quantizer moves its codes in place, which shards do not keep; vq-ema and fsq fit")
-    device, is_bf16 = accelerator.device.type, accelerator.mixed_precision == "bf16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policies = {"mp_policy": policy if is_bf16 else MixedPrecisionPolicy(), "offload_policy": plugin.cpu_offload}
-    mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
-    units = [module for module in model.modules() if type(module) in blocks]
-    for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, **policies)
-    fully_shard(model, mesh=mesh, offload_policy=plugin.cpu_offload)
-    for module in [*units, model] if is_bf16 else []:
-        module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
-    return model
-
-
-@contextmanager
-def gathered(model: nn.Module):
-    """In here every rank holds all parameters of a sharded model, may call any method of it, and waits for no other."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(unit is not model and sharding().reshard_after_forward, recurse=False)
-        unit.reshard()
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The shards of all ranks, each of which must call it, put together; what is no shard passes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The full tensors, gathered one by one, on the CPU of the ranks that keep them."""
-    gathered = ((name, full(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in gathered if keep}
-
-
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:
     """The tensors of its state, by the place of their parameter and their name."""
     state = optimizer.state_dict()["state"]
@@ -202,11 +130,11 @@ def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Raises ValueError where the saved state is of other parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
         index, name = key.split("/")
-        owner = parameters[int(index)]
+        owner = parameters.get(int(index))
         if isinstance(owner, DTensor) and tensor.shape == owner.shape:
             tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)
         state.setdefault(int(index), {})[name] = tensor
@@ -284,6 +212,7 @@ class Run:
             "fingerprint": fingerprint,
             "device": str(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
+            "in_shards": sharding() is not None,
             "versions": {
                 name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")
             },
@@ -444,9 +373,7 @@ class Run:
                 (partial / "pretrained_model").mkdir()
                 (partial / "training_state").mkdir()
                 provenance |= {"step": self.step, "report": self.report}
-                hook = model.register_state_dict_post_hook(lambda _, shards, *__: shards.update(weights))
-                model.save_pretrained(partial / "pretrained_model", **provenance)
-                hook.remove()
+                model.save_pretrained(partial / "pretrained_model", weights, **provenance)
                 save_optimizer(partial / "training_state", optimizer, state)
                 write_json(partial / "training_state" / "training_step.json", {"step": self.step})
             link_last(folder)

@@ -226,7 +226,7 @@ class VLA(nn.Module):
         return loss, metrics
 
     def block_classes(self) -> set[type[nn.Module]]:
-        """The repeated layers: units to shard or to compile."""
+        """The repeated layers: units to compile. Those of `vlm` are units to shard; the expert's have two entries."""
         return self.vlm.block_classes() | {ExpertBlock}
 
     @torch.no_grad()
@@ -243,13 +243,13 @@ class VLA(nn.Module):
         """
         return self.head.generate(self.vlm, images, tasks, temperature)
 
-    def save_pretrained(self, folder: Path, **provenance) -> None:
+    def save_pretrained(self, folder: Path, weights: dict[str, Tensor] | None = None, **provenance) -> None:
         """config.json + model.safetensors + vlm/: the architecture, tokenizer and image processor of the VLM."""
         config = {"type": "vla", "hlrp_version": version("lerobot_policy_hlrp")}
         config |= {"vla": asdict(self.config), "latent_space": asdict(self.space)}
         (folder / "vlm").mkdir()
         self.vlm.save_parts(folder / "vlm")
-        save_pretrained(folder, self, config | provenance)
+        save_pretrained(folder, self, config | provenance, weights)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "VLA":

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 import train_vla
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.training import Run, distribute
+from hlrp.sharding import distribute
+from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
 
 ROOT = Path(train_vla.__file__).parent
@@ -114,7 +115,7 @@ def test_a_killed_run_of_shards_continues_to_the_bit(folder):
     [
         ({"FSDP_VERSION": "1"}, "fsdp_version=1; expected 2"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading=true; expected false"),
-        ({}, "moves its codes in place"),
+        ({}, "restarts its codes in place"),
     ],
 )
 def test_what_shards_cannot_do_is_named(variables, message, monkeypatch):
@@ -141,6 +142,9 @@ def main(folder: Path, names: list[str]) -> None:
         return share_of_labelled(run, batches)
 
     AcceleratedOptimizer.step, Run.share_of_labelled = observed_step, observed_share
+    AcceleratorState.destroy_process_group = lambda _: (
+        None
+    )  # the store would give a second one the first's addresses
     for name in names:
         seen["labelled"] = []
         os.environ["ACCELERATE_USE_FSDP"] = str(name != "ddp").lower()
