@@ -33,7 +33,6 @@ setup(
         "tensorboard": ["tensorboard>=2.17,<3"],
         "dev": [
             *simulation,
-            "psutil>=6,<8",
             "pytest>=8,<10",
             "pytest-cov>=5,<8",
             "ruff>=0.12,<1",

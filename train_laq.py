@@ -64,10 +64,11 @@ def main(args: Args) -> None:
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, die_with_launcher, parameter_groups, set_lr
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
+    die_with_launcher()
     check_loop(args)
     args.model = args.model.resolved()
     precision = args.mixed_precision

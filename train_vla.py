@@ -63,10 +63,11 @@ def main(args: Args) -> None:
     from hlrp.predictions import alarms, evaluate, label, save_grid
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, cosine_lr, parameter_groups, set_lr
+    from hlrp.training import Run, check_loop, cosine_lr, die_with_launcher, parameter_groups, set_lr
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
 
+    die_with_launcher()
     check_loop(args)
     stage1 = load_config(args.laq, "laq")
     faults = laq_alarms(stage1["report"] or {})

@@ -107,6 +107,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def die_with_launcher() -> None:
+    """Ends this process with the launcher that started it, also where that is killed and can end nothing itself."""
+    libc, launchers = ctypes.CDLL(None), ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+    if hasattr(libc, "prctl") and any(name in os.environ for name in launchers):
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit("the launcher has gone")
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Makes torch's random numbers a function of (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
@@ -400,19 +410,23 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
-def lock(output_dir: Path):
-    """Makes the folder and holds it for as long as this process lives. Raises ValueError where another one does."""
+def lock(output_dir: Path, patience: float = 5.0):
+    """Makes the folder and holds it for as long as this process lives.
+
+    Raises ValueError where another process holds it and goes on for `patience` [s], in which a killed one has gone.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / "run.lock").open("a")
-    try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # of the process: a loader's worker does not inherit it
-    except BlockingIOError:
-        raise ValueError(
-            f"a process that is alive trains in output_dir={output_dir}; give another one"
-        ) from None
-    return file
+    file, deadline = (output_dir / "run.lock").open("a"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: no loader's worker inherits it
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"a process that is alive trains in output_dir={output_dir}; give another one"
+                ) from None
+            time.sleep(0.05)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import tyro
@@ -47,10 +46,11 @@ def train(output_dir, model=None, **settings):
     train_laq.main(train_laq.Args(**SETTINGS | settings, model=model, output_dir=output_dir))
 
 
-def command(output_dir, num_processes=1, **settings) -> list[str]:
+def command(output_dir, num_processes=None, **settings) -> list[str]:
+    """num_processes: below a launcher, where it is given."""
     flags = SETTINGS | MODEL | settings | {"output_dir": output_dir}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    launch = [] if num_processes == 1 else launch
+    launch = launch if num_processes else []
     values = [
         [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
         for name, value in flags.items()
@@ -96,7 +96,7 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
 
 
 def test_d8_a_killed_run_continues_to_the_bit(whole, tmp_path):
-    kill_until_done(command(tmp_path), tmp_path, kills=1, seed=0)
+    kill_until_done(command(tmp_path, num_processes=1), tmp_path, kills=1, seed=0)
     assert_equal_to_the_bit(tmp_path, whole)
 
 
@@ -110,10 +110,7 @@ def kill_until_done(command, output_dir, kills, seed):
         while process.poll() is None and not (record.is_file() and record.stat().st_mtime_ns > before):
             time.sleep(0.01)  # until it trains
         time.sleep(moments.uniform(0, 1.5))
-        if process.poll() is None:
-            launcher = psutil.Process(process.pid)  # the ranks below it have sessions of their own
-            for killed in [launcher, *launcher.children(recursive=True)]:
-                killed.kill()
+        process.kill()  # the launcher, where there is one, which takes its ranks along
         process.wait()
     subprocess.run(command, check=True)
 
