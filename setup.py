@@ -16,8 +16,8 @@ setup(
     python_requires=">=3.12",
     packages=["hlrp"],
     install_requires=[
-        "torch>=2.7,<2.12",  # LeRobot's cap
-        "torchvision>=0.22,<0.27",
+        "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
+        "torchvision>=0.24,<0.27",
         "lerobot[training]>=0.6.1,<0.7",  # accelerate, datasets, av, torchcodec, wandb, pyarrow come with it
         "transformers>=5.18,<6",  # earlier ones fail in SmolVLM under bf16 autocast
         "peft>=0.18,<1",

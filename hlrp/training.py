@@ -1,4 +1,4 @@
-"""A run: its folder, its learning rate, its log, its checkpoints, and the ways in which it ends.
+"""A run: its folder, its log, its checkpoints, and the ways in which it ends.
 
 OUTPUT_DIR/
     run.lock                            held while a process trains in this folder
@@ -28,22 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from hlrp.checkpoints import (
-    CONFIG,
-    link_last,
-    load_weights,
-    save_tensors,
-    whole_folder,
-    write_json,
-    write_text,
-)
+from hlrp.checkpoints import CONFIG, link_last, load_weights, whole_folder, write_json, write_text
+from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.sharding import full, full_copies, sharding
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
@@ -76,28 +67,6 @@ def check_loop(args) -> None:
         raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
 
 
-def cosine_lr(step: int, lr: float, warmup_steps: int, steps: int, final_ratio: float = 0.1) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear from lr / warmup_steps, then cosine to a tenth."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    return lr * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices; none for biases, gains and single vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def keep_freed_memory() -> None:
     """Makes glibc reuse large freed blocks, which it would give back to the system and get again page by page."""
     libc = ctypes.CDLL(None)
@@ -120,36 +89,6 @@ def die_with_launcher() -> None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Makes torch's random numbers a function of (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The tensors of its state, by the place of their parameter and their name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}/{name}": value for i, values in state.items() for name, value in values.items()}
-
-
-def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor] | None = None) -> None:
-    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out.
-
-    tensors: its `moments` in full, where they are sharded.
-    """
-    save_tensors(folder / "optimizer_state.safetensors", moments(optimizer) if tensors is None else tensors)
-    groups = optimizer.state_dict()["param_groups"]
-    write_json(folder / "optimizer_param_groups.json", {"param_groups": groups})
-
-
-def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Raises ValueError where the saved state is of other parameters."""
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
-        index, name = key.split("/")
-        owner = parameters.get(int(index))
-        if isinstance(owner, DTensor) and tensor.shape == owner.shape:
-            tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)
-        state.setdefault(int(index), {})[name] = tensor
-    groups = json.loads((folder / "optimizer_param_groups.json").read_text())["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class Run:

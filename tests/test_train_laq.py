@@ -89,9 +89,9 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
     logged = [line for line in lines if line["split"] == "train"]
     assert [line["step"] for line in logged] == [2, 4, 6, 8, 10, 12]
     assert {"loss", "pixels_loss", "lr", "grad_norm", "samples_per_s", "data_wait"} <= set(logged[0])
-    assert logged[0]["lr"] == pytest.approx(1e-3)
+    assert logged[0]["lr"] == pytest.approx(3e-3)
     record = json.loads((whole / "run.json").read_text())
-    assert record["state"] == "done" and record["settings"]["lr"] == 1e-3 and record["versions"]["torch"]
+    assert record["state"] == "done" and record["settings"]["lr"] == 3e-3 and record["versions"]["torch"]
     assert list((whole / "grids").glob("*.png"))
 
 
@@ -218,7 +218,7 @@ def test_d12_gradients_are_clipped_when_the_optimizer_steps(tmp_path, monkeypatc
 
 def test_a_resume_with_other_settings_names_them(tmp_path):
     train(tmp_path, steps=3)
-    with pytest.raises(ValueError, match="batch_size was 4 and is 8; lr was 0.001 and is 0.01"):
+    with pytest.raises(ValueError, match="batch_size was 4 and is 8; lr was 0.003 and is 0.01"):
         train(tmp_path, steps=3, lr=0.01, batch_size=8, log_freq=1)
     with pytest.raises(ValueError, match="data content was"):
         train(tmp_path, steps=3, data=("world:default?episodes=12&seed=1", "world:human?episodes=6@0.5"))

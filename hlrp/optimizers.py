@@ -1,0 +1,117 @@
+"""What a training step does with the gradients: optimizers, learning rate, and their state on the disk."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from hlrp.checkpoints import save_tensors, write_json
+
+
+class MuonAdamW(Optimizer):
+    """Muon for the matrices of the repeated layers, AdamW for all else, as one optimizer.
+
+    Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's,
+    so that both share a learning rate (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
+    """
+
+    def __init__(self, matrices: list[dict], others: list[dict], lr: float):
+        """Parameter groups, each with its weight_decay."""
+        muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.parts = [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True)]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.link()
+
+    def link(self) -> None:
+        """The parts work on the groups and the state of this optimizer."""
+        muon, adamw = self.parts
+        num_muon = len(muon.param_groups)
+        muon.param_groups, adamw.param_groups = self.param_groups[:num_muon], self.param_groups[num_muon:]
+        muon.state = adamw.state = self.state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.link()
+
+    def step(self, closure=None) -> None:
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(
+    name: str, model: nn.Module, blocks: set[type[nn.Module]], lr: float, weight_decay: float
+) -> Optimizer:
+    """ "muon" or "adamw". blocks: the classes of the repeated layers, whose matrices Muon takes.
+
+    Weight decay is of matrices, not of biases, gains and single vectors. Raises ValueError for another name.
+    """
+    if name == "adamw":
+        groups = parameter_groups(model, weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    if name != "muon":
+        raise ValueError(f"optimizer={name!r}; expected one of muon, adamw")
+    layers = [module for module in model.modules() if isinstance(module, tuple(blocks))]  # sharded ones too
+    matrices = [p for layer in layers for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+    if not matrices:
+        raise ValueError("optimizer='muon', but no matrix of the repeated layers trains: adamw fits")
+    others = parameter_groups(model, weight_decay, without=matrices)
+    return MuonAdamW([{"params": matrices, "weight_decay": weight_decay}], others, lr)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, without: list[nn.Parameter] = ()) -> list[dict]:
+    """Weight decay for matrices; none for biases, gains and single vectors."""
+    left_out = {id(p) for p in without}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def cosine_lr(step: int, lr: float, warmup_steps: int, steps: int, final_ratio: float = 0.1) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear from lr / warmup_steps, then cosine to a tenth."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return lr * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors of its state, by the place of their parameter and their name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{name}": value for i, values in state.items() for name, value in values.items()}
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor] | None = None) -> None:
+    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out.
+
+    tensors: its `moments` in full, where they are sharded.
+    """
+    save_tensors(folder / "optimizer_state.safetensors", moments(optimizer) if tensors is None else tensors)
+    groups = optimizer.state_dict()["param_groups"]
+    write_json(folder / "optimizer_param_groups.json", {"param_groups": groups})
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Raises ValueError where the saved state is of other parameters."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
+        index, name = key.split("/")
+        owner = parameters.get(int(index))
+        if isinstance(owner, DTensor) and tensor.shape == owner.shape:
+            tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)
+        state.setdefault(int(index), {})[name] = tensor
+    groups = json.loads((folder / "optimizer_param_groups.json").read_text())["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
