@@ -1,7 +1,8 @@
 """The built-in synthetic world, drawn with numpy as it is read: video whose actions and causes are all known.
 
-An agent, a two-link arm or a hand, pushes coloured blocks as the task text says. The action is the velocity
-of its tip, whichever it is. What no action causes can be added: balls that roll by, a camera that shakes.
+An agent, a two-link arm or a hand, moves to an edge, touches a coloured block or pushes it, as the task text says.
+The action is the velocity of its tip, whichever it is. What no action causes can be added: balls that roll by, a
+camera that shakes.
 The source is `world:VARIANT?episodes=N&seed=S`; see `VARIANTS`.
 """
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 IMAGE_SIZE = 64  # [pixel]; all lengths below are in pixels
 FPS = 10
-MIN_LENGTH, MAX_LENGTH = 36, 48  # frames of an episode
+MIN_LENGTH, MAX_LENGTH = 12, 48  # frames of an episode
+AFTERWARDS = 4  # frames that it goes on once the task is done
 GROUP_SIZE = 128  # episodes simulated together
 
 MAX_SPEED = 40.0  # of the tip along each axis, an action of 1 [pixel/s]
@@ -34,6 +36,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 EDGES = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "top": (0.0, -1.0), "bottom": (0.0, 1.0)}
+KINDS = ("move", "move", "touch", "touch", "edge", "block")  # of task; to push a block takes twice as long
 EMBODIMENTS = ("arm", "hand")
 
 
@@ -66,7 +69,7 @@ class World:
     The same seed gives the same blocks, tasks and actions in every variant.
     """
 
-    def __init__(self, variant: str = "default", episodes: int = 1000, seed: int = 0):
+    def __init__(self, variant: str = "default", episodes: int = 3000, seed: int = 0):
         if variant not in VARIANTS:
             raise ValueError(f"world:{variant}: unknown variant; one of {', '.join(VARIANTS)} fits")
         if episodes < 1 or seed < 0:
@@ -74,8 +77,8 @@ class World:
         self.variant, self.seed = VARIANTS[variant], seed
         self.uri = f"world:{variant}?episodes={episodes}&seed={seed}"
         self.name = f"world-{variant}"
-        lengths = _generator(seed, "length").random(episodes) * (MAX_LENGTH + 1 - MIN_LENGTH)
-        self.lengths = MIN_LENGTH + lengths.astype(np.int64)
+        groups = range(-(-episodes // GROUP_SIZE))
+        self.lengths = np.concatenate([_simulate(seed, group).length for group in groups])[:episodes]
         self.fps = np.full(episodes, float(FPS))
         self.action_dim = self.state_dim = 2 if self.variant.has_actions else 0
         self.camera = ""
@@ -129,10 +132,11 @@ def _normalised(position: np.ndarray) -> Tensor:
 
 class Scene(NamedTuple):
     task: list[str]  # b
+    length: np.ndarray  # int64 (b,): frames until some time after the task is done
     embodiment: np.ndarray  # float (b,) in [0, 1): chooses among those of the variant
     tip: np.ndarray  # float32 (b, t, 2)
     action: np.ndarray  # float32 (b, t, 2)
-    blocks: np.ndarray  # float32 (b, t, 3, 2): the first is the one to push
+    blocks: np.ndarray  # float32 (b, t, 3, 2): the first is the one to touch or to push
     colours: np.ndarray  # float32 (b, 3, 3): rgb of the blocks
     floor: np.ndarray  # float32 (b, 2, 3): rgb of its two tones
     base: np.ndarray  # float32 (b, 2): where the arm is mounted
@@ -152,29 +156,36 @@ def _simulate(seed: int, group: int) -> Scene:
     blocks = cells[_choose(rng, 4)] + rng.uniform(-5, 5, (b, 3, 2))
     names = np.array(list(COLOURS))[_choose(rng, len(COLOURS))]
     edges = rng.choice(list(EDGES), b)
-    to_block = rng.random(b) < 1 / 3
+    kind = rng.choice(KINDS, b)
     tip = rng.uniform(8, IMAGE_SIZE - 8, (b, 2))
     speed = rng.uniform(24, 34, (b, 1))  # [pixel/s]
-    wander = 9 * _smooth_noise(rng, (b, MAX_LENGTH, 2), 0.3)  # [pixel/s]
+    wander = 5 * _smooth_noise(rng, (b, MAX_LENGTH, 2), 0.3)  # [pixel/s]
 
     edge = np.array([EDGES[name] for name in edges])
     done = np.zeros(b, dtype=bool)
-    tips, actions, block_positions = [], [], []
+    tips, actions, block_positions, is_done = [], [], [], []
     for t in range(MAX_LENGTH):
         blocks = _pushed(tip, blocks)
         tips.append(tip)
         block_positions.append(blocks)
 
-        velocity, done = _expert(tip, blocks, edge, to_block, speed, done)
+        is_done.append(done)
+        velocity, done = _expert(tip, blocks, edge, kind, speed, done)
         step = (velocity + wander[:, t]).clip(-MAX_SPEED, MAX_SPEED) / FPS
         next_tip = (tip + step).clip(TIP_BORDER, IMAGE_SIZE - TIP_BORDER)
         actions.append((next_tip - tip) * (FPS / MAX_SPEED))
         tip = next_tip
 
-    goals = np.where(to_block, names[:, 1], edges)
-    kinds = np.where(to_block, "block", "edge")
+    texts = {
+        "move": [f"move to the {edges[i]} edge" for i in range(b)],
+        "touch": [f"touch the {names[i, 0]} block" for i in range(b)],
+        "edge": [f"push the {names[i, 0]} block to the {edges[i]} edge" for i in range(b)],
+        "block": [f"push the {names[i, 0]} block to the {names[i, 1]} block" for i in range(b)],
+    }
+    num_busy = (~np.stack(is_done)).sum(axis=0)
     return Scene(
-        task=[f"push the {names[i, 0]} block to the {goals[i]} {kinds[i]}" for i in range(b)],
+        task=[texts[kind[i]][i] for i in range(b)],
+        length=(num_busy + AFTERWARDS).clip(MIN_LENGTH, MAX_LENGTH),
         embodiment=rng.random(b),
         tip=np.stack(tips, axis=1).astype(np.float32),
         action=np.stack(actions, axis=1).astype(np.float32),
@@ -186,18 +197,28 @@ def _simulate(seed: int, group: int) -> Scene:
     )
 
 
-def _expert(tip, blocks, edge, to_block, speed, done):
-    """Goes behind the first block, pushes it to the edge or the second block, backs off.
+def _expert(tip, blocks, edge, kind, speed, done):
+    """Moves to the edge, or to the first block, and stays there; or goes behind the first block, pushes it to the edge
+    or to the second one, and backs off.
 
-    Returns the velocity [pixel/s] (b, 2) and whether the block has arrived, now or before.
+    Returns the velocity [pixel/s] (b, 2) and whether the task is done, now or before.
     """
     target = blocks[:, 0]
     between = blocks[:, 1] - target
     distance = np.linalg.norm(between, axis=-1)
-    forward = np.where(to_block[:, None], between / distance[:, None], edge)
+    forward = np.where((kind == "block")[:, None], between / distance[:, None], edge)
     sideways = forward[:, ::-1] * [1, -1]
-    to_edge = IMAGE_SIZE / 2 - BLOCK_BORDER - ((target - IMAGE_SIZE / 2) * forward).sum(-1)
-    done = done | (np.where(to_block, distance - 11, to_edge) < 0.5)
+    place = IMAGE_SIZE / 2 + (IMAGE_SIZE / 2 - 1.5 * BLOCK_BORDER) * edge
+    left = np.select(  # to go
+        [kind == "move", kind == "touch", kind == "block"],
+        [
+            np.linalg.norm(place - tip, axis=-1) - 1,
+            np.linalg.norm(target - tip, axis=-1) - CONTACT - 1,
+            distance - 11,
+        ],
+        IMAGE_SIZE / 2 - BLOCK_BORDER - ((target - IMAGE_SIZE / 2) * forward).sum(-1),
+    )
+    done = done | (left < 0.5)
 
     ahead = ((tip - target) * forward).sum(-1, keepdims=True)  # of the block; negative behind it
     aside = ((tip - target) * sideways).sum(-1, keepdims=True)
@@ -205,12 +226,15 @@ def _expert(tip, blocks, edge, to_block, speed, done):
 
     way_round = 18 * np.where(aside > 0, 1, -1) * ((ahead + 11) / 8).clip(0, 1)
     behind = target - 11 * forward + way_round * sideways
-    goal = np.where(done[:, None], target - 22 * forward, behind)
+    pushes = np.isin(kind, ("edge", "block"))[:, None]
+    reached = np.where((kind == "move")[:, None], place, target)
+    goal = np.where(pushes, behind, reached)
+    goal = np.where(done[:, None], np.where(pushes, target - 22 * forward, tip), goal)
     approach = 5 * (goal - tip)
     approach *= np.minimum(1, speed / np.linalg.norm(approach, axis=-1, keepdims=True).clip(1e-6))
 
     is_behind = (ahead < -5) & (np.abs(aside) < 6)
-    return np.where(is_behind & ~done[:, None], push, approach), done
+    return np.where(is_behind & ~done[:, None] & pushes, push, approach), done
 
 
 def _pushed(tip: np.ndarray, blocks: np.ndarray) -> np.ndarray:

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from hlrp.world import BLOCK_BORDER, COLOURS, EDGES, FPS, IMAGE_SIZE, MAX_SPEED, VARIANTS, World, _simulate
+from hlrp.world import (
+    BLOCK_BORDER,
+    COLOURS,
+    EDGES,
+    FPS,
+    IMAGE_SIZE,
+    MAX_LENGTH,
+    MAX_SPEED,
+    MIN_LENGTH,
+    VARIANTS,
+    World,
+    _simulate,
+)  # fmt: skip
 
 
 def read_all(world: World, episode: int) -> dict:
@@ -14,16 +26,16 @@ def read_all(world: World, episode: int) -> dict:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_frames_depend_on_nothing_but_episode_and_index(variant):
     world, shorter, other_seed = (World(variant, n, seed) for n, seed in ((300, 0), (150, 0), (150, 1)))
-    some = world.read(140, [7, 0, 7, 20])
+    some = world.read(140, [7, 0, 7, 11])
     shorter.read(3, [1, 2])
     everything = read_all(shorter, 140)
 
     assert some["frames"].dtype == torch.uint8 and some["frames"].shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert some["task"] == everything["task"]
     for key in set(some) - {"task", "embodiment"}:
-        torch.testing.assert_close(some[key], everything[key][[7, 0, 7, 20]], rtol=0, atol=0)
+        torch.testing.assert_close(some[key], everything[key][[7, 0, 7, 11]], rtol=0, atol=0)
     np.testing.assert_array_equal(world.lengths[:150], shorter.lengths)
-    assert not torch.equal(some["frames"], other_seed.read(140, [7, 0, 7, 20])["frames"])
+    assert not torch.equal(some["frames"], other_seed.read(140, [7, 0, 7, 11])["frames"])
 
 
 def test_actions_integrate_to_the_motion_of_the_tip_in_state_and_image():
@@ -41,29 +53,45 @@ def test_actions_integrate_to_the_motion_of_the_tip_in_state_and_image():
         torch.testing.assert_close(seen / dark.sum((1, 2))[:, None], tip, rtol=0, atol=0.7)
 
 
-def test_the_text_says_which_block_ends_where():
-    moved, arrived = [], []
+def test_the_text_says_what_is_reached_and_which_block_ends_where():
+    moved, reached, arrived, touched = [], [], [], []
     for group in range(4):
         scene = _simulate(0, group)
-        for task, path, rgb in zip(scene.task, scene.blocks, scene.colours, strict=True):
-            place = dict(zip(map(tuple, rgb), path[-1], strict=True))  # of each colour at the end
-            *_, colour, _, _, _, goal, kind = task.split()
-            pushed = place[COLOURS[colour]]
+        rows = zip(scene.task, scene.length - 1, scene.tip, scene.blocks, scene.colours, strict=True)
+        for task, last, tip, path, rgb in rows:
+            place = dict(zip(map(tuple, rgb), path[last], strict=True))  # of each colour at the end
+            verb, _, colour, *_ = task.split()
+            if verb == "move":
+                outwards = (tip[last] - IMAGE_SIZE / 2) @ np.array(EDGES[task.split()[-2]])
+                reached.append(outwards > IMAGE_SIZE / 2 - 2 * BLOCK_BORDER)
+                continue
+            named = place[COLOURS[colour]]
+            if verb == "touch":
+                distances = [np.linalg.norm(tip[last] - x) for x in place.values()]
+                touched.append(np.linalg.norm(tip[last] - named) < min(13, *distances) + 1e-6)
+                continue
+            goal, kind = task.split()[-2:]
             if kind == "edge":
-                outwards = (pushed - IMAGE_SIZE / 2) @ np.array(EDGES[goal])
+                outwards = (named - IMAGE_SIZE / 2) @ np.array(EDGES[goal])
                 arrived.append(outwards > IMAGE_SIZE / 2 - BLOCK_BORDER - 2)
             else:
-                arrived.append(np.linalg.norm(pushed - place[COLOURS[goal]]) < 13)
-            moved.append(np.linalg.norm(path[-1] - path[0], axis=-1))
-    assert np.mean(arrived) > 0.9
+                arrived.append(np.linalg.norm(named - place[COLOURS[goal]]) < 13)
+            moved.append(np.linalg.norm(path[last] - path[0], axis=-1))
+    assert min(np.mean(reached), np.mean(arrived)) > 0.9
+    assert np.mean(touched) > 0.8  # another block may have been taken along
     pushed, *others = np.mean(moved, axis=0)
     assert pushed > 2 * max(others)
 
 
+def test_an_episode_ends_soon_after_its_task_is_done():
+    lengths = World("clean", episodes=500).lengths
+    assert lengths.min() == MIN_LENGTH and np.mean(lengths < MAX_LENGTH) > 0.95
+
+
 def test_distractors_and_camera_move_whatever_the_agent_does():
-    default, clean = World("default", episodes=100), World("clean", episodes=100)
+    default, clean = World("default", episodes=400), World("clean", episodes=400)
     actions, balls, shifts = [], [], []
-    for episode in range(100):
+    for episode in range(400):
         read, indices = read_all(default, episode), range(default.lengths[episode])
         torch.testing.assert_close(read["state"], read_all(clean, episode)["state"], rtol=0, atol=0)
         actions.append(default.actions(episode, indices)[:-1])
@@ -116,7 +144,7 @@ def test_wrong_settings_are_named():
 
 def test_throughput_is_printed(capsys):
     world, rng = World("default"), np.random.default_rng(0)
-    pairs = [(int(episode), rng.integers(0, 36, 2)) for episode in rng.integers(0, 1000, 300)]
+    pairs = [(int(episode), rng.integers(0, MIN_LENGTH, 2)) for episode in rng.integers(0, 1000, 300)]
     for episode, indices in pairs:
         world.read(episode, indices)
     start = time.process_time()
