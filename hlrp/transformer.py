@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
         self.to_out = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(F.gelu(self.to_hidden(x), approximate="tanh"))
+        return self.to_out(F.gelu(self.to_hidden(x)))
 
 
 class Block(nn.Module):

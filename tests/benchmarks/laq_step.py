@@ -1,6 +1,6 @@
 """Time of a training step of LAQ, size "base", beside a model of the same shape written as the public ones are.
 
-    python tests/benchmarks/laq_step.py                       # one thread, 4 pairs: about two minutes
+    python tests/benchmarks/laq_step.py                       # one thread, 16 pairs: about five minutes, 18 GB
     python tests/benchmarks/laq_step.py --threads 8 --batch-size 32
 
 Both sides are timed in one run, in turns, in CPU time (`time.process_time`). A step is forward, backward, gradient
@@ -25,7 +25,7 @@ alike, attention without positions, is asserted to be equal before anything is t
 What the reference is spared. Host syncs of the published code (`.item()`, `unique`, counts on the CPU), which cost
 nothing here; null keys, dropout layers, unfused AdamW (1 s more a step). Its bias is computed once a stage, as
 published, not in each attention, and from the 225 distinct displacements instead of all 4096 pairs of patches, a
-cost that does not grow with the batch and would at 4 pairs weigh 16 times what it does at the published 64.
+cost that does not grow with the batch and would at 16 pairs weigh 4 times what it does at the published 64.
 
 glibc gives large freed blocks back to the system and gets them again page by page, a cost that varies twofold here
 from minute to minute. `train_laq.py` asks it to keep them, and so does the run, for both sides; --system-malloc
@@ -48,7 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hlrp.laq import LAQ, SIZES, LAQConfig
-from hlrp.training import keep_freed_memory, parameter_groups
+from hlrp.optimizers import parameter_groups
+from hlrp.training import keep_freed_memory
 from hlrp.transformer import Attention
 
 SIZE = SIZES["base"]
@@ -266,8 +267,8 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each side, after one untimed")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps of each side, after one untimed")
     parser.add_argument("--min-ratio", type=float, default=3.0, help="least reference / hlrp, time of a step")
     parser.add_argument("--system-malloc", action="store_true", help="leave malloc as it is")
     args = parser.parse_args()
