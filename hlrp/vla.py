@@ -23,7 +23,7 @@ from hlrp.action_expert import ActionExpert, ExpertBlock
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
 from hlrp.losses import ActionReadout
 from hlrp.running import RunningNorm
-from hlrp.vlm import VLM, VLMConfig
+from hlrp.vlm import VLM, Encoded, VLMConfig
 
 
 @dataclass
@@ -55,6 +55,11 @@ class VLAConfig:
 
     vlm: VLMConfig = field(default_factory=VLMConfig)
 
+    @classmethod
+    def from_dict(cls, values: dict, **changes) -> "VLAConfig":
+        """values: as `asdict` gives them; changes: other settings of the VLM."""
+        return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
+
 
 class Predicted(NamedTuple):
     """Latent actions (b, chunk_size, ...) that a head predicts: its codes, or its vectors."""
@@ -67,7 +72,7 @@ class Scored(NamedTuple):
     """What a head says of the true latent actions."""
 
     errors: Tensor  # (b,): the loss of each sample
-    prompt: Tensor  # (b, d): the hidden state that ends the prompt
+    prompt: Encoded  # what the VLM made of images and instruction, which no latent action has touched
     metrics: dict[str, Tensor]
 
 
@@ -92,7 +97,7 @@ class CodeHead(nn.Module):
         rows = self.rows.repeat(self.chunk_size, 1, 1)[: hidden.shape[1]]
         return torch.einsum("bnd,nkd->bnk", hidden.float(), rows.float())
 
-    def score(self, logits: Tensor, targets: Tensor, prompt: Tensor, vocab_size: int = 0) -> Scored:
+    def score(self, logits: Tensor, targets: Tensor, prompt: Encoded, vocab_size: int = 0) -> Scored:
         """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n)."""
         labels = (targets + vocab_size).flatten()  # b n -> (b n)
         errors = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(targets)
@@ -116,15 +121,16 @@ class TokensHead(CodeHead):
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
         targets = latents.flatten(1)  # b n
         suffix = vlm.embed_scale * self.embed(targets[:, :-1])
-        hidden = vlm(images, tasks, suffix).hidden[:, -self.length :]
+        encoded = vlm(images, tasks, suffix)
+        hidden, prompt = encoded.hidden[:, -self.length :], encoded.without(self.length - 1)
         if not self.in_vocabulary:
-            return self.score(self.logits(hidden), targets, hidden[:, 0])
+            return self.score(self.logits(hidden), targets, prompt)
         words = vlm.vocab_logits(hidden)
         codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
         codes = vlm.cap_logits(codes)  # as those of words
         place = torch.arange(self.length, device=targets.device) % self.num_tokens
         logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
-        return self.score(logits, targets, hidden[:, 0], words.shape[-1])
+        return self.score(logits, targets, prompt, words.shape[-1])
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         encoded = vlm(images, tasks, use_cache=self.length > 1)
@@ -146,17 +152,18 @@ class ParallelHead(CodeHead):
         super().__init__(dim, space, chunk_size)
         self.queries = nn.Parameter(torch.randn(self.length, dim) * 0.02)
 
-    def hidden(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
-        """The end of the prompt and the queries: (b, 1 + n, d)."""
+    def encode(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Encoded:
         queries = vlm.embed_scale * self.queries.expand(len(images), -1, -1)  # n d -> b n d
-        return vlm(images, tasks, queries).hidden[:, -self.length - 1 :]
+        return vlm(images, tasks, queries)
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
-        hidden = self.hidden(vlm, images, tasks)
-        return self.score(self.logits(hidden[:, 1:]), latents.flatten(1), hidden[:, 0])
+        encoded = self.encode(vlm, images, tasks)
+        logits = self.logits(encoded.hidden[:, -self.length :])
+        return self.score(logits, latents.flatten(1), encoded.without(self.length))
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
-        indices = draw(self.logits(self.hidden(vlm, images, tasks)[:, 1:]), temperature)
+        hidden = self.encode(vlm, images, tasks).hidden[:, -self.length :]
+        indices = draw(self.logits(hidden), temperature)
         return Predicted(rearrange(indices, "b (t m) -> b t m", m=self.num_tokens), None)
 
 
@@ -173,7 +180,7 @@ class FlowHead(nn.Module):
         targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
         encoded = vlm(images, tasks)
         errors = self.expert.errors("latent", targets, self.expert.read(encoded.hidden, encoded.mask))
-        return Scored(errors, encoded.hidden[:, -1], {})
+        return Scored(errors, encoded, {})
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         encoded = vlm(images, tasks)
@@ -220,7 +227,7 @@ class VLA(nn.Module):
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
         if self.config.action_weight:
-            term = self.to_action.loss(scored.prompt, batch)
+            term = self.to_action.loss(scored.prompt.hidden[:, -1], batch)
             loss = loss + self.config.action_weight * term
             metrics["action_loss"] = term.detach()
         return loss, metrics
@@ -252,13 +259,15 @@ class VLA(nn.Module):
         save_pretrained(folder, self, config | provenance, weights)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "VLA":
+    def from_pretrained(cls, folder: Path | str, **changes) -> "VLA":
         """Rebuilds a model, in evaluation mode, from its checkpoint folder alone.
+
+        changes: settings of the VLM that are others from here on, such as freeze.
 
         Raises ValueError where the folder is none of a VLA, and where a tensor is missing or left over.
         """
         saved = load_config(folder, "vla")
-        config = VLAConfig(**saved["vla"] | {"vlm": VLMConfig(**saved["vla"]["vlm"])})
+        config = VLAConfig.from_dict(saved["vla"], **changes)
         vlm = VLM.from_folder(Path(folder) / "vlm", config.vlm)
         model = cls(config, LatentSpace(**saved["latent_space"]), vlm)
         load_weights(folder, model)

@@ -68,6 +68,11 @@ class Encoded(NamedTuple):
     mask: Tensor  # bool (b, n)
     cache: Cache | None
 
+    def without(self, length: int) -> "Encoded":
+        """The positions before the last `length`."""
+        end = self.hidden.shape[1] - length
+        return Encoded(self.hidden[:, :end], self.mask[:, :end], None)
+
 
 class VLM(nn.Module):
     """A vision-language model without its text generation.
@@ -415,7 +420,19 @@ def tiny(image_size: int, instructions: Sequence[str]):
     )
     size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     processor = transformers.Qwen2VLImageProcessor(size=size, merge_size=merge_size, **patches)
-    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    positions = model.model.visual.pos_embed.weight
+    positions.data = 0.5 * sinusoids_2d(
+        image_size // patch_size, positions.shape[1]
+    )  # as large as patches are
+    return model, tokenizer, processor
+
+
+def sinusoids_2d(side: int, dim: int) -> Tensor:
+    """Features (side * side, dim) of the places on a grid in raster order, an eighth of a wave to two across it."""
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / side  # n 2
+    angles = places[..., None] * torch.pi / 2 * 2 ** torch.linspace(-1, 3, dim // 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def tiny_tokenizer(instructions: Sequence[str]):

@@ -195,7 +195,11 @@ def test_ten_thousand_samples_are_valid_codes_as_frequent_as_the_softmax_says(sa
     assert codes.shape == (rows, 1, 4) and codes.min() == 0 and codes.max() == 4
     with torch.no_grad():
         is_parallel = vla.config.head == "parallel"
-        hidden = vla.head.hidden(vla.vlm, image, task)[:, 1:] if is_parallel else vla.vlm(image, task).hidden
+        hidden = (
+            vla.head.encode(vla.vlm, image, task).hidden[:, -vla.head.length :]
+            if is_parallel
+            else vla.vlm(image, task).hidden
+        )
         first = hidden[:, :1] if is_parallel else hidden[:, -1:]
         expected = rows * vla.head.logits(first).softmax(-1).flatten()
     counts = codes[:, 0, 0].bincount(minlength=5)
