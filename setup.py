@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=["hlrp"],
+    py_modules=["lerobot_policy_hlrp"],
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",
@@ -30,9 +31,11 @@ setup(
     ],
     extras_require={
         "sim": simulation,
+        "serve": ["lerobot[async]>=0.6.1,<0.7"],
         "tensorboard": ["tensorboard>=2.17,<3"],
         "dev": [
             *simulation,
+            "lerobot[async]>=0.6.1,<0.7",
             "pytest>=8,<10",
             "pytest-cov>=5,<8",
             "ruff>=0.12,<1",

@@ -35,6 +35,13 @@ def sinusoids(x: Tensor, dim: int, longest: float) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def mean_over_steps(errors: Tensor, is_pad: Tensor | None) -> Tensor:
+    """The mean (b,) of errors (b, t) over the steps that is_pad bool (b, t) does not mark; 0 where it marks all."""
+    if is_pad is None:
+        return errors.mean(1)
+    return torch.where(is_pad, 0.0, errors).sum(1) / (~is_pad).sum(1).clamp(min=1)
+
+
 class ExpertBlock(nn.Module):
     """Attention among the chunk, attention to the context, feed-forward, all modulated by the time.
 
@@ -90,13 +97,18 @@ class ActionExpert(nn.Module):
         if dim % num_heads or dim % 2:
             raise ValueError(f"dim={dim} is not an even multiple of num_heads={num_heads}")
         self.dim = dim
-        self.from_space = nn.ModuleDict({name: nn.Linear(size, dim) for name, size in spaces.items()})
+        self.from_space, self.to_space = nn.ModuleDict(), nn.ModuleDict()
         self.to_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(ExpertBlock(dim, num_heads, context_dim) for _ in range(depth))
-        self.to_space = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in spaces.items()})
-        for layer in self.to_space.values():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, size in spaces.items():
+            self.add_space(name, size)
+
+    def add_space(self, name: str, size: int, out_size: int | None = None) -> None:
+        """size: dimensions of a step; out_size: of what is said of it, where that is no velocity."""
+        self.from_space[name] = nn.Linear(size, self.dim)
+        self.to_space[name] = nn.Linear(self.dim, size if out_size is None else out_size)
+        nn.init.zeros_(self.to_space[name].weight)
+        nn.init.zeros_(self.to_space[name].bias)
 
     def read(self, hidden: Tensor, mask: Tensor) -> Context:
         """hidden (b, n, context_dim), mask bool (b, n), True at what may be seen."""
@@ -125,11 +137,13 @@ class ActionExpert(nn.Module):
             actions = actions.masked_fill(is_pad[..., None], 0.0)
         s = time[:, None, None]
         predicted = self.velocity(space, s * actions + (1 - s) * noise, time, context)
-        errors = (predicted - (actions - noise)).square().mean(-1)  # b t
-        if is_pad is None:
-            return errors.mean(1)
-        taken = ~is_pad
-        return (errors * taken).sum(1) / taken.sum(1).clamp(min=1)
+        return mean_over_steps((predicted - (actions - noise)).square().mean(-1), is_pad)
+
+    def regress(self, space: str, length: int, context: Context) -> Tensor:
+        """What the trunk says of a chunk in one pass, given nothing: (b, length, out_size)."""
+        b, device = len(context.bias), context.bias.device
+        nothing = torch.zeros(b, length, self.from_space[space].in_features, device=device)
+        return self.velocity(space, nothing, torch.zeros(b, device=device), context)
 
     @torch.no_grad()
     def sample(self, space: str, noise: Tensor, context: Context, num_steps: int = 10) -> Tensor:

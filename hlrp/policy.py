@@ -1,0 +1,367 @@
+"""The LeRobot policy `hlrp`: what a VLA has seen, turned into a chunk of robot actions.
+
+LeRobot's commands find it once hlrp is installed: `lerobot-train --policy.type=hlrp`, `lerobot-eval --policy.path=...`.
+
+    prompt  = vlm(images, instruction)                    as in stage 2; computed once for a chunk
+    actions = expert(noise | prompt, state)               flow matching, or another head of `ACTION_HEADS`
+    loss    = error(actions) + latent_weight * error(latent actions | prompt)
+
+The second term is the head of stage 2, kept where the batch has latent actions, on episodes with and without labels.
+"""
+
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.policies.common.flow_matching import euler_integrate
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc import RTCConfig, RTCProcessor
+from lerobot.policies.utils import populate_queues
+from lerobot.processor import make_default_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor, nn
+
+from hlrp.action_expert import ActionExpert, Context, mean_over_steps
+from hlrp.losses import masked_mean
+from hlrp.transforms import fit
+from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
+from hlrp.vlm import VLM, Encoded, VLMConfig
+
+
+@PreTrainedConfig.register_subclass("hlrp")
+@dataclass
+class HLRPConfig(PreTrainedConfig):
+    vla: str | None = None  # stage-2 checkpoint to start from; None: the bare vlm, behaviour cloning
+    vlm: str = "tiny"  # without vla: hub id or folder of the vision-language model, or tiny, from scratch
+    image_size: int | None = None  # without vla: side of the image that the vlm sees [pixel]
+    freeze: list[str] = field(default_factory=list)  # vision, language: towers that stay as they are
+    freeze_layers: int = 0  # first layers of the language model that stay as they are
+    gradient_checkpointing: bool = False
+
+    n_obs_steps: int = 1  # frames of each camera, one step apart, the last is now
+    chunk_size: int = 16  # actions predicted
+    n_action_steps: int = 8  # of these, executed before the next prediction
+    action_repeat: int = (
+        1  # environment steps that an action is held for, where the data were recorded at a lower rate
+    )
+    action_head: Literal["flow", "l1", "bins"] = "flow"
+    num_bins: int = 256  # values of an action dimension, for bins
+    num_inference_steps: int = 10  # of the flow's integration
+    expert_dim: int = 256  # width of the action expert, where stage 2 brings none
+    expert_depth: int = 4
+    latent_weight: float = 0.1  # of the latent actions' loss, where the batch has them
+
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+    rtc_config: RTCConfig | None = None
+
+    optimizer_lr: float = 1e-4
+    optimizer_weight_decay: float = 0.05
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 500
+    scheduler_decay_steps: int = 20_000
+
+    stage2: dict[str, Any] | None = None  # of the checkpoint that it started from; not to be set
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_obs_steps", "chunk_size", "n_action_steps", "action_repeat", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(
+                f"n_action_steps={self.n_action_steps} is more than chunk_size={self.chunk_size}"
+            )
+        heads = ("flow", "l1", "bins")
+        if self.action_head not in heads:
+            raise ValueError(f"action_head={self.action_head!r}; expected one of {', '.join(heads)}")
+        if self.latent_weight < 0:
+            raise ValueError(f"latent_weight={self.latent_weight}; expected 0 or more")
+        bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES)
+        if self.action_head == "bins" and self.normalization_mapping["ACTION"] not in bounded:
+            raise ValueError(
+                f"action_head=bins with normalization_mapping ACTION={self.normalization_mapping['ACTION'].value}; "
+                "bins lie between -1 and 1: MIN_MAX or QUANTILES fits"
+            )
+
+    def validate_features(self) -> None:
+        if not self.image_features:
+            raise ValueError(
+                f"no camera among the inputs {sorted(self.input_features or {})}; hlrp needs one"
+            )
+        if self.action_feature is None:
+            raise ValueError(f"no {ACTION!r} among the outputs {sorted(self.output_features or {})}")
+
+    @property
+    def observation_delta_indices(self) -> list[int]:
+        return list(range(1 - self.n_obs_steps, 1))
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        return CosineDecayWithWarmupSchedulerConfig(
+            peak_lr=self.optimizer_lr,
+            decay_lr=self.optimizer_lr / 10,
+            num_warmup_steps=self.scheduler_warmup_steps,
+            num_decay_steps=self.scheduler_decay_steps,
+        )
+
+
+class Rtc(TypedDict, total=False):
+    """What real-time chunking tells a prediction."""
+
+    inference_delay: int | None  # actions of the last chunk that are executed meanwhile
+    prev_chunk_left_over: Tensor | None  # its actions that are left, normalised
+    execution_horizon: int | None
+
+
+class HLRPPolicy(PreTrainedPolicy):
+    """`forward(batch) -> (loss, metrics)`; `predict_action_chunk` and `select_action` for a robot.
+
+    A batch is LeRobot's, behind the policy's preprocessor: a camera float (b, c, h, w) or (b, t, c, h, w) in [0, 1]
+    under each of `config.image_features`, observation.state (b, s) where the robot has one, task; in training also
+    action (b, chunk_size, a) with action_is_pad, and latent_indices or latent_vectors of what follows, where they are
+    known. A sample whose actions are all padding has no action loss.
+    """
+
+    config_class = HLRPConfig
+    name = "hlrp"
+
+    def __init__(self, config: HLRPConfig, folder: Path | None = None, dataset_meta=None, **kwargs):
+        """folder: a checkpoint of this policy, which describes the vlm; the caller loads its weights."""
+        super().__init__(config)
+        config.validate_features()
+        self.vlm, self.latent_head = parts(config, folder, dataset_meta)
+        shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
+        self.expert = (
+            None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
+        )
+        if self.latent_head is not None and not config.latent_weight:
+            self.latent_head.requires_grad_(False)
+        action_dim = config.action_feature.shape[0]
+        self.trunk.requires_grad_(True)
+        num_bins = config.num_bins if config.action_head == "bins" else 1
+        self.trunk.add_space("action", action_dim, action_dim * num_bins)
+        state = config.robot_state_feature
+        self.from_state = None if state is None else nn.Linear(state.shape[0], self.vlm.dim)
+        self.init_rtc_processor()
+        self.reset()
+
+    @property
+    def trunk(self) -> ActionExpert:
+        return self.latent_head.expert if self.expert is None else self.expert
+
+    def forward(self, batch: dict, reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """reduction: "none" gives the loss (b,) of each sample."""
+        images, tasks = self.images(batch), batch["task"]
+        latents = batch.get("latent_vectors" if isinstance(self.latent_head, FlowHead) else "latent_indices")
+        latent_errors = None
+        if self.latent_head is not None and self.config.latent_weight and latents is not None:
+            scored = self.latent_head(self.vlm, images, tasks, latents)
+            prompt, latent_errors = scored.prompt, scored.errors
+        else:
+            prompt = self.vlm(images, tasks)
+        is_pad = batch.get("action_is_pad")
+        actions = batch[ACTION]
+        if is_pad is None:
+            is_pad = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
+        errors, is_labelled = (
+            self.action_errors(actions, is_pad, self.context(prompt, batch)),
+            (~is_pad).any(1),
+        )
+        losses = errors if latent_errors is None else errors + self.config.latent_weight * latent_errors
+        action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
+        loss, metrics = action_loss, {"action_loss": action_loss.item()}
+        if latent_errors is not None:
+            loss = loss + self.config.latent_weight * latent_errors.mean()
+            metrics["latent_loss"] = latent_errors.mean().item()
+        return losses if reduction == "none" else loss, metrics
+
+    def action_errors(self, actions: Tensor, is_pad: Tensor, context: Context) -> Tensor:
+        """The loss (b,) of normalised actions (b, t, a), 0 where all of them are padding."""
+        if self.config.action_head == "flow":
+            return self.trunk.errors("action", actions, context, is_pad)
+        said = self.trunk.regress("action", actions.shape[1], context)
+        actions = actions.masked_fill(is_pad[..., None], 0.0)
+        if self.config.action_head == "l1":
+            return mean_over_steps((said - actions).abs().mean(-1), is_pad)
+        logits = said.unflatten(-1, (-1, self.config.num_bins)).movedim(-1, 1)  # b k t a
+        bins = (
+            ((actions.clamp(-1, 1) + 1) / 2 * self.config.num_bins).long().clamp(max=self.config.num_bins - 1)
+        )
+        return mean_over_steps(F.cross_entropy(logits, bins, reduction="none").mean(-1), is_pad)
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict, noise: Tensor | None = None, **rtc: Unpack[Rtc]) -> Tensor:
+        """Normalised actions (b, chunk_size, a), the first for now."""
+        prompt = self.vlm(self.images(batch), batch["task"])
+        context, config = self.context(prompt, batch), self.config
+        if config.action_head != "flow":
+            said = self.trunk.regress("action", config.chunk_size, context)
+            if config.action_head == "l1":
+                return said
+            bins = said.unflatten(-1, (-1, config.num_bins)).argmax(-1)  # b t a
+            return (bins + 0.5) / config.num_bins * 2 - 1
+        if noise is None:
+            shape = len(prompt.hidden), config.chunk_size, config.action_feature.shape[0]
+            noise = torch.randn(shape, device=prompt.hidden.device)
+
+        def denoise(x: Tensor, time: Tensor) -> Tensor:  # LeRobot's time is 1 at noise
+            return -self.trunk.velocity("action", x, 1 - time, context)
+
+        return euler_integrate(
+            denoise,
+            noise,
+            config.num_inference_steps,
+            rtc_processor=self.rtc_processor,
+            rtc_enabled=self.rtc_processor is not None,
+            **rtc,
+        )
+
+    @torch.no_grad()
+    def select_action(self, batch: dict, noise: Tensor | None = None) -> Tensor:
+        """The next action (b, a). A new chunk is predicted when n_action_steps of the last one are executed."""
+        if self.rtc_processor is not None:
+            raise ValueError(
+                "rtc_config.enabled with select_action; real-time chunking calls predict_action_chunk"
+            )
+        if self.config.n_obs_steps > 1:
+            keys = {key: batch[key] for key in self.config.image_features}
+            self._queues = populate_queues(self._queues, keys)
+            batch = batch | {key: torch.stack([*self._queues[key]], dim=1) for key in keys}
+        if not self._action_queue:
+            chunk = self.predict_action_chunk(batch, noise)[:, : self.config.n_action_steps]
+            self._action_queue.extend(chunk.repeat_interleave(self.config.action_repeat, dim=1).unbind(1))
+        return self._action_queue.popleft()
+
+    def reset(self) -> None:
+        """Forgets the observations and actions of an episode."""
+        self._action_queue: deque[Tensor] = deque()
+        self._queues = {key: deque(maxlen=self.config.n_obs_steps) for key in self.config.image_features}
+
+    def init_rtc_processor(self) -> None:
+        """Real-time chunking (Black et al. 2025, arXiv:2506.07339), as `config.rtc_config` has it now."""
+        rtc = self.config.rtc_config
+        self.rtc_processor = RTCProcessor(rtc) if rtc is not None and rtc.enabled else None
+
+    def supports_rtc(self) -> bool:
+        return self.config.action_head == "flow"
+
+    def images(self, batch: dict) -> Tensor:
+        """uint8 (b, v, c, h, w): the cameras in the order of their names, of each the older frames first."""
+        views = []
+        for key in sorted(self.config.image_features):
+            if key not in batch:
+                found = (
+                    ", ".join(sorted(name for name in batch if name.startswith("observation.image")))
+                    or "none"
+                )
+                raise ValueError(
+                    f"the policy sees {key}, the batch has {found}; --rename_map maps other names"
+                )
+            frames = batch[key] if batch[key].ndim == 5 else batch[key][:, None]  # b t c h w
+            pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8)
+            views.append(fit(pixels.flatten(0, 1), self.vlm.image_size).unflatten(0, frames.shape[:2]))
+        return torch.cat(views, dim=1)
+
+    def context(self, prompt: Encoded, batch: dict) -> Context:
+        """What the expert attends to: the prompt, and the state as one more position."""
+        hidden, mask = prompt.hidden, prompt.mask
+        if self.from_state is not None:
+            if OBS_STATE not in batch:
+                raise ValueError(f"the policy reads {OBS_STATE}, and the batch has none")
+            state = batch[OBS_STATE]
+            state = state[:, -1] if state.ndim == 3 else state
+            hidden = torch.cat([hidden, self.from_state(state)[:, None].to(hidden.dtype)], dim=1)
+            mask = F.pad(mask, (0, 1), value=True)
+        return self.trunk.read(hidden, mask)
+
+    def get_optim_params(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save_pretrained(save_directory, state_dict)
+        (save_directory / "vlm").mkdir(exist_ok=True)
+        self.vlm.save_parts(save_directory / "vlm")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: HLRPConfig | None = None, revision=None, **kwargs
+    ) -> "HLRPPolicy":
+        """A folder or a hub id; in evaluation mode. Every weight must be there, and no other."""
+        folder = Path(pretrained_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(pretrained_name_or_path), revision=revision))
+        config = PreTrainedConfig.from_pretrained(folder) if config is None else config
+        return super().from_pretrained(folder, config=config, folder=folder, **kwargs | {"strict": True})
+
+
+def parts(config: HLRPConfig, folder: Path | None, dataset_meta) -> tuple[VLM, nn.Module | None]:
+    """The vision-language model, and the head of stage 2 where the policy starts or started from its checkpoint.
+
+    Of a new policy the weights of stage 2 come along, and `config.stage2` says what it was.
+    """
+    chosen = {name: getattr(config, name) for name in ("freeze_layers", "gradient_checkpointing")}
+    chosen["freeze"] = tuple(config.freeze)
+    if folder is None and config.vla is not None:
+        vla = VLA.from_pretrained(config.vla, **chosen)
+        config.stage2 = {"vla": asdict(vla.config), "latent_space": asdict(vla.space)}
+        return vla.vlm, vla.head
+    if config.stage2 is not None:
+        vla_config = VLAConfig.from_dict(config.stage2["vla"], **chosen)
+        vlm = VLM.from_folder(folder / "vlm", vla_config.vlm)
+        return vlm, VLA(vla_config, LatentSpace(**config.stage2["latent_space"]), vlm).head
+    vlm_config = VLMConfig(config.vlm, config.image_size, **chosen)
+    if folder is not None:
+        return VLM.from_folder(folder / "vlm", vlm_config), None
+    if config.vlm == "tiny" and dataset_meta is None:
+        raise ValueError(
+            "vlm=tiny learns its tokenizer from the instructions of a dataset, and there is none"
+        )
+    return VLM.from_config(vlm_config, [] if dataset_meta is None else list(dataset_meta.tasks.index)), None
+
+
+def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None = None, dataset_meta=None):
+    """LeRobot's standard pipelines: rename, batch, device, normalise; and back.
+
+    Raises ValueError where the statistics are missing or of another robot.
+    """
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+        if dataset_stats is None or mode is NormalizationMode.IDENTITY:
+            continue
+        if key not in dataset_stats:
+            raise ValueError(f"no statistics of {key} among those of {', '.join(sorted(dataset_stats))}")
+        found = {tuple(np.shape(x)) for name, x in dataset_stats[key].items() if name != "count"}
+        if found != {tuple(feature.shape)}:
+            raise ValueError(
+                f"statistics of {key} are of shape {sorted(found)}, the policy's is {feature.shape}"
+            )
+    return make_default_pre_post_processors(config, dataset_stats)

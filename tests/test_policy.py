@@ -1,0 +1,287 @@
+"""The policy by LeRobot's own classes and commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.policies import get_policy_class, make_pre_post_processors
+from lerobot.policies.rtc import RTCConfig
+from lerobot.utils.import_utils import register_third_party_plugins
+from test_lerobot_data import TOP, WRIST, write
+
+from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
+from hlrp.vla import VLA, LatentSpace, VLAConfig
+from hlrp.vlm import VLM, VLMConfig
+
+TASKS = ["push the red block", "open the door"]
+META = SimpleNamespace(tasks=SimpleNamespace(index=TASKS))
+STATE, CHUNK = 3, 4
+
+
+def make_config(cameras=(TOP,), state=STATE, **settings) -> HLRPConfig:
+    settings = {"chunk_size": CHUNK, "n_action_steps": 2, "expert_dim": 32, "expert_depth": 1} | settings
+    config = HLRPConfig(device="cpu", push_to_hub=False, image_size=32, **settings)
+    config.input_features = {key: PolicyFeature(FeatureType.VISUAL, (3, 40, 40)) for key in cameras}
+    if state:
+        config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (state,))
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    return config
+
+
+def make_policy(**settings) -> HLRPPolicy:
+    torch.manual_seed(0)
+    return HLRPPolicy(make_config(**settings), dataset_meta=META)
+
+
+def make_batch(policy, rows=4) -> dict:
+    torch.manual_seed(1)
+    steps = (policy.config.n_obs_steps,) if policy.config.n_obs_steps > 1 else ()
+    batch = {key: torch.rand(rows, *steps, 3, 40, 40) for key in policy.config.image_features}
+    batch |= {"observation.state": torch.randn(rows, STATE), "task": (TASKS * rows)[:rows]}
+    batch["action"] = torch.randn(rows, CHUNK, 2).clamp(-1, 1)
+    return batch | {"action_is_pad": torch.zeros(rows, CHUNK, dtype=torch.bool)}
+
+
+def loss_of(policy, batch) -> torch.Tensor:
+    torch.manual_seed(2)  # the flow's times and noise
+    return policy(batch)[0]
+
+
+def predict(policy, batch) -> torch.Tensor:
+    noise = torch.randn(len(batch["task"]), CHUNK, 2, generator=torch.Generator().manual_seed(3))
+    return policy.eval().predict_action_chunk(batch, noise)
+
+
+def nudge(policy) -> HLRPPolicy:
+    """As after a few steps of training: no output layer is zero."""
+    for parameter in policy.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory):
+    """The checkpoint of a head."""
+    folders = {}
+
+    def get(head):
+        if head not in folders:
+            torch.manual_seed(0)
+            config = VLAConfig(head=head, expert_dim=32, expert_depth=1, vlm=VLMConfig(image_size=32))
+            space = LatentSpace(0.2, 2, 5, 6, image_size=32, fingerprint="")
+            folders[head] = tmp_path_factory.mktemp(head)
+            VLA(config, space, VLM.from_config(config.vlm, TASKS)).save_pretrained(folders[head])
+        return str(folders[head])
+
+    return get
+
+
+def test_lerobot_finds_the_policy_by_the_name_of_the_distribution():
+    register_third_party_plugins()
+    assert PreTrainedConfig.get_choice_class("hlrp") is HLRPConfig
+    assert get_policy_class("hlrp") is HLRPPolicy
+
+
+BOUNDED = {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MIN_MAX"}}
+BOUNDED["normalization_mapping"] = {
+    k: NormalizationMode(v) for k, v in BOUNDED["normalization_mapping"].items()
+}
+
+
+@pytest.mark.parametrize("head", ["flow", "l1", "bins"])
+def test_each_head_learns_and_its_checkpoint_predicts_the_same(head, tmp_path):
+    policy = make_policy(action_head=head, num_bins=16, **BOUNDED)
+    batch, losses = make_batch(policy), []
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    optimizer.param_groups[0]["lr"] = 1e-2
+    for _ in range(45):
+        losses.append(loss_of(policy, batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+    policy.save_pretrained(tmp_path)
+    loaded = HLRPPolicy.from_pretrained(tmp_path)
+    assert loaded.config.action_head == head and not loaded.training
+    torch.testing.assert_close(predict(loaded, batch), predict(policy, batch), rtol=0, atol=0)
+    assert predict(policy, batch).shape == (4, CHUNK, 2)
+
+
+@pytest.mark.parametrize("head", ["tokens", "parallel", "flow"])
+def test_it_starts_from_stage_2_keeps_its_head_and_needs_its_folder_no_more(head, stage2, tmp_path):
+    policy = make_policy(vla=stage2(head))
+    stage2_weights = VLA.from_pretrained(stage2(head)).state_dict()
+    weights = policy.state_dict()
+    for name in ("vlm.model.visual.pos_embed.weight", "vlm.model.language_model.layers.0.mlp.up_proj.weight"):
+        assert torch.equal(weights[name], stage2_weights[name])
+    batch = make_batch(policy)
+    with_latents = batch | {
+        "latent_indices": torch.randint(5, (4, 1, 2)),
+        "latent_vectors": torch.randn(4, 1, 6),
+    }
+    loss, metrics = policy(with_latents)
+    assert loss.item() == pytest.approx(metrics["action_loss"] + 0.1 * metrics["latent_loss"], rel=1e-5)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.latent_head.parameters())
+    assert "latent_loss" not in policy(batch)[1]
+    assert (policy.expert is None) == (head == "flow")  # whose expert serves both
+
+    nudge(policy).config.vla = "nowhere"
+    policy.save_pretrained(tmp_path)
+    loaded = HLRPPolicy.from_pretrained(tmp_path)
+    torch.testing.assert_close(predict(loaded, batch), predict(policy, batch), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_policy().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("from_state.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="from_state.weight"):
+        HLRPPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["flow", "l1", "bins"])
+def test_padded_actions_say_nothing(head):
+    policy = nudge(make_policy(action_head=head, num_bins=16, **BOUNDED))
+    batch = make_batch(policy)
+    batch["action_is_pad"][0, 2:] = True
+    batch["action_is_pad"][1] = True  # a video without actions
+    before = loss_of(policy, batch)
+    batch["action"][0, 2:], batch["action"][1] = 9.0, float("nan")
+    torch.testing.assert_close(loss_of(policy, batch), before)
+    before.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
+    batch["action_is_pad"][:] = True
+    assert loss_of(policy, batch) == 0
+
+
+def test_nothing_that_follows_now_is_asked_for():
+    config = make_config(n_obs_steps=3)
+    assert config.observation_delta_indices == [-2, -1, 0]
+    assert config.action_delta_indices == [0, 1, 2, 3] and config.reward_delta_indices is None
+
+
+def test_a_chunk_is_executed_in_part_and_each_action_held():
+    policy = nudge(make_policy(action_repeat=3)).eval()
+    batch = make_batch(policy)
+    torch.manual_seed(4)
+    first = policy.predict_action_chunk(batch)
+    torch.manual_seed(4)
+    actions = torch.stack([policy.select_action(batch) for _ in range(7)], dim=1)
+    torch.testing.assert_close(actions[:, :6], first[:, :2].repeat_interleave(3, dim=1))
+    assert not torch.equal(actions[:, 6], first[:, 0])  # of a new chunk
+    policy.reset()
+    torch.manual_seed(4)
+    torch.testing.assert_close(policy.select_action(batch), first[:, 0])
+
+
+def test_a_history_of_images_is_the_same_in_training_and_on_a_robot():
+    policy = make_policy(cameras=(WRIST, TOP), n_obs_steps=2).eval()
+    batch = make_batch(policy)
+    seen = policy.images(batch)
+    assert seen.shape == (4, 4, 3, 32, 32)
+    earlier, later = (batch | {key: batch[key][:, i] for key in (TOP, WRIST)} for i in range(2))
+    shown, images = [], policy.images
+    policy.images = lambda batch: shown.append(images(batch)) or shown[-1]
+    policy.config.n_action_steps = 1
+    for moment in (earlier, later):
+        policy.select_action(moment)
+    assert torch.equal(shown[1], seen)
+    assert torch.equal(shown[0][:, 0], seen[:, 0]) and torch.equal(shown[0][:, 1], seen[:, 0])
+
+
+def test_real_time_chunking_goes_on_where_the_last_chunk_was():
+    rtc = RTCConfig(enabled=True, execution_horizon=4, max_guidance_weight=100.0)
+    policy = nudge(make_policy(rtc_config=rtc, num_inference_steps=20)).eval()
+    assert policy.supports_rtc() and not make_policy(action_head="l1").supports_rtc()
+    batch = make_batch(policy)
+    left_over = torch.full((4, CHUNK, 2), 0.7)
+    noise = torch.randn(4, CHUNK, 2)
+    free = policy.predict_action_chunk(batch, noise)
+    bound = policy.predict_action_chunk(batch, noise, inference_delay=2, prev_chunk_left_over=left_over)
+    gap, free_gap = ((chunk - left_over)[:, :2].abs().mean() for chunk in (bound, free))
+    assert gap < 0.2 * free_gap
+    with pytest.raises(ValueError, match="predict_action_chunk"):
+        policy.select_action(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch.pop("observation.state"), "reads observation.state, and the batch has none"),
+        (
+            lambda batch: batch.update({WRIST: batch.pop(TOP)}),
+            f"sees {TOP}, the batch has {WRIST}; --rename_map",
+        ),
+    ],
+)
+def test_what_the_robot_does_not_send_is_named(change, message):
+    policy = make_policy()
+    batch = make_batch(policy)
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        policy.predict_action_chunk(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_size": 2, "n_action_steps": 3}, "n_action_steps=3 is more than chunk_size=2"),
+        ({"action_repeat": 0}, "action_repeat=0; expected 1 or more"),
+        ({"latent_weight": -1.0}, "latent_weight=-1.0"),
+        ({"action_head": "bins"}, "MIN_MAX or QUANTILES fits"),
+        ({"action_head": "words"}, "action_head='words'; expected one of flow, l1, bins"),
+        ({"cameras": ()}, "no camera among the inputs"),
+        ({"vla": "nowhere"}, "nowhere holds no config.json"),
+        ({"freeze": ["ears"]}, "freeze=.*ears"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(**settings)
+
+
+def test_statistics_that_are_missing_or_of_another_robot_are_named():
+    config = make_config()
+    stats = {"observation.state": {"mean": torch.zeros(3), "std": torch.ones(3)}}
+    with pytest.raises(ValueError, match="no statistics of action"):
+        make_hlrp_pre_post_processors(config, stats)
+    stats["action"] = {"mean": torch.zeros(7), "std": torch.ones(7)}
+    with pytest.raises(ValueError, match=r"action are of shape \[\(7,\)\], the policy's is \(2,\)"):
+        make_hlrp_pre_post_processors(config, stats)
+    stats["action"] = {"mean": torch.tensor([1.0, 2.0]), "std": torch.tensor([2.0, 4.0])}
+    _, post = make_hlrp_pre_post_processors(config, stats)
+    torch.testing.assert_close(post(torch.ones(1, 2)), torch.tensor([[3.0, 6.0]]))
+
+
+def test_lerobot_trains_resumes_and_loads_it(tmp_path):
+    dataset = write(tmp_path / "data")
+    main = "from lerobot.scripts.lerobot_train import main; main()"
+    flags = {"policy.type": "hlrp", "policy.device": "cpu", "policy.push_to_hub": "false"}
+    flags |= {"policy.chunk_size": 4, "policy.n_action_steps": 2, "dataset.repo_id": "toy/toy"}
+    flags |= {"dataset.root": dataset, "dataset.video_backend": "pyav", "batch_size": 4, "num_workers": 0}
+    flags |= {"steps": 2, "log_freq": 1, "save_freq": 2, "env_eval_freq": 0, "output_dir": tmp_path / "run"}
+
+    def lerobot_train(**flags):
+        command = [sys.executable, "-c", main, *(f"--{name}={value}" for name, value in flags.items())]
+        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+
+    lerobot_train(**flags)
+    last = tmp_path / "run/checkpoints/last"
+    lerobot_train(config_path=last / "pretrained_model/train_config.json", resume="true", steps=3)
+    assert last.resolve().name == "000003"
+
+    folder = Path(last / "pretrained_model")
+    policy = get_policy_class("hlrp").from_pretrained(folder)
+    pre, post = make_pre_post_processors(policy.config, pretrained_path=folder)
+    seen = {TOP: torch.rand(3, 64, 64), WRIST: torch.rand(3, 64, 64), "task": "task 1"}
+    action = post(policy.select_action(pre(seen | {"observation.state": torch.zeros(3)})))
+    assert action.shape == (1, 2) and action.isfinite().all()
