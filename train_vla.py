@@ -1,8 +1,8 @@
 """Stage 2: a vision-language model learns to predict the latent actions of a LAQ from image and instruction.
 
     accelerate launch train_vla.py                                            # after train_laq.py, on the same data
-    accelerate launch train_vla.py --vlm HuggingFaceTB/SmolVLM2-500M-Video-Instruct --lr 1e-4 --laq FOLDER
-    accelerate launch --num_processes 8 train_vla.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --head flow --lora-rank 16
+    accelerate launch train_vla.py --vlm HuggingFaceTB/SmolVLM2-500M-Video-Instruct --optimizer adamw --lr 1e-4
+    accelerate launch train_vla.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --optimizer adamw --lr 1e-4 --lora-rank 16
 
 The LAQ's checkpoint tells delta, image size and codes. The same command resumes an interrupted run. Everything is
 written to --output-dir; the checkpoint that stage 3 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
@@ -38,7 +38,7 @@ class Args:
     batch_size: int = 32  # samples per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
     optimizer: Literal["muon", "adamw"] = "muon"  # muon learns from scratch in fewer steps
-    lr: float = 3e-3  # highest learning rate; 1e-4 or less suits a pretrained vlm
+    lr: float = 3e-3  # highest learning rate; 1e-4 or less, and adamw, suit a pretrained vlm
     warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
     weight_decay: float = 0.05
     grad_clip: float = 1.0  # largest gradient norm
