@@ -38,7 +38,7 @@ class Args:
     batch_size: int = 32  # samples per process and forward pass
     grad_accumulation: int = 1  # forward passes per optimizer step
     optimizer: Literal["muon", "adamw"] = "muon"  # muon learns from scratch in fewer steps
-    lr: float = 3e-3  # highest learning rate; 1e-4 or less, and adamw, suit a pretrained vlm
+    lr: float = 2e-3  # highest learning rate; 1e-4 or less, and adamw, suit a pretrained vlm
     warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
     weight_decay: float = 0.05
     grad_clip: float = 1.0  # largest gradient norm

@@ -16,11 +16,18 @@ def fit(frames: Tensor, image_size: int) -> Tensor:
     scale = image_size / max(h, w)
     new_h, new_w = max(round(h * scale), 1), max(round(w * scale), 1)
     if (new_h, new_w) != (h, w):
-        frames = F.interpolate(frames, size=(new_h, new_w), mode="bilinear", antialias=True)
+        frames = resize(frames, (new_h, new_w))
     if new_h == new_w:
         return frames
 
     top, left = (image_size - new_h) // 2, (image_size - new_w) // 2
-    canvas = torch.zeros(*frames.shape[:2], image_size, image_size, dtype=torch.uint8)
+    canvas = frames.new_zeros(*frames.shape[:2], image_size, image_size)
     canvas[..., top : top + new_h, left : left + new_w] = frames
     return canvas
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear and antialiased, uint8 to uint8; the kernel for integers is the CPU's alone."""
+    if frames.device.type == "cpu":
+        return F.interpolate(frames, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
