@@ -60,9 +60,12 @@ def r2_per_dim(pred: Tensor, target: Tensor) -> Tensor:
     return torch.where(constant, met, 1 - residual / torch.where(constant, 1.0, total))
 
 
-def r2(pred: Tensor, target: Tensor) -> float:
-    """Uniform average of `r2_per_dim`."""
-    return r2_per_dim(pred, target).mean().item()
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a success rate (Wilson 1927, J. Am. Stat. Assoc. 22); z: 1.96 covers 95 %."""
+    rate = successes / trials
+    centre = rate + z**2 / (2 * trials)
+    spread = z * ((rate * (1 - rate) + z**2 / (4 * trials)) / trials) ** 0.5
+    return (centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)
 
 
 def psnr(pred: Tensor, target: Tensor) -> Tensor:

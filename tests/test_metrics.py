@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hlrp.metrics import code_counts, code_health, is_constant, psnr, r2, r2_per_dim
+from hlrp.metrics import code_counts, code_health, is_constant, psnr, r2_per_dim, wilson
 
 
 def test_d1_usage_equals_bincount_however_often_a_batch_uses_a_code():
@@ -36,15 +36,17 @@ def test_evenly_used_codes_have_the_perplexity_of_the_codebook():
 
 def test_r2_is_one_for_the_target_zero_for_its_mean_and_defined_for_constants():
     target = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-    assert r2(target, target) == 1
-    assert r2(target.mean(dim=0).expand(100, 2), target) == pytest.approx(0, abs=1e-6)
+    assert r2_per_dim(target, target).tolist() == [1, 1]
+    assert r2_per_dim(target.mean(dim=0).expand(100, 2), target).tolist() == pytest.approx([0, 0], abs=1e-6)
 
     constant = torch.full((100, 1), 0.1)
     assert r2_per_dim(constant, constant).tolist() == [1]
     assert r2_per_dim(constant + 1, constant).tolist() == [0]
-    assert r2(
-        torch.cat([target, constant + 1], dim=1), torch.cat([target, constant], dim=1)
-    ) == pytest.approx(2 / 3)
+
+
+def test_the_interval_of_a_success_rate_is_the_one_that_wilson_gives():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 50) == pytest.approx((0, 0.0713), abs=1e-4)
 
 
 def test_a_column_is_constant_by_rounding_not_by_scale():

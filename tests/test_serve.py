@@ -31,7 +31,8 @@ def test_the_server_answers_an_observation_with_a_chunk(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    server = subprocess.Popen([sys.executable, "-m", "hlrp.serve", "--host=127.0.0.1", f"--port={port}"])
+    command = [sys.executable, "-m", "hlrp.serve", "--host=127.0.0.1", f"--port={port}"]
+    server = subprocess.Popen(command, cwd=tmp_path)  # where it writes logs
     try:
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         grpc.channel_ready_future(channel).result(timeout=120)

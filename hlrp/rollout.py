@@ -1,0 +1,144 @@
+"""Success of a policy in simulation, by LeRobot's own evaluation: per task, with intervals, latency and videos.
+
+    python -m hlrp.rollout --policy outputs/policy/checkpoints/last/pretrained_model --tasks door-open-v3 reach-v3
+    python -m hlrp.rollout --policy FOLDER --env pusht --episodes 100 --seed 1000
+
+Any LeRobot policy, in any environment that LeRobot has: the episodes of `lerobot-eval` with the same seed, policy and
+number of environments at once. The result is OUTPUT_DIR/rollout.json.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from hlrp.checkpoints import write_json
+from hlrp.metrics import wilson
+
+
+@dataclass
+class Args:
+    policy: str  # folder or hub id of a LeRobot policy
+    env: str = "metaworld"  # LeRobot's name of an environment
+    tasks: tuple[str, ...] = ()  # of the environment; by default its own choice
+    episodes: int = 50  # of each task
+    seed: int = 1000  # of the first episode; the next is one higher
+    batch_size: int = 1  # environments at once
+    rename_map: dict[str, str] = field(
+        default_factory=dict
+    )  # the environment's name and the policy's, of a camera
+    videos: int = 1  # of each task, written to OUTPUT_DIR/videos
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    output_dir: Path = Path("outputs/rollout")
+
+
+def main(args: Args) -> None:
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
+    from lerobot.policies import make_policy, make_pre_post_processors
+    from lerobot.scripts.lerobot_eval import eval_policy_all
+    from lerobot.utils.random_utils import set_seed
+
+    import hlrp.policy  # noqa: F401  the type hlrp
+
+    check(args)
+    set_seed(args.seed)
+    config = PreTrainedConfig.from_pretrained(args.policy)
+    config.pretrained_path = args.policy
+    if args.device != "auto":
+        config.device = args.device
+    env_config = make_env_config(args.env, **({"task": ",".join(args.tasks)} if args.tasks else {}))
+    policy = make_policy(config, env_cfg=env_config, rename_map=args.rename_map).eval()
+    overrides = {
+        "device_processor": {"device": config.device},
+        "rename_observations_processor": {"rename_map": args.rename_map},
+    }
+    pre, post = make_pre_post_processors(
+        config, pretrained_path=args.policy, preprocessor_overrides=overrides
+    )
+    env_pre, env_post = make_env_pre_post_processors(env_config, config)
+    latencies = measure_latency(policy)
+    envs = make_env(env_config, n_envs=args.batch_size, use_async_envs=False)
+    names = {(group, i): env.call("task")[0] for group, tasks in envs.items() for i, env in tasks.items()}
+    with torch.no_grad():
+        info = eval_policy_all(
+            envs,
+            policy,
+            env_pre,
+            env_post,
+            pre,
+            post,
+            n_episodes=args.episodes,
+            max_episodes_rendered=args.videos,
+            videos_dir=args.output_dir / "videos" if args.videos else None,
+            start_seed=args.seed,
+        )
+    successes = {
+        names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]
+    }
+    result = summary(successes, latencies) | {"args": asdict(args) | {"output_dir": str(args.output_dir)}}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "rollout.json", result)
+    print(table(result))
+    print(f"{args.output_dir / 'rollout.json'}" + (f", {args.output_dir / 'videos'}" if args.videos else ""))
+
+
+def check(args: Args) -> None:
+    for name, least in {"episodes": 1, "batch_size": 1, "videos": 0, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}={getattr(args, name)}; expected {least} or more")
+    if args.batch_size > args.episodes:
+        raise ValueError(f"batch_size={args.batch_size} is more than episodes={args.episodes}")
+
+
+def measure_latency(policy) -> list[float]:
+    """Makes a policy note how long each of its chunks takes, from the observation on its device on [s]."""
+    latencies, predict = [], policy.predict_action_chunk
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        chunk = predict(*args, **kwargs)
+        chunk.cpu()  # waits for the device
+        latencies.append(time.perf_counter() - start)
+        return chunk
+
+    policy.predict_action_chunk = timed
+    return latencies
+
+
+def summary(successes: dict[str, list[bool]], latencies: list[float]) -> dict:
+    """Success rates with 95 % Wilson intervals, of each task and of all; latency of a chunk [ms]."""
+
+    def rate(outcomes: list[bool]) -> dict:
+        low, high = wilson(sum(outcomes), len(outcomes))
+        count = {"successes": int(sum(outcomes)), "episodes": len(outcomes)}
+        return count | {"success": sum(outcomes) / len(outcomes), "interval": [low, high]}
+
+    every = [outcome for outcomes in successes.values() for outcome in outcomes]
+    result = {"tasks": {name: rate(outcomes) for name, outcomes in successes.items()}, "all": rate(every)}
+    if latencies:
+        p50, p99 = (
+            torch.tensor(latencies, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99]).double()).tolist()
+        )
+        result["latency_ms"] = {"p50": 1e3 * p50, "p99": 1e3 * p99, "chunks": len(latencies)}
+    return result
+
+
+def table(result: dict) -> str:
+    rows = [*result["tasks"].items(), ("all", result["all"])]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'task':{width}}  success  95 % interval  episodes"]
+    for name, row in rows:
+        low, high = row["interval"]
+        lines.append(f"{name:{width}}  {row['success']:7.2f}  {low:.2f} to {high:.2f}  {row['episodes']:8}")
+    if "latency_ms" in result:
+        p50, p99, chunks = result["latency_ms"].values()
+        lines.append(f"observation to chunk: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({chunks} chunks)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
