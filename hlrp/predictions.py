@@ -31,6 +31,7 @@ class Predictions(NamedTuple):
     true_vectors: Tensor  # (b, t, e)
     indices: Tensor | None  # int64 (b, c, t, m)
     vectors: Tensor  # (b, c, t, e)
+    probabilities: Tensor | None  # (b, t, m, k), of the first condition, where codes are predicted
     errors: Tensor | None  # (b, c): the head's loss, where it was asked for
     episodes: Tensor  # int64 (b,)
     actions: Tensor | None  # (b, a), mean over the span
@@ -49,7 +50,7 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
 
     A flow's vector stands for the nearest code.
     """
-    indices, vectors = predicted
+    indices, vectors, _ = predicted
     num_tokens = laq.config.num_tokens
     if vectors is None:
         per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
@@ -93,7 +94,8 @@ def evaluate(
         accuracy, accuracy_shuffled_text, accuracy_blank_image, accuracy_by_position    of predicted codes
         majority, majority_by_position                 accuracy of the set's own most frequent code at each position
         unique_sequences, perplexity, usage            of the predicted codes, possible_sequences their bound
-        action_r2, action_r2_random                    ridge probe of the mean action from what is predicted
+        action_r2, action_r2_random                    ridge probe of the mean action from what is predicted: the
+                                                       probability of each code, or the flow's vector
         action_r2_true                                 from the true latent actions: what can be reached
     """
     share = Share(rank, num_ranks, batch_size, num_workers, next(laq.parameters()).device)
@@ -122,7 +124,7 @@ def evaluate(
                 fit = predict_all(
                     vla, laq, fit_sets[name], share, seed, CONDITIONS[:1], tasks, with_errors=False
                 )
-            figures |= action_probes(found, fit, laq.quantizer.codebook_size, vla.config.head == "flow", seed)
+            figures |= action_probes(found, fit, laq.quantizer.codebook_size, seed)
         report[name] = figures
     vla.train(was_training)
     return report
@@ -143,15 +145,17 @@ def predict_all(
     for _, batch in share.batches(dataset):
         if "latent_vectors" not in batch:
             batch |= label(laq, batch["frames"])
-        rows, errors = [], []
+        rows, errors, probabilities = [], [], None
         for condition in conditions:
             seen = batch
             if condition == "_shuffled_text":
                 seen = batch | {"task": other_tasks(batch["task"], tasks, seed)}
             elif condition == "_blank_image":
                 seen = batch | {"images": torch.full_like(batch["images"], 128)}
-            predicted = complete(laq, vla.generate(seen["images"], seen["task"]))
-            rows.append(predicted)
+            predicted = vla.generate(seen["images"], seen["task"])
+            rows.append(complete(laq, predicted))
+            if not condition:
+                probabilities = predicted.probabilities
             if with_errors:
                 torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
                 errors.append(vla.score(seen))
@@ -165,6 +169,7 @@ def predict_all(
                 batch["latent_vectors"],
                 None if indices[0] is None else torch.stack(indices, dim=1),
                 torch.stack(vectors, dim=1),
+                probabilities,
                 torch.stack(errors, dim=1) if with_errors else None,
                 batch["episode"],
                 actions,
@@ -188,12 +193,10 @@ def accuracies(indices: Tensor, true: Tensor) -> dict:
     }
 
 
-def action_probes(
-    found: Predictions, fit: Predictions | None, codebook_size: int | None, of_vectors: bool, seed: int
-) -> dict:
+def action_probes(found: Predictions, fit: Predictions | None, codebook_size: int | None, seed: int) -> dict:
     """Ridge probes from predicted and from true latent actions to the mean action, scored on validation episodes.
 
-    They read which codes there are. of_vectors: the prediction's vectors, which say more than the codes next to them.
+    Of a prediction they read how likely each code is, or the flow's vector, which say more than the likeliest codes.
     """
     sides = [found] if fit is None else [fit, found]
     is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
@@ -207,13 +210,15 @@ def action_probes(
         x = torch.cat([part[side.has_action] for part, side in zip(features, sides, strict=True)])
         return probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
 
-    def features(indices: Tensor | None, vectors: Tensor) -> Tensor:
+    def true_features(indices: Tensor | None, vectors: Tensor) -> Tensor:
         if indices is None or codebook_size is None:
             return vectors.flatten(1)
         return one_hot_features(indices.flatten(1), codebook_size)
 
-    predicted = r2([features(None if of_vectors else s.indices[:, 0], s.vectors[:, 0]) for s in sides])
-    true = r2([features(s.true_indices, s.true_vectors) for s in sides])
+    predicted = r2(
+        [(s.vectors[:, 0] if s.probabilities is None else s.probabilities).flatten(1) for s in sides]
+    )
+    true = r2([true_features(s.true_indices, s.true_vectors) for s in sides])
     return {
         "action_r2": predicted["r2"],
         "action_r2_random": predicted["r2_random"],

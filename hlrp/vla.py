@@ -66,6 +66,9 @@ class Predicted(NamedTuple):
 
     indices: Tensor | None  # int64 (b, t, m)
     vectors: Tensor | None  # (b, t, e)
+    probabilities: Tensor | None = (
+        None  # (b, t, m, k): of every code at its place, given the indices before it
+    )
 
 
 class Scored(NamedTuple):
@@ -104,6 +107,11 @@ class CodeHead(nn.Module):
         guesses = logits[..., vocab_size:].argmax(-1)
         return Scored(errors.mean(1), prompt, {"accuracy": (guesses == targets).float().mean()})
 
+    def predicted(self, indices: Tensor, probabilities: Tensor) -> Predicted:
+        """indices (b, n), probabilities (b, n, k)."""
+        indices = rearrange(indices, "b (t m) -> b t m", m=self.num_tokens)
+        return Predicted(indices, None, rearrange(probabilities, "b (t m) k -> b t m k", m=self.num_tokens))
+
 
 class TokensHead(CodeHead):
     """Autoregressive: loss as of next-token prediction, at the positions of codes alone."""
@@ -134,7 +142,7 @@ class TokensHead(CodeHead):
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         encoded = vlm(images, tasks, use_cache=self.length > 1)
-        indices = []
+        indices, probabilities = [], []
         for i in range(self.length):
             if i:
                 encoded = vlm.extend(encoded, vlm.embed_scale * self.embed(indices[-1], i - 1))
@@ -142,7 +150,8 @@ class TokensHead(CodeHead):
             if self.in_vocabulary:
                 logits = vlm.cap_logits(logits)
             indices.append(draw(logits, temperature))
-        return Predicted(rearrange(torch.cat(indices, dim=1), "b (t m) -> b t m", m=self.num_tokens), None)
+            probabilities.append(logits.softmax(-1))
+        return self.predicted(torch.cat(indices, dim=1), torch.cat(probabilities, dim=1))
 
 
 class ParallelHead(CodeHead):
@@ -162,9 +171,8 @@ class ParallelHead(CodeHead):
         return self.score(logits, latents.flatten(1), encoded.without(self.length))
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
-        hidden = self.encode(vlm, images, tasks).hidden[:, -self.length :]
-        indices = draw(self.logits(hidden), temperature)
-        return Predicted(rearrange(indices, "b (t m) -> b t m", m=self.num_tokens), None)
+        logits = self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :])
+        return self.predicted(draw(logits, temperature), logits.softmax(-1))
 
 
 class FlowHead(nn.Module):

@@ -62,7 +62,8 @@ class Student(nn.Module):
         size = images[:, 0, 0, 0, 0].long() % (NUM_CODES // 2) if "image" in self.senses else 0
         direction = torch.tensor([TASKS.index(task) for task in tasks]) if "text" in self.senses else 0
         code = 2 * size + direction + torch.zeros(len(tasks), dtype=torch.long)
-        return Predicted(code[:, None, None], None)
+        code = code[:, None, None]  # b t m
+        return Predicted(code, None, torch.nn.functional.one_hot(code, NUM_CODES).float())
 
     def score(self, batch):
         return (
