@@ -7,6 +7,7 @@ Any LeRobot policy, in any environment that LeRobot has: the episodes of `lerobo
 number of environments at once. The result is OUTPUT_DIR/rollout.json.
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ class Args:
 
 
 def main(args: Args) -> None:
+    os.environ.setdefault(
+        "MUJOCO_GL", "egl"
+    )  # MuJoCo, which reads it when it is imported, else wants a screen
     from lerobot.configs import PreTrainedConfig
     from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
     from lerobot.policies import make_policy, make_pre_post_processors

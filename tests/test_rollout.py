@@ -6,7 +6,6 @@ from collections import deque
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.envs import metaworld
 from test_policy import META
 
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
@@ -17,6 +16,9 @@ STATS = {key: {"mean": torch.zeros(4), "std": torch.ones(4)} for key in ("observ
 
 @pytest.fixture
 def short_episodes(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported
+    from lerobot.envs import metaworld
+
     init = metaworld.MetaworldEnv.__init__
 
     def cut(env, *args, **kwargs):
@@ -24,7 +26,6 @@ def short_episodes(monkeypatch):
         env._max_episode_steps = 4
 
     monkeypatch.setattr(metaworld.MetaworldEnv, "__init__", cut)
-    monkeypatch.setenv("MUJOCO_GL", "egl")
 
 
 @pytest.fixture
