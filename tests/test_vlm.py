@@ -11,7 +11,8 @@ from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 from torch import nn
 
 from hlrp.checkpoints import load_weights, save_pretrained
-from hlrp.vlm import VLM, PatchProjection, VLMConfig, tiny_tokenizer
+from hlrp.tiny_vlm import tiny_tokenizer
+from hlrp.vlm import VLM, PatchProjection, VLMConfig
 
 
 @pytest.fixture(autouse=True)
