@@ -13,7 +13,7 @@ from hlrp.laq import LAQ
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health
 from hlrp.plots import candidates, difference, moving, pairs_grid
-from hlrp.probes import MIN_EPISODES, one_hot_features, probe_r2
+from hlrp.probes import MIN_EPISODES, episode_split, one_hot_features, probe_r2
 from hlrp.running import nearest
 from hlrp.validation import COLLAPSED_UP_TO, Share
 from hlrp.vla import VLA, Predicted
@@ -30,7 +30,7 @@ class Predictions(NamedTuple):
     true_indices: Tensor | None  # int64 (b, t, m)
     true_vectors: Tensor  # (b, t, e)
     indices: Tensor | None  # int64 (b, c, t, m)
-    vectors: Tensor  # (b, c, t, e)
+    vectors: Tensor | None  # (b, c, t, e)
     probabilities: Tensor | None  # (b, t, m, k), of the first condition, where codes are predicted
     errors: Tensor | None  # (b, c): the head's loss, where it was asked for
     episodes: Tensor  # int64 (b,)
@@ -94,8 +94,8 @@ def evaluate(
         accuracy, accuracy_shuffled_text, accuracy_blank_image, accuracy_by_position    of predicted codes
         majority, majority_by_position                 accuracy of the set's own most frequent code at each position
         unique_sequences, perplexity, usage            of the predicted codes, possible_sequences their bound
-        action_r2, action_r2_random                    ridge probe of the mean action from what is predicted: the
-                                                       probability of each code, or the flow's vector
+        action_r2, action_r2_random                    ridge probe of the mean action, fitted on true latent actions,
+                                                       from predicted ones: how likely each code is, the flow's vector
         action_r2_true                                 from the true latent actions: what can be reached
     """
     share = Share(rank, num_ranks, batch_size, num_workers, next(laq.parameters()).device)
@@ -121,9 +121,7 @@ def evaluate(
         if found.actions is not None:
             fit = None
             if fit_sets and name in fit_sets:
-                fit = predict_all(
-                    vla, laq, fit_sets[name], share, seed, CONDITIONS[:1], tasks, with_errors=False
-                )
+                fit = predict_all(vla, laq, fit_sets[name], share, seed, (), tasks, with_errors=False)
             figures |= action_probes(found, fit, laq.quantizer.codebook_size, seed)
         report[name] = figures
     vla.train(was_training)
@@ -159,7 +157,7 @@ def predict_all(
             if with_errors:
                 torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
                 errors.append(vla.score(seen))
-        indices, vectors = zip(*rows, strict=True)
+        indices, vectors = zip(*rows, strict=True) if rows else ((None,), (None,))
         actions = has_action = None
         if "action" in batch:
             actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
@@ -168,7 +166,7 @@ def predict_all(
                 batch.get("latent_indices"),
                 batch["latent_vectors"],
                 None if indices[0] is None else torch.stack(indices, dim=1),
-                torch.stack(vectors, dim=1),
+                None if vectors[0] is None else torch.stack(vectors, dim=1),
                 probabilities,
                 torch.stack(errors, dim=1) if with_errors else None,
                 batch["episode"],
@@ -194,9 +192,10 @@ def accuracies(indices: Tensor, true: Tensor) -> dict:
 
 
 def action_probes(found: Predictions, fit: Predictions | None, codebook_size: int | None, seed: int) -> dict:
-    """Ridge probes from predicted and from true latent actions to the mean action, scored on validation episodes.
+    """Ridge probes from latent actions to the mean action, scored on validation episodes.
 
-    Of a prediction they read how likely each code is, or the flow's vector, which say more than the likeliest codes.
+    They are fitted on true latent actions, and read predicted ones by the same weights: of codes how likely each is,
+    of a flow its vector. A probe fitted on predictions would also find what is no latent action in them.
     """
     sides = [found] if fit is None else [fit, found]
     is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
@@ -205,20 +204,25 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
     fitted, scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
     if scored < MIN_EPISODES if fit is None else fitted < MIN_EPISODES - 1 or scored < 1:
         return {"action_r2": None, "action_r2_random": None, "action_r2_true": None}
+    if fit is None:
+        is_fit = episode_split(episodes, share=0.5, seed=seed)
 
-    def r2(features: list[Tensor]) -> dict:
-        x = torch.cat([part[side.has_action] for part, side in zip(features, sides, strict=True)])
-        return probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
+    def true_features(side: Predictions, of_codes: bool) -> Tensor:
+        if of_codes:
+            return one_hot_features(side.true_indices.flatten(1), codebook_size)
+        return side.true_vectors.flatten(1)
 
-    def true_features(indices: Tensor | None, vectors: Tensor) -> Tensor:
-        if indices is None or codebook_size is None:
-            return vectors.flatten(1)
-        return one_hot_features(indices.flatten(1), codebook_size)
+    def r2(of_codes: bool, predicted: Tensor | None) -> dict:
+        x = torch.cat([true_features(side, of_codes)[side.has_action] for side in sides])
+        if predicted is not None:
+            x[~is_fit] = predicted.flatten(1)[found.has_action].to(x.dtype)[
+                ~is_fit[-found.has_action.sum() :]
+            ]
+        return probe_r2(x, actions, episodes, is_fit, seed)
 
-    predicted = r2(
-        [(s.vectors[:, 0] if s.probabilities is None else s.probabilities).flatten(1) for s in sides]
-    )
-    true = r2([true_features(s.true_indices, s.true_vectors) for s in sides])
+    are_codes = found.probabilities is not None
+    predicted = r2(are_codes, found.probabilities if are_codes else found.vectors[:, 0])
+    true = r2(found.true_indices is not None and codebook_size is not None, None)
     return {
         "action_r2": predicted["r2"],
         "action_r2_random": predicted["r2_random"],

@@ -88,6 +88,18 @@ def test_a_model_that_looks_and_reads_is_right_and_pays_for_other_text_and_for_n
     assert not alarms(report("image", "text"))
 
 
+def test_a_probe_reads_no_more_from_a_prediction_than_the_latent_action():
+    class Untrained(Student):
+        """Hardly sure of any code, but what little its probabilities differ by tells image and text."""
+
+        def generate(self, images, tasks):
+            said = super().generate(images, tasks)
+            return said._replace(probabilities=1 / NUM_CODES + 1e-3 * said.probabilities.flip(-1))
+
+    figures = evaluate(Untrained(["image", "text"]), Teacher(), {"toy": SET}, {"toy": FIT})["toy"]
+    assert figures["action_r2"] < 0.05 and figures["action_r2_true"] == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("senses", "faults"),
     [
