@@ -207,22 +207,23 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
     if fit is None:
         is_fit = episode_split(episodes, share=0.5, seed=seed)
 
-    def true_features(side: Predictions, of_codes: bool) -> Tensor:
-        if of_codes:
-            return one_hot_features(side.true_indices.flatten(1), codebook_size)
-        return side.true_vectors.flatten(1)
-
-    def r2(of_codes: bool, predicted: Tensor | None) -> dict:
-        x = torch.cat([true_features(side, of_codes)[side.has_action] for side in sides])
-        if predicted is not None:
-            x[~is_fit] = predicted.flatten(1)[found.has_action].to(x.dtype)[
-                ~is_fit[-found.has_action.sum() :]
-            ]
-        return probe_r2(x, actions, episodes, is_fit, seed)
+    def true_features(of_codes: bool) -> list[Tensor]:
+        return [
+            (
+                one_hot_features(s.true_indices.flatten(1), codebook_size)
+                if of_codes
+                else s.true_vectors.flatten(1)
+            )[s.has_action]
+            for s in sides
+        ]
 
     are_codes = found.probabilities is not None
-    predicted = r2(are_codes, found.probabilities if are_codes else found.vectors[:, 0])
-    true = r2(found.true_indices is not None and codebook_size is not None, None)
+    said = (found.probabilities if are_codes else found.vectors[:, 0]).flatten(1)[found.has_action]
+    known = true_features(are_codes)
+    read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], said]))
+    predicted = probe_r2(read, actions, episodes, is_fit, seed)
+    every = true_features(found.true_indices is not None and codebook_size is not None)
+    true = probe_r2(torch.cat(every), actions, episodes, is_fit, seed)
     return {
         "action_r2": predicted["r2"],
         "action_r2_random": predicted["r2_random"],

@@ -77,11 +77,14 @@ def keep_freed_memory() -> None:
 
 
 def die_with_launcher() -> None:
-    """Ends this process with the launcher that started it, also where that is killed and can end nothing itself."""
+    """Has the kernel warn this process by SIGTERM when the launcher that started it has died, of whatever.
+
+    A launcher dies at once of Slurm's SIGUSR1 or of kill -9. Its ranks then save and stop, and do not train on.
+    """
     libc, launchers = ctypes.CDLL(None), ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
     if hasattr(libc, "prctl") and any(name in os.environ for name in launchers):
         pr_set_pdeathsig = 1
-        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() == 1:
             sys.exit("the launcher has gone")
 
@@ -349,10 +352,11 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
-def lock(output_dir: Path, patience: float = 5.0):
+def lock(output_dir: Path, patience: float = 20.0):
     """Makes the folder and holds it for as long as this process lives.
 
-    Raises ValueError where another process holds it and goes on for `patience` [s], in which a killed one has gone.
+    Raises ValueError where another process holds it and goes on for `patience` [s], in which one whose launcher
+    was killed has saved and gone.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     file, deadline = (output_dir / "run.lock").open("a"), time.monotonic() + patience
