@@ -352,7 +352,7 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
-def lock(output_dir: Path, patience: float = 20.0):
+def lock(output_dir: Path, patience: float = 5.0):
     """Makes the folder and holds it for as long as this process lives.
 
     Raises ValueError where another process holds it and goes on for `patience` [s], in which one whose launcher
