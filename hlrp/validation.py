@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hlrp.data import collate
+from hlrp.data import collate, ignore_stop_signals
 from hlrp.laq import LAQ
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health, gather
@@ -47,6 +47,7 @@ class Share(NamedTuple):
             self.batch_size,
             num_workers=self.num_workers,
             collate_fn=collate,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # without its own, it draws from the global state
         )
         for batch in loader:
