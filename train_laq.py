@@ -54,14 +54,8 @@ class Args:
 def main(args: Args) -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    from hlrp.data import (
-        Clips,
-        Mixture,
-        action_statistics,
-        choose_clips,
-        loader,
-        split_episodes,
-    )
+    from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
+    from hlrp.data import Mixture, loader
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered

@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from hlrp.checkpoints import whole_folder, write_json
-from hlrp.data import Clips
+from hlrp.clips import Clips
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import (
     ACTION,

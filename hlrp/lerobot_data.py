@@ -99,12 +99,16 @@ class LeRobotData:
         task = self.tasks[int(self.numbers["task_index"][at["first_row"], 0])]
         read = {"frames": frames, "task": task}
         if self.state_dim:
-            read["state"] = torch.from_numpy(self.numbers[STATE][at["first_row"] + indices])
+            read["state"] = self.states(episode, indices)
         return read
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         rows = self.episodes["first_row"][episode] + np.asarray(indices)
         return torch.from_numpy(self.numbers[ACTION][rows])
+
+    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+        rows = self.episodes["first_row"][episode] + np.asarray(indices)
+        return torch.from_numpy(self.numbers[STATE][rows])
 
     def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = self.episodes["first_row"][episode] + np.asarray(indices)

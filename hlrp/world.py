@@ -112,6 +112,11 @@ class World:
         indices, group, i = self._locate(episode, indices)
         return torch.from_numpy(_simulate(self.seed, group).action[i, indices])
 
+    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+        """float32 (t, 2): the states at these frames."""
+        indices, group, i = self._locate(episode, indices)
+        return _normalised(_simulate(self.seed, group).tip[i, indices])
+
     def _locate(self, episode: int, indices: Sequence[int]) -> tuple[np.ndarray, int, int]:
         """Checked indices, the group of episodes that is simulated together, and the place in it."""
         if not 0 <= episode < len(self.lengths):

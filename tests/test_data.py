@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hlrp.data import (
-    BLOCK_SIZE,
-    Clips,
-    Mixture,
-    choose_clips,
-    collate,
-    loader,
-    split_episodes,
-)
+from hlrp.clips import Clips, choose_clips, split_episodes
+from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
 from hlrp.sources import open_source, parse_uri
 
 
@@ -275,3 +268,27 @@ def test_uris_carry_options_and_a_weight():
 def test_a_wrong_uri_says_what_would_fit(text, message):
     with pytest.raises(ValueError, match=message):
         open_source(text)
+
+
+def for_a_policy(source, **settings):
+    episodes = range(len(source.lengths))
+    settings = {"image_size": 8, "input_size": 8, "chunk_size": 4} | settings
+    return Clips(source, episodes, (0.0, 0.2, 0.4), **settings)
+
+
+def test_a_policy_acts_in_every_frame_and_what_lies_past_the_episode_is_padding():
+    clips = for_a_policy(Counting([6, 3], action_dim=1, state_dim=1))
+    assert len(clips) == 9
+    sample = clips[4]  # frames 4 and 5 of the first episode are left
+    assert sample["action"].flatten().tolist() == [4, 5, 5, 5]
+    assert sample["action_is_pad"].tolist() == [False, False, True, True]
+    assert sample["latent_is_pad"].tolist() == [True, True]  # 0.2 s are 2 frames
+    assert clips[1]["latent_is_pad"].tolist() == [False, False] and not clips[1]["action_is_pad"].any()
+    assert clips[2]["latent_is_pad"].tolist() == [False, True]
+    assert [i for _, i in shown(clips[2])] == [2, 4, 5] and sample["state"].tolist() == [4]
+
+
+def test_a_history_of_images_begins_with_the_first_frame_and_never_shows_the_future():
+    clips = for_a_policy(Counting([6], action_dim=1), num_images=3)
+    seen = [clips[i]["images"][:, 1, 0, 0].tolist() for i in range(6)]
+    assert seen == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hlrp import videos
-from hlrp.data import Clips, Mixture, loader
+from hlrp.clips import Clips
+from hlrp.data import Mixture, loader
 from hlrp.lerobot_data import LeRobotData, find_dataset
 from hlrp.sources import open_source
 

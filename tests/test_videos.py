@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hlrp import videos
-from hlrp.data import Clips
+from hlrp.clips import Clips
 from hlrp.sources import open_source
 from hlrp.videos import VideoReader, Videos, probe, read_frames
 

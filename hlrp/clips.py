@@ -1,0 +1,207 @@
+"""Clips: the samples of a source, frames of one episode at stated times. The contract is in `hlrp.data`."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from hlrp.transforms import fit
+
+
+def split_episodes(source, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Episode numbers for training and for validation, disjoint, at least one each."""
+    num_episodes = len(source.lengths)
+    if num_episodes < 2:
+        raise ValueError(f"{source.uri}: {num_episodes} episode; training and validation need 2 or more")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}; a share between 0 and 1 fits")
+    num_val = min(max(round(val_fraction * num_episodes), 1), num_episodes - 1)
+    shuffled = np.random.default_rng(seed).permutation(num_episodes)
+    return np.sort(shuffled[num_val:]), np.sort(shuffled[:num_val])
+
+
+class Sizes(NamedTuple):
+    """The sizes that the optional parts of a batch are filled up to; 0 where a part is absent."""
+
+    state: int
+    action: int
+    chunk: int
+
+
+class Clips(Dataset):
+    """Every clip of some episodes: frames at `times` [s] that all lie inside one episode.
+
+    Seconds become frames by the frame rate of each episode; an episode shorter than a clip contributes none.
+    The index holds a few numbers for an episode and none for a clip.
+
+    With `chunk_size`, clips are for a policy, which is to act in every frame: one starts at each. What then lies past
+    the end of the episode is marked as padding: actions by action_is_pad, latent actions by latent_is_pad.
+    """
+
+    def __init__(
+        self,
+        source,
+        episodes: Sequence[int],
+        times: Sequence[float] = (0.0, 0.5),
+        image_size: int = 224,
+        source_index: int = 0,
+        labelled_episodes: Sequence[int] | None = None,
+        input_size: int | None = None,
+        latent_space: dict | None = None,
+        chunk_size: int | None = None,
+        num_images: int = 1,
+        name: str | None = None,
+    ):
+        """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
+        input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
+        num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame.
+        chunk_size: actions from t = 0 on, one a frame; without it, those up to the last time.
+        name: of these clips in logs; the source's, else.
+        latent_space: of the LAQ whose cached latent actions a sample shows, from all times but the last. What
+        follows t = 0 is then known by them, and `frames` holds t = 0 alone."""
+        times = np.asarray(times, dtype=np.float64)
+        if times[0] != 0 or (np.diff(times) <= 0).any():
+            raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
+        self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
+        self.input_size, self.latent_space = input_size, latent_space
+        self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
+        self.episodes = np.asarray(episodes, dtype=np.int64)
+        self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
+        fps = source.fps[self.episodes]
+        self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
+        self._check_times(fps)
+        if latent_space is not None:
+            self._check_labels(fps)
+            source.labels(int(self.episodes[0]), [0])  # read now, once for all workers
+
+        lengths = source.lengths[self.episodes]
+        num_clips = np.maximum(lengths - self.offsets[:, -1], 0) if chunk_size is None else lengths
+        self.ends = np.cumsum(num_clips)
+        if num_clips.sum() == 0:
+            longest = (lengths / fps).max(initial=0)
+            raise ValueError(
+                f"{source.uri}: clips last {times[-1]:g} s, but the longest episode only {longest:g} s; "
+                "a shorter delta fits"
+            )
+        if chunk_size is None:
+            chunk_size = int(self.offsets[:, -1].max())
+        self.sizes = Sizes(source.state_dim, source.action_dim, chunk_size if source.action_dim else 0)
+
+    def _check_times(self, fps: np.ndarray) -> None:
+        for delta, offset in zip(self.times[1:], self.offsets[:, 1:].T, strict=True):
+            error = np.abs(offset / fps - delta)
+            worst = error.argmax()
+            if error[worst] > 0.2 * delta:
+                nearest = max(offset[worst], 1) / fps[worst]
+                raise ValueError(
+                    f"{self.source.uri}: delta={delta:g} s is {delta * fps[worst]:.2f} frames at the "
+                    f"{fps[worst]:g} fps of episode {self.episodes[worst]}; {nearest:.4g} s fits"
+                )
+
+    def _check_labels(self, fps: np.ndarray) -> None:
+        source, found = self.source, getattr(self.source, "latent_space", None)
+        if found is None:
+            raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
+        for name, value in (self.latent_space | {"camera": source.camera}).items():
+            if found[name] != value:
+                raise ValueError(
+                    f"{source.uri}: its latent actions are of {name}={found[name]!r}, but {name}={value!r} is "
+                    f"expected; python -m hlrp.label makes others from {found['source']}, which fits without, too"
+                )
+        delta = found["delta"]
+        steps = np.outer(np.rint(fps * delta).astype(np.int64), np.arange(len(self.times)))
+        if (self.offsets != steps).any():
+            raise ValueError(
+                f"{source.uri}: a sample's latent actions are between {self.times.tolist()} s, the cached ones are "
+                f"of whole frames, {steps[0, 1] / fps[0]:.4g} s for delta={delta:g} s; "
+                f"without cached ones fits: {found['source']}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Samples at `indices`, in their order; the frames of an episode are decoded together."""
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = np.searchsorted(self.ends, indices, side="right")
+        starts = indices - np.append(0, self.ends)[rows]
+        samples = [None] * len(indices)
+        for row in np.unique(rows):
+            wanted = np.flatnonzero(rows == row)
+            for i, sample in zip(wanted, self._read(row, starts[wanted]), strict=True):
+                samples[i] = sample
+        return samples
+
+    def _read(self, row: int, starts: np.ndarray) -> Iterator[dict]:
+        """The samples that start at `starts`, all in one episode."""
+        source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
+        is_labelled = source.action_dim > 0 and episode in self.labelled_episodes
+        last = int(source.lengths[episode]) - 1
+        steps = np.arange(offsets[-1] if self.chunk_size is None else self.chunk_size)
+        action_frames = starts[:, None] + steps  # clips chunk
+        clip_frames = np.minimum(starts[:, None] + offsets, last)  # clips t
+        shown = clip_frames if self.latent_space is None else clip_frames[:, :1]
+        seen = np.maximum(starts[:, None] + np.arange(1 - self.num_images, 1), 0)  # clips v
+        unique, position = np.unique(np.concatenate([shown, seen], axis=1), return_inverse=True)
+        position = position.reshape(len(starts), -1)
+        position, viewed = position[:, : shown.shape[1]], position[:, shown.shape[1] :]
+        try:
+            read = source.read(episode, unique)
+            if is_labelled:
+                actions = source.actions(episode, np.minimum(action_frames, last).ravel())
+                actions = actions.view(len(starts), len(steps), source.action_dim)
+            labels = {}
+            if self.latent_space is not None:
+                labels = source.labels(episode, clip_frames[:, :-1].ravel())
+        except ValueError as error:
+            raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
+
+        native, task = read.pop("frames"), read.pop("task")
+        frames = fit(native, self.image_size)
+        state = read.pop("state", None)
+        for i, start in enumerate(starts):
+            sample = {
+                "frames": frames[position[i]],
+                "task": task,
+                "dataset": self.name,
+                "source": self.source_index,
+                "episode": episode,
+                "index": int(start),
+                "fps": float(source.fps[episode]),
+            }
+            if self.input_size is not None:
+                sample["images"] = fit(native[viewed[i]], self.input_size)
+            if source.state_dim:
+                sample["state"] = state[position[i, 0]]
+            if is_labelled:
+                sample["action"] = actions[i]
+                sample["action_is_pad"] = torch.from_numpy(action_frames[i] > last)
+            for key, column in labels.items():
+                sample[key] = column.unflatten(0, (len(starts), -1))[i]
+            if self.chunk_size is not None:
+                sample["latent_is_pad"] = torch.from_numpy(start + offsets[1:] > last)
+            for key, value in read.items():
+                sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value
+            yield sample
+
+
+def action_statistics(clips: Clips) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (a,) of the actions in the labelled episodes; 0 and 1 where there are none."""
+    source = clips.source
+    episodes = clips.labelled_episodes[:1000] if source.action_dim else []
+    if not len(episodes):
+        return torch.zeros(source.action_dim), torch.ones(source.action_dim)
+    actions = torch.cat([source.actions(int(i), np.arange(source.lengths[i])) for i in episodes])
+    return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
+
+
+def choose_clips(clips: Clips, max_clips: int, seed: int) -> Subset:
+    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches."""
+    borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
+    return Subset(clips, np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist())
