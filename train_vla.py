@@ -58,14 +58,16 @@ def main(args: Args) -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from hlrp.checkpoints import load_config
-    from hlrp.data import Clips, Mixture, action_statistics, choose_clips, loader, split_episodes
+    from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
+    from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import alarms, evaluate, label, save_grid
     from hlrp.sharding import distribute, gathered
-    from hlrp.sources import open_source, parse_uri
+    from hlrp.sources import instructions, open_source, parse_uri
     from hlrp.training import Run, check_loop, die_with_launcher
+    from hlrp.transforms import regrid
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
 
@@ -119,6 +121,12 @@ def main(args: Args) -> None:
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
+    if args.model.feature_weight is None:
+        args.model.feature_weight = 1.0 if args.model.vlm.vlm == "tiny" else 0.0
+    if args.model.feature_weight:
+        blank = torch.zeros(1, 1, 3, space.image_size, space.image_size, dtype=torch.uint8)
+        features = label(laq, blank.to(accelerator.device))["features"]
+        args.model.feature_dim = regrid(features, vlm.num_image_tokens).shape[-1]
     if args.model.action_weight:
         args.model.action_dim, args.model.action_sources = mixture.sizes.action, len(sources)
     vla = VLA(args.model, space, vlm)
@@ -155,7 +163,7 @@ def main(args: Args) -> None:
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
         set_lr(optimizer, lr)
         frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
-        if "latent_vectors" not in batch:
+        if not cached or args.model.feature_weight:
             batch |= label(laq, frames)
         with accelerator.accumulate(model):
             loss, metrics = model(batch)
@@ -181,15 +189,6 @@ def main(args: Args) -> None:
             run.interrupt()
     run.finish()
     run.print(summary(args.output_dir, run.report))
-
-
-def instructions(sources) -> list[str]:
-    """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
-    found = set()
-    for source in sources:
-        episodes = range(0, len(source.lengths), max(1, len(source.lengths) // 256))
-        found |= {source.read(episode, [0])["task"] for episode in episodes}
-    return sorted(found)
 
 
 def settings(args: Args) -> dict:

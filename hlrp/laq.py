@@ -230,9 +230,13 @@ class LAQ(nn.Module):
 
         Encoder and quantizer alone, and each frame once.
         """
-        encoded = self.embed(self.observe(frames))
-        actions = self.between(encoded[:, :-1].flatten(0, 1), encoded[:, 1:].flatten(0, 1))
-        return LatentActions(*(x if x is None else x.unflatten(0, (len(frames), -1)) for x in actions))
+        return self.between_all(self.embed(self.observe(frames)))
+
+    @torch.no_grad()
+    def between_all(self, embedded: Tensor) -> LatentActions:
+        """The latent actions (b, t - 1, ...) between embedded frames (b, t, n, d)."""
+        actions = self.between(embedded[:, :-1].flatten(0, 1), embedded[:, 1:].flatten(0, 1))
+        return LatentActions(*(x if x is None else x.unflatten(0, (len(embedded), -1)) for x in actions))
 
     @torch.no_grad()
     def between(self, first: Tensor, second: Tensor) -> LatentActions:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -38,10 +39,16 @@ class Predictions(NamedTuple):
     has_action: Tensor | None  # bool (b,)
 
 
+@torch.no_grad()
 def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
-    """The part of a VLA's batch that follows from frames (b, t + 1, c, h, w)."""
-    actions = laq.label(frames)
-    labels = {"latent_vectors": actions.vectors.flatten(2)}
+    """The part of a VLA's batch that follows from frames (b, t + 1, c, h, w), of which each is embedded once:
+    the latent actions between them, and features (b, n, d) of the first, at zero mean and unit variance."""
+    embedded = laq.embed(laq.observe(frames))
+    labels = {"features": F.layer_norm(embedded[:, 0], embedded.shape[-1:])}
+    if frames.shape[1] == 1:
+        return labels
+    actions = laq.between_all(embedded)
+    labels["latent_vectors"] = actions.vectors.flatten(2)
     return labels if actions.indices is None else labels | {"latent_indices": actions.indices}
 
 

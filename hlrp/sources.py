@@ -70,3 +70,12 @@ def open_source(uri: str, skip_broken: bool = False):
         folder = cached(location, **options)
         return LeRobotData(folder, uri=uri, name=f"metaworld-{location}", skip_broken=skip_broken)
     return LeRobotData(location, **options, uri=uri, skip_broken=skip_broken)
+
+
+def instructions(sources) -> list[str]:
+    """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
+    found = set()
+    for source in sources:
+        episodes = range(0, len(source.lengths), max(1, len(source.lengths) // 256))
+        found |= {source.read(episode, [0])["task"] for episode in episodes}
+    return sorted(found)

@@ -1,6 +1,9 @@
-"""What happens to frames between the decoder and the batch."""
+"""What happens to frames between the decoder and the batch, and to features of them."""
+
+import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,3 +34,19 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     if frames.device.type == "cpu":
         return F.interpolate(frames, size=size, mode="bilinear", antialias=True)
     return F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
+
+
+def regrid(features: Tensor, num_tokens: int) -> Tensor:
+    """Features (b, n, d) of the n patches of a square image -> (b, num_tokens, e): those that lie in each of
+    num_tokens larger patches, side by side. Where these do not divide the grid, it is interpolated to what they do.
+
+    Raises ValueError where one of the two grids is no square.
+    """
+    side, merged = math.isqrt(features.shape[1]), math.isqrt(num_tokens)
+    if side**2 != features.shape[1] or merged**2 != num_tokens:
+        raise ValueError(f"{features.shape[1]} patches and {num_tokens} tokens; expected two square numbers")
+    factor = max(1, round(side / merged))
+    grid = rearrange(features, "b (h w) d -> b d h w", h=side)
+    if side != merged * factor:
+        grid = F.interpolate(grid, size=(merged * factor, merged * factor), mode="bilinear")
+    return rearrange(grid, "b d (h p) (w q) -> b (h w) (p q d)", p=factor, q=factor)

@@ -23,6 +23,7 @@ from hlrp.action_expert import ActionExpert, ExpertBlock
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
 from hlrp.losses import ActionReadout
 from hlrp.running import RunningNorm
+from hlrp.transforms import regrid
 from hlrp.vlm import VLM, Encoded, VLMConfig
 
 
@@ -48,6 +49,10 @@ class VLAConfig:
     expert_dim: int = 256  # width of the flow head's expert
     expert_depth: int = 4  # and its blocks
     num_inference_steps: int = 10  # of the flow's integration
+
+    # weight of what the LAQ sees in the image, told by the image tokens; by default 1 for a tiny vlm, 0 for others
+    feature_weight: float | None = None
+    feature_dim: int = 0  # set from the LAQ when feature_weight > 0
 
     action_weight: float = 0.0  # weight of true actions where a sample has them
     action_dim: int = 0  # set from the data when action_weight > 0
@@ -223,17 +228,25 @@ class VLA(nn.Module):
                 self.head = FlowHead(vlm.dim, space, config)
         if vlm.lm_head is not None and config.token_rows != "vocabulary":
             vlm.lm_head.requires_grad_(False)  # nothing reads it
+        if config.feature_weight:
+            self.to_features = nn.Linear(vlm.dim, config.feature_dim)
         if config.action_weight:
             self.to_action = ActionReadout(vlm.dim, config.action_sources, config.action_dim)
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
-        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e); action (b, chunk, a)
-        with action_is_pad and source where action_weight is set."""
+        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e); features (b, n, f) of the
+        last view where feature_weight is set; action (b, chunk, a) with action_is_pad and source where action_weight
+        is set."""
         latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
         scored = self.head(self.vlm, batch["images"], batch["task"], latents)
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
+        if self.config.feature_weight:
+            told = self.to_features(self.vlm.at_image(scored.prompt, batch["task"], batch["images"].shape[1]))
+            term = F.mse_loss(told.float(), regrid(batch["features"], self.vlm.num_image_tokens))
+            loss = loss + self.config.feature_weight * term
+            metrics["feature_loss"] = term.detach()
         if self.config.action_weight:
             term = self.to_action.loss(scored.prompt.hidden[:, -1], batch)
             loss = loss + self.config.action_weight * term
@@ -296,7 +309,8 @@ def check(config: VLAConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
     if config.expert_dim % 4:
         raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")
-    if config.action_weight < 0:
-        raise ValueError(f"action_weight={config.action_weight}; expected 0 or more")
+    for name in ("action_weight", "feature_weight"):
+        if (getattr(config, name) or 0) < 0:
+            raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")
     if config.action_weight and not config.action_dim:
         raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

@@ -340,6 +340,17 @@ class VLM(nn.Module):
         )
         return Encoded(torch.cat([encoded.hidden, hidden], dim=1), mask, Cache(keys_values, position + m))
 
+    def at_image(self, prompt: Encoded, tasks: list[str], num_views: int) -> Tensor:
+        """The hidden states (b, num_image_tokens, d) of a prompt at the tokens of its last image, row by row of it."""
+        rows = []
+        for hidden, task in zip(prompt.hidden, tasks, strict=True):
+            ids = self.prompt(task, num_views).ids
+            places = (ids == self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
+            rows.append(
+                hidden[(places - len(ids)).to(hidden.device)]
+            )  # counted from the end: the left is padded
+        return torch.stack(rows)
+
     def follow(self, position: Tensor, length: int, axes: int) -> Tensor:
         """The next positions, the same on all axes: (axes, b, length)."""
         return (position[:, None] + torch.arange(length, device=position.device)).expand(axes, -1, -1)

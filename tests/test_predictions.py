@@ -44,8 +44,14 @@ class Teacher(nn.Module):
             codebook_size=NUM_CODES, lookup=lambda indices: indices[..., None].float()
         )
 
-    def label(self, frames):
-        indices = frames[:, 1:, 0, 0, 0].long()[..., None]  # b t m
+    def observe(self, frames):
+        return frames
+
+    def embed(self, frames):
+        return frames[:, :, 0, 0, 0, None, None].float()  # b t n d
+
+    def between_all(self, embedded):
+        indices = embedded[:, 1:, :, 0].long()  # b t m
         return SimpleNamespace(indices=indices, vectors=indices[..., None].float())
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from test_lerobot_data import write
 from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 
-from hlrp.data import Clips, collate
+from hlrp.clips import Clips
+from hlrp.data import collate
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.predictions import label
 from hlrp.sources import open_source
