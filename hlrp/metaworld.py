@@ -206,7 +206,7 @@ def render_episode(setting: Setting, task: str, number: int) -> Episode:
     scenes, state, action = zip(*steps, strict=True)
     frames = {}
     for camera in setting.cameras:
-        frames[camera] = np.stack([_picture(renderer, scene, camera) for scene in scenes])
+        frames[camera] = np.stack([picture(renderer, scene, camera) for scene in scenes])
     return Episode(frames, np.stack(state).astype(np.float32), np.stack(action))
 
 
@@ -234,6 +234,11 @@ def _roll_out(env, task: str, setting: Setting, rng: np.random.Generator) -> lis
 
 @lru_cache(maxsize=1)  # episodes come task by task
 def _stage(task: str, image_size: int):
+    atexit.register(_stage.cache_clear)  # frees the renderer before MuJoCo, at exit too, takes EGL down
+    return stage(task, image_size)
+
+
+def stage(task: str, image_size: int):
     """Environment and renderer of a task; without shadows, reflections and oversampling 17 times faster."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa rasterises in this thread: processes scale
@@ -251,13 +256,13 @@ def _stage(task: str, image_size: int):
         renderer = mujoco.Renderer(env.model, image_size, image_size)
     except ImportError as error:  # libEGL is there, but no driver behind it
         raise RuntimeError(_no_gl(error)) from error
-    atexit.register(_stage.cache_clear)  # frees the renderer before MuJoCo, at exit too, takes EGL down
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, renderer
 
 
-def _picture(renderer, scene, camera: str) -> np.ndarray:
+def picture(renderer, scene, camera: str) -> np.ndarray:
+    """uint8 (h, w, c) of the simulator's data."""
     renderer.update_scene(scene, camera)
     image = renderer.render()
     return image[::-1, ::-1] if camera.startswith("corner") else image  # those hang upside down

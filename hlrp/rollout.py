@@ -3,12 +3,14 @@
     python -m hlrp.rollout --policy outputs/policy/checkpoints/last/pretrained_model --tasks door-open-v3 reach-v3
     python -m hlrp.rollout --policy FOLDER --env pusht --episodes 100 --seed 1000
 
-Any LeRobot policy, in any environment that LeRobot has: the episodes of `lerobot-eval` with the same seed, policy and
-number of environments at once. The result is OUTPUT_DIR/rollout.json.
+Any LeRobot policy, in any environment that LeRobot has and in the MetaWorld of hlrp's data (`hlrp_metaworld`): the
+episodes of `lerobot-eval` with the same seed, policy and number of environments at once. The result is
+OUTPUT_DIR/rollout.json.
 """
 
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,11 +25,11 @@ from hlrp.metrics import wilson
 @dataclass
 class Args:
     policy: str  # folder or hub id of a LeRobot policy
-    env: str = "metaworld"  # LeRobot's name of an environment
+    env: str = "hlrp_metaworld"  # or LeRobot's name of an environment: metaworld, pusht, libero
     tasks: tuple[str, ...] = ()  # of the environment; by default its own choice
     episodes: int = 50  # of each task
     seed: int = 1000  # of the first episode; the next is one higher
-    batch_size: int = 1  # environments at once
+    batch_size: int = 1  # environments at once; each starts its own simulator
     rename_map: dict[str, str] = field(
         default_factory=dict
     )  # the environment's name and the policy's, of a camera
@@ -37,19 +39,17 @@ class Args:
 
 
 def main(args: Args) -> None:
-    os.environ.setdefault(
-        "MUJOCO_GL", "egl"
-    )  # MuJoCo, which reads it when it is imported, else wants a screen
+    use_egl()
     from lerobot.configs import PreTrainedConfig
-    from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
+    from lerobot.envs import make_env_config
     from lerobot.policies import make_policy, make_pre_post_processors
-    from lerobot.scripts.lerobot_eval import eval_policy_all
     from lerobot.utils.random_utils import set_seed
 
+    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
     import hlrp.policy  # noqa: F401  the type hlrp
 
     check(args)
-    set_seed(args.seed)
+    set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too
     config = PreTrainedConfig.from_pretrained(args.policy)
     config.pretrained_path = args.policy
     if args.device != "auto":
@@ -60,34 +60,60 @@ def main(args: Args) -> None:
         "device_processor": {"device": config.device},
         "rename_observations_processor": {"rename_map": args.rename_map},
     }
-    pre, post = make_pre_post_processors(
+    processors = make_pre_post_processors(
         config, pretrained_path=args.policy, preprocessor_overrides=overrides
     )
-    env_pre, env_post = make_env_pre_post_processors(env_config, config)
-    latencies = measure_latency(policy)
-    envs = make_env(env_config, n_envs=args.batch_size, use_async_envs=False)
+    videos_dir = args.output_dir / "videos" if args.videos else None
+    result = evaluate(
+        policy, *processors, env_config, args.episodes, args.seed, args.batch_size, args.videos, videos_dir
+    )
+    result["args"] = asdict(args) | {"output_dir": str(args.output_dir)}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "rollout.json", result)
+    print(table(result))
+    print(f"{args.output_dir / 'rollout.json'}" + (f", {videos_dir}" if args.videos else ""))
+
+
+def use_egl() -> None:
+    """Has MuJoCo, which reads it when it is imported, draw without a screen."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+@torch.no_grad()
+def evaluate(
+    policy,
+    preprocessor,
+    postprocessor,
+    env_config,
+    episodes: int,
+    seed: int,
+    batch_size: int = 1,
+    videos: int = 0,
+    videos_dir: Path | None = None,
+) -> dict:
+    """Success of a policy in `episodes` of each task, as `summary` gives it, and videos of the first ones."""
+    from lerobot.envs import make_env, make_env_pre_post_processors
+    from lerobot.scripts.lerobot_eval import eval_policy_all
+
+    env_processors = make_env_pre_post_processors(env_config, policy.config)
+    envs = make_env(env_config, n_envs=batch_size, use_async_envs=False)
     names = {(group, i): env.call("task")[0] for group, tasks in envs.items() for i, env in tasks.items()}
-    with torch.no_grad():
+    with latencies_of(policy) as latencies:
         info = eval_policy_all(
             envs,
             policy,
-            env_pre,
-            env_post,
-            pre,
-            post,
-            n_episodes=args.episodes,
-            max_episodes_rendered=args.videos,
-            videos_dir=args.output_dir / "videos" if args.videos else None,
-            start_seed=args.seed,
+            *env_processors,
+            preprocessor,
+            postprocessor,
+            n_episodes=episodes,
+            max_episodes_rendered=videos,
+            videos_dir=videos_dir,
+            start_seed=seed,
         )
     successes = {
         names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]
     }
-    result = summary(successes, latencies) | {"args": asdict(args) | {"output_dir": str(args.output_dir)}}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "rollout.json", result)
-    print(table(result))
-    print(f"{args.output_dir / 'rollout.json'}" + (f", {args.output_dir / 'videos'}" if args.videos else ""))
+    return summary(successes, latencies)
 
 
 def check(args: Args) -> None:
@@ -98,8 +124,9 @@ def check(args: Args) -> None:
         raise ValueError(f"batch_size={args.batch_size} is more than episodes={args.episodes}")
 
 
-def measure_latency(policy) -> list[float]:
-    """Makes a policy note how long each of its chunks takes, from the observation on its device on [s]."""
+@contextmanager
+def latencies_of(policy):
+    """Yields a list that takes how long each chunk of the policy lasts, from the observation on its device on [s]."""
     latencies, predict = [], policy.predict_action_chunk
 
     def timed(*args, **kwargs):
@@ -110,7 +137,8 @@ def measure_latency(policy) -> list[float]:
         return chunk
 
     policy.predict_action_chunk = timed
-    return latencies
+    yield latencies
+    del policy.predict_action_chunk  # the class's own again
 
 
 def summary(successes: dict[str, list[bool]], latencies: list[float]) -> dict:

@@ -1,6 +1,9 @@
 """Rollouts in LeRobot's own environment, cut to a few steps."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import deque
 
 import pytest
@@ -45,7 +48,12 @@ def saved(tmp_path):
 
 def test_a_policy_is_rolled_out_in_seeded_episodes_of_each_task(short_episodes, saved, tmp_path, capsys):
     args = Args(
-        str(saved), tasks=("reach-v3", "door-open-v3"), episodes=2, seed=7, output_dir=tmp_path / "out"
+        str(saved),
+        env="metaworld",
+        tasks=("reach-v3", "door-open-v3"),
+        episodes=2,
+        seed=7,
+        output_dir=tmp_path / "out",
     )
     args.rename_map = {"observation.image": "observation.images.corner2"}
     main(args)
@@ -58,7 +66,7 @@ def test_a_policy_is_rolled_out_in_seeded_episodes_of_each_task(short_episodes, 
 
 def test_a_camera_that_the_policy_does_not_know_is_named(short_episodes, saved, tmp_path):
     with pytest.raises(ValueError, match="observation.images.corner2"):
-        main(Args(str(saved), tasks=("reach-v3",), episodes=1, output_dir=tmp_path / "out"))
+        main(Args(str(saved), env="metaworld", tasks=("reach-v3",), episodes=1, output_dir=tmp_path / "out"))
 
 
 def test_the_summary_counts_each_task_and_all():
@@ -83,3 +91,18 @@ def test_the_summary_counts_each_task_and_all():
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         main(Args("nowhere", **settings))
+
+
+def test_lerobot_eval_counts_the_same_successes(saved, tmp_path):
+    flags = {"policy.path": saved, "env.type": "hlrp_metaworld", "env.task": "drawer-close-v3", "seed": 7}
+    flags |= {"eval.n_episodes": 2, "eval.batch_size": 2, "output_dir": tmp_path / "theirs"}
+    main_of_lerobot = "from lerobot.scripts.lerobot_eval import main; main()"
+    command = [sys.executable, "-c", main_of_lerobot, *(f"--{name}={value}" for name, value in flags.items())]
+    variables = {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": "egl", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=os.environ | variables)
+    (info,) = json.loads((tmp_path / "theirs/eval_info.json").read_text())["per_task"]
+
+    args = {"tasks": ("drawer-close-v3",), "episodes": 2, "batch_size": 2, "seed": 7, "videos": 0}
+    main(Args(str(saved), output_dir=tmp_path / "ours", **args))
+    ours = json.loads((tmp_path / "ours/rollout.json").read_text())["tasks"]["drawer-close-v3"]
+    assert ours["successes"] == sum(info["metrics"]["successes"])

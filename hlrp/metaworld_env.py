@@ -1,0 +1,119 @@
+"""The MetaWorld of `hlrp.metaworld` as an environment of LeRobot's: `lerobot-eval --env.type=hlrp_metaworld`.
+
+It shows what the rendered data show: the same view, size and light, 20 frames and actions a second, for as long as
+LeRobot's own environment lasts. That one draws 80 frames a second, of 480 pixels with shadows. A seed places the
+objects alike in both.
+"""
+
+from dataclasses import dataclass, field
+
+import gymnasium as gym
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import EnvConfig
+from lerobot.envs.utils import freeze_after_episode_end
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from hlrp.metaworld import CAMERAS, CONTROL_FREQ, MAX_STEPS, lerobot_config, parse_tasks, picture, stage
+
+
+@EnvConfig.register_subclass("hlrp_metaworld")
+@dataclass
+class HLRPMetaWorld(EnvConfig):
+    task: str = (
+        "mt10"  # names (door-open-v3) and groups (mt10, mt50, easy, medium, hard, very_hard), by commas
+    )
+    fps: int = 20  # frames and actions a second; an action is held for 80 / fps steps of the simulator
+    camera: str = "corner2"
+    image_size: int = 128  # height and width of a frame [pixel]
+    features: dict[str, PolicyFeature] = field(default_factory=dict)
+    features_map: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.fps < 1 or CONTROL_FREQ % self.fps:
+            raise ValueError(f"env.fps={self.fps}; expected a divisor of {CONTROL_FREQ}")
+        if self.camera not in CAMERAS:
+            raise ValueError(f"env.camera={self.camera!r}; expected one of {', '.join(CAMERAS)}")
+        if self.image_size < 16:
+            raise ValueError(f"env.image_size={self.image_size}; expected 16 or more")
+        view = f"pixels/{self.camera}"
+        self.features_map = {
+            "action": ACTION,
+            "agent_pos": OBS_STATE,
+            view: f"{OBS_IMAGES}.{self.camera}",
+        }
+        self.features = {
+            "action": PolicyFeature(FeatureType.ACTION, (4,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
+            view: PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3)),
+        }
+
+    @property
+    def gym_kwargs(self) -> dict:
+        return {"camera": self.camera, "image_size": self.image_size, "fps": self.fps}
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        vectorized = gym.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gym.vector.SyncVectorEnv
+
+        def make(task: str) -> gym.vector.VectorEnv:
+            return vectorized([freeze_after_episode_end(lambda: MetaWorld(task, **self.gym_kwargs))] * n_envs)
+
+        return {self.type: {i: make(task) for i, task in enumerate(parse_tasks(self.task))}}
+
+
+class MetaWorld(gym.Env):
+    """One task. observation: pixels {camera: uint8 (h, w, c)}, agent_pos float64 (4,); action float32 (4,) in [-1, 1].
+
+    The episode ends with the first success, or after 500 steps of the simulator.
+    """
+
+    def __init__(self, task: str, camera: str, image_size: int, fps: int):
+        self.task, self.camera, self.image_size = task, camera, image_size
+        self.task_description = lerobot_config()["TASK_DESCRIPTIONS"][task]
+        self.action_repeat = CONTROL_FREQ // fps
+        self._max_episode_steps = MAX_STEPS // self.action_repeat
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
+        self.render_mode = "rgb_array"
+        pixels = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gym.spaces.Dict(
+            {
+                "pixels": gym.spaces.Dict({camera: pixels}),
+                "agent_pos": gym.spaces.Box(-np.inf, np.inf, (4,), np.float64),
+            }
+        )
+        self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+        self.env = self.renderer = None  # made in the process that uses them
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        if self.env is None:
+            self.env, self.renderer = stage(self.task, self.image_size)
+        if seed is not None:
+            self.env.seed(seed)
+        state, _ = self.env.reset(seed=seed)
+        self.num_steps = 0
+        return self.observation(state), {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        success, reward = False, 0.0
+        for _ in range(self.action_repeat):
+            state, step_reward, _, _, info = self.env.step(action.clip(-1, 1))
+            success |= bool(info["success"])
+            reward += float(step_reward)
+        self.num_steps += 1
+        truncated = self.num_steps >= self._max_episode_steps
+        return self.observation(state), reward, success, truncated, {"is_success": success}
+
+    def observation(self, state: np.ndarray) -> dict:
+        self.image = picture(self.renderer, self.env.data, self.camera)
+        return {"pixels": {self.camera: self.image}, "agent_pos": state[:4]}
+
+    def render(self) -> np.ndarray:
+        return self.image
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.renderer.close()
+            self.env = self.renderer = None
