@@ -10,6 +10,7 @@ The second term is the head of stage 2, kept where the batch has latent actions,
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -28,7 +29,7 @@ from lerobot.processor import make_default_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
-from hlrp.action_expert import ActionExpert, Context, mean_over_steps
+from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
 from hlrp.losses import masked_mean
 from hlrp.transforms import fit
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
@@ -43,6 +44,9 @@ class HLRPConfig(PreTrainedConfig):
     image_size: int | None = None  # without vla: side of the image that the vlm sees [pixel]
     freeze: list[str] = field(default_factory=list)  # vision, language: towers that stay as they are
     freeze_layers: int = 0  # first layers of the language model that stay as they are
+    lora_rank: int = (
+        0  # above 0: train low-rank adapters (peft) on the language model, nothing else of the vlm
+    )
     gradient_checkpointing: bool = False
 
     n_obs_steps: int = 1  # frames of each camera, one step apart, the last is now
@@ -148,17 +152,27 @@ class HLRPPolicy(PreTrainedPolicy):
     A batch is LeRobot's, behind the policy's preprocessor: a camera float (b, c, h, w) or (b, t, c, h, w) in [0, 1]
     under each of `config.image_features`, observation.state (b, s) where the robot has one, task; in training also
     action (b, chunk_size, a) with action_is_pad, and latent_indices or latent_vectors of what follows, where they are
-    known. A sample whose actions are all padding has no action loss.
+    known, with latent_is_pad bool (b, t) where some of them lie past the episode. A sample whose actions are all padding has no action loss.
     """
 
     config_class = HLRPConfig
     name = "hlrp"
 
-    def __init__(self, config: HLRPConfig, folder: Path | None = None, dataset_meta=None, **kwargs):
-        """folder: a checkpoint of this policy, which describes the vlm; the caller loads its weights."""
+    def __init__(
+        self,
+        config: HLRPConfig,
+        folder: Path | None = None,
+        dataset_meta=None,
+        instructions: Sequence[str] = (),
+        **kwargs,
+    ):
+        """folder: a checkpoint of this policy, which describes the vlm; the caller loads its weights.
+        instructions: what the tokenizer of a vlm from scratch learns from; by default those of dataset_meta."""
         super().__init__(config)
         config.validate_features()
-        self.vlm, self.latent_head = parts(config, folder, dataset_meta)
+        if dataset_meta is not None and not instructions:
+            instructions = list(dataset_meta.tasks.index)
+        self.vlm, self.latent_head = parts(config, folder, instructions)
         shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
         self.expert = (
             None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
@@ -184,8 +198,12 @@ class HLRPPolicy(PreTrainedPolicy):
         latents = batch.get("latent_vectors" if isinstance(self.latent_head, FlowHead) else "latent_indices")
         latent_errors = None
         if self.latent_head is not None and self.config.latent_weight and latents is not None:
+            has_latents = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+            if "latent_is_pad" in batch:  # those that reach past an episode are no labels
+                has_latents = ~batch["latent_is_pad"].any(1)
+                latents = torch.where(has_latents[:, None, None], latents, 0)
             scored = self.latent_head(self.vlm, images, tasks, latents)
-            prompt, latent_errors = scored.prompt, scored.errors
+            prompt, latent_errors = scored.prompt, torch.where(has_latents, scored.errors, 0.0)
         else:
             prompt = self.vlm(images, tasks)
         is_pad = batch.get("action_is_pad")
@@ -200,8 +218,9 @@ class HLRPPolicy(PreTrainedPolicy):
         action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
         loss, metrics = action_loss, {"action_loss": action_loss.item()}
         if latent_errors is not None:
-            loss = loss + self.config.latent_weight * latent_errors.mean()
-            metrics["latent_loss"] = latent_errors.mean().item()
+            latent_loss = masked_mean(latent_errors, has_latents, batch.get("num_latent"))
+            loss = loss + self.config.latent_weight * latent_loss
+            metrics["latent_loss"] = latent_loss.item()
         return losses if reduction == "none" else loss, metrics
 
     def action_errors(self, actions: Tensor, is_pad: Tensor, context: Context) -> Tensor:
@@ -303,6 +322,10 @@ class HLRPPolicy(PreTrainedPolicy):
             mask = F.pad(mask, (0, 1), value=True)
         return self.trunk.read(hidden, mask)
 
+    def block_classes(self) -> set[type[nn.Module]]:
+        """The repeated layers."""
+        return self.vlm.block_classes() | {ExpertBlock}
+
     def get_optim_params(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -323,12 +346,16 @@ class HLRPPolicy(PreTrainedPolicy):
         return super().from_pretrained(folder, config=config, folder=folder, **kwargs | {"strict": True})
 
 
-def parts(config: HLRPConfig, folder: Path | None, dataset_meta) -> tuple[VLM, nn.Module | None]:
+def parts(
+    config: HLRPConfig, folder: Path | None, instructions: Sequence[str]
+) -> tuple[VLM, nn.Module | None]:
     """The vision-language model, and the head of stage 2 where the policy starts or started from its checkpoint.
 
     Of a new policy the weights of stage 2 come along, and `config.stage2` says what it was.
     """
-    chosen = {name: getattr(config, name) for name in ("freeze_layers", "gradient_checkpointing")}
+    chosen = {
+        name: getattr(config, name) for name in ("freeze_layers", "lora_rank", "gradient_checkpointing")
+    }
     chosen["freeze"] = tuple(config.freeze)
     if folder is None and config.vla is not None:
         vla = VLA.from_pretrained(config.vla, **chosen)
@@ -341,11 +368,11 @@ def parts(config: HLRPConfig, folder: Path | None, dataset_meta) -> tuple[VLM, n
     vlm_config = VLMConfig(config.vlm, config.image_size, **chosen)
     if folder is not None:
         return VLM.from_folder(folder / "vlm", vlm_config), None
-    if config.vlm == "tiny" and dataset_meta is None:
+    if config.vlm == "tiny" and not instructions:
         raise ValueError(
             "vlm=tiny learns its tokenizer from the instructions of a dataset, and there is none"
         )
-    return VLM.from_config(vlm_config, [] if dataset_meta is None else list(dataset_meta.tasks.index)), None
+    return VLM.from_config(vlm_config, instructions), None
 
 
 def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None = None, dataset_meta=None):

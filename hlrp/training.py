@@ -5,7 +5,8 @@ OUTPUT_DIR/
     run.json                            settings, versions, git state, state of the run
     metrics.jsonl                       every logged scalar, one line a step and split
     checkpoints/<step:06d>/pretrained_model    the model (config.json + model.safetensors)
-    checkpoints/<step:06d>/training_state      what a resume needs beside it
+    checkpoints/<step:06d>/training_state      what a resume needs beside it; model.safetensors: the weights in
+                                               training, where the model is their average
     checkpoints/last -> <step:06d>
 
 A run is a function of (settings, step): nothing random is carried from step to step, so a resume needs the step,
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,9 +32,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hlrp.checkpoints import CONFIG, link_last, load_weights, whole_folder, write_json, write_text
+from hlrp.checkpoints import (
+    WEIGHTS,
+    link_last,
+    load_weights,
+    save_tensors,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.sharding import full, full_copies, sharding
 
@@ -48,6 +58,9 @@ FREE = {  # settings that may change between a start and a resume: the weights d
         "val_samples",
         "wandb",
         "tensorboard",
+        "env",
+        "env_eval_freq",
+        "eval",
     ),
 }
 
@@ -61,8 +74,9 @@ def check_loop(args) -> None:
     for name in ("lr", "grad_clip"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
-    if not 0 <= args.label_fraction <= 1:
-        raise ValueError(f"label_fraction={args.label_fraction}; expected 0 to 1")
+    for name in ("label_fraction", "action_free", "ema_decay"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
     if not 0 <= args.warmup_steps <= args.steps:
         raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
 
@@ -184,15 +198,19 @@ class Run:
     def request_stop(self, number: int, frame) -> None:
         self.stop_signal = number
 
-    def load(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def load(self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None = None) -> None:
         """Continues from the last checkpoint, if there is one."""
         if self.checkpoint:
-            model = self.accelerator.unwrap_model(model)
+            model, saved = self.accelerator.unwrap_model(model), self.checkpoint / "pretrained_model"
+            if average is not None:
+                load_weights(saved, average.module)
+                average.n_averaged += 1  # of 0 it would begin anew
+                saved = self.checkpoint / "training_state"
             with implicit_replication():  # of a whole tensor, a shard takes its part
-                load_weights(self.checkpoint / "pretrained_model", model)
+                load_weights(saved, model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
-            config = json.loads((self.checkpoint / "pretrained_model" / CONFIG).read_text())
-            self.report = config["report"]
+            step = json.loads((self.checkpoint / "training_state" / "training_step.json").read_text())
+            self.report = step["report"]
             self.print(f"resumed {self.output_dir} at step {self.step}")
 
     def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
@@ -219,12 +237,17 @@ class Run:
                 yield batch | labelled | {"step": self.step}
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
-        """How many samples of an optimizer step have actions, on all ranks, for each of its batches."""
-        if "action_is_pad" not in batches[0]:
-            return {}
-        count = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
-        count = count.to(self.accelerator.device, torch.float32)
-        return {"num_labelled": self.accelerator.reduce(count, "mean") / len(batches)}
+        """How many samples of an optimizer step, on all ranks, have actions, and how many have all of their latent
+        actions, for each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
+        counts = {}
+        if "action_is_pad" in batches[0]:
+            counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
+        if "latent_is_pad" in batches[0]:
+            counts["num_latent"] = sum((~batch["latent_is_pad"].any(1)).sum() for batch in batches)
+        for name, count in counts.items():
+            count = count.to(self.accelerator.device, torch.float32)
+            counts[name] = self.accelerator.reduce(count, "mean") / len(batches)
+        return counts
 
     def advance(self, loss: Tensor, grad_norm: Tensor) -> int:
         """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
@@ -313,8 +336,19 @@ class Run:
         per_rank = self.settings["batch_size"] * self.accelerator.gradient_accumulation_steps
         return per_rank * self.accelerator.num_processes
 
-    def save(self, model: nn.Module, optimizer: Optimizer, **provenance) -> None:
-        """Writes checkpoints/<step> whole, then points checkpoints/last at it."""
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: AveragedModel | None = None,
+        write: Callable[..., None] | None = None,
+        **provenance,
+    ) -> None:
+        """Writes checkpoints/<step> whole, then points checkpoints/last at it.
+
+        average: of the model, which is then what is saved. write(folder, weights, **provenance): saves a model, by
+        default its own `save_pretrained`.
+        """
         self.refuse_faults()
         folder = self.output_dir / "checkpoints" / f"{self.step:06d}"
         model, is_main = self.accelerator.unwrap_model(model), self.accelerator.is_main_process
@@ -325,9 +359,13 @@ class Run:
                 (partial / "pretrained_model").mkdir()
                 (partial / "training_state").mkdir()
                 provenance |= {"step": self.step, "report": self.report}
-                model.save_pretrained(partial / "pretrained_model", weights, **provenance)
+                if average is not None:
+                    save_tensors(partial / "training_state" / WEIGHTS, weights)
+                    weights = average.module.state_dict()
+                (write or model.save_pretrained)(partial / "pretrained_model", weights, **provenance)
                 save_optimizer(partial / "training_state", optimizer, state)
-                write_json(partial / "training_state" / "training_step.json", {"step": self.step})
+                step = {"step": self.step, "report": self.report}
+                write_json(partial / "training_state" / "training_step.json", step)
             link_last(folder)
         self.accelerator.wait_for_everyone()
 

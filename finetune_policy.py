@@ -1,0 +1,432 @@
+"""Stage 3: a policy for a robot from few demonstrations, which LeRobot's commands evaluate and run.
+
+    accelerate launch finetune_policy.py                                # after train_vla.py, on the same data
+    accelerate launch finetune_policy.py --data metaworld:mt10?episodes=100 --demonstrations 5
+    accelerate launch finetune_policy.py --dataset.repo_id=USER/NAME --policy.path=FOLDER --steps=2000
+    accelerate launch finetune_policy.py --policy.vla=null --policy.vlm=tiny    # behaviour cloning, without stage 2
+
+The actions of --demonstrations episodes of each task are learned; all other video shows latent actions alone.
+LeRobot's spelling of flags (--batch_size=8, --wandb.enable=true, --dataset.episodes=[0,1]) is understood. The same
+command resumes an interrupted run. The policy is OUTPUT_DIR/checkpoints/last/pretrained_model.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from hlrp.checkpoints import load_config, write_json
+from hlrp.policy import HLRPConfig
+
+STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
+
+
+@dataclass
+class EnvArgs:
+    type: str | None = None  # LeRobot's name of an environment, or hlrp_metaworld: evaluate in it
+    task: str | None = None  # its tasks, by commas
+
+
+@dataclass
+class EvalArgs:
+    n_episodes: int = 10  # of each task
+    batch_size: int = 5  # environments at once
+
+
+@dataclass
+class Args:
+    # sources, each with @WEIGHT behind it or 1; by default those that stage 2 learned from
+    data: tuple[str, ...] = ()
+    demonstrations: int | None = None  # episodes of each task whose actions are learned; all by default
+    episodes: tuple[int, ...] | None = (
+        None  # numbers of these, in place of --demonstrations, of the only source
+    )
+    action_free: float = 0.5  # share of the samples that are of other episodes, for their latent actions
+    state: bool = True  # the policy reads the robot's state where the data have it
+    val_fraction: float = 0.1  # share of each source's episodes held out
+    val_samples: int = 512  # samples of each source in a validation
+    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+
+    policy: HLRPConfig = field(default_factory=lambda: HLRPConfig(vla=str(STAGE2), push_to_hub=False))
+    policy_path: Path | None = (
+        None  # checkpoint of a policy to start from, in place of policy.vla and policy.vlm
+    )
+    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # stage 1, which stage 2 learned from
+
+    output_dir: Path = Path("outputs/policy")
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # samples per process and forward pass
+    grad_accumulation: int = 1  # forward passes per optimizer step
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon learns from scratch in fewer steps
+    lr: float = 1e-3  # highest learning rate; 1e-4 or less, and adamw, suit a pretrained vlm
+    warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0  # largest gradient norm
+    ema_decay: float = (
+        0.0  # above 0: the policy is the exponential moving average of the weights, such as .999
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+    seed: int = 0
+    num_workers: int = 2  # loader processes per training process
+
+    log_freq: int = 50  # [optimizer step]
+    eval_freq: int = 250  # [optimizer step]
+    save_freq: int = 500  # [optimizer step]
+    env: EnvArgs = field(default_factory=EnvArgs)
+    env_eval_freq: int = 0  # evaluate in env so often [optimizer step]; 0: after the last step alone
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+
+
+def main(args: Args) -> None:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from hlrp.action_errors import alarms, evaluate
+    from hlrp.clips import Clips, choose_clips, split_episodes
+    from hlrp.data import Mixture, loader
+    from hlrp.demonstrations import choose_demonstrations, robot_features, statistics, to_lerobot
+    from hlrp.label import latent_space
+    from hlrp.laq import LAQ
+    from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
+    from hlrp.predictions import label
+    from hlrp.sharding import distribute, gathered, sharding
+    from hlrp.sources import instructions, open_source, parse_uri
+    from hlrp.training import Run, check_loop, die_with_launcher
+    from hlrp.validation import scalars
+
+    die_with_launcher()
+    check_loop(args)
+    check(args)
+    args.data = args.data or data_of(args)
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.grad_accumulation,
+        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    config = args.policy if args.policy_path is None else saved_config(args.policy_path)
+    config.device = accelerator.device.type
+
+    # demonstrations, and other video
+    with accelerator.main_process_first():  # which renders what is not there yet
+        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+    splits = [split_episodes(source, args.val_fraction, args.seed) for source in sources]
+    if args.episodes is None:
+        shown = [
+            choose_demonstrations(source, train, args.demonstrations, args.seed)
+            for source, (train, _) in zip(sources, splits, strict=True)
+        ]
+    else:
+        shown = [only(args.episodes, sources, splits)]
+    sizes = {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
+    robots = [
+        Clips(s, e, (0.0,), labelled_episodes=e, **sizes)
+        for s, e in zip(sources, shown, strict=True)
+        if len(e)
+    ]
+    if args.policy_path is None:
+        config.input_features, config.output_features = robot_features(robots, args.state)
+    stats = statistics(robots, config.robot_state_feature is not None)
+
+    # policy
+    torch.manual_seed(args.seed)
+    policy, preprocessor, postprocessor = make_policy(args, config, stats, instructions(sources))
+    laq, times = None, (0.0,)
+    if policy.latent_head is not None and config.latent_weight:
+        stage2 = config.stage2
+        laq = LAQ.from_pretrained(args.laq).requires_grad_(False).to(accelerator.device)
+        if laq.fingerprint != stage2["latent_space"]["fingerprint"]:
+            raise ValueError(
+                f"laq={args.laq} is not the one that stage 2 learned from; --policy.latent-weight 0 needs none"
+            )
+        space = latent_space(laq)
+        times = tuple(space.delta * i for i in range(stage2["vla"]["chunk_size"] + 1))
+    is_labelled = laq is not None and all(getattr(source, "latent_space", None) for source in sources)
+    cached = asdict(space) if is_labelled else None  # by hlrp.label
+    sizes["image_size"] = policy.vlm.image_size if laq is None else space.image_size
+    sizes["input_size"] = policy.vlm.image_size
+
+    clips, weights, val_sets = [], [], {}
+    for i, (uri, source, (train, val), labelled) in enumerate(
+        zip(args.data, sources, splits, shown, strict=True)
+    ):
+        weight, others = parse_uri(uri).weight, np.setdiff1d(train, labelled)
+        if len(labelled):
+            clips.append(Clips(source, labelled, times, source_index=i, latent_space=cached, **sizes))
+            weights.append(weight * (1 - args.action_free))
+            val_clips = Clips(source, val, times, source_index=i, **sizes)
+            val_sets[source.name] = choose_clips(val_clips, args.val_samples, args.seed)
+        if len(others) and laq is not None and args.action_free:
+            name = {"labelled_episodes": (), "latent_space": cached, "name": f"{source.name}-video"}
+            clips.append(Clips(source, others, times, source_index=i, **name, **sizes))
+            weights.append(weight * args.action_free)
+    mixture = Mixture(clips, weights, args.seed)
+
+    model = distribute(policy, policy.vlm.block_classes(), accelerator)
+    optimizer = make_optimizer(args.optimizer, policy, policy.block_classes(), args.lr, args.weight_decay)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    average = None
+    if args.ema_decay:
+        if sharding() is not None:
+            raise ValueError(f"ema_decay={args.ema_decay}, but the model lies in shards; 0 fits")
+        average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    learned = policy if average is None else average.module
+    run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
+    run.load(model, optimizer, average)
+
+    @gathered(policy)
+    def validate() -> None:
+        run.report = evaluate(learned, preprocessor, laq, val_sets, **ranks, num_workers=args.num_workers)
+        run.log("val", scalars(run.report), run.step)
+        for alarm in alarms(run.report):
+            run.print(f"ALARM: {alarm}")
+
+    @gathered(policy)
+    def roll_out() -> None:
+        if accelerator.is_main_process:
+            result = in_environment(args, learned, preprocessor, postprocessor, run.step)
+            run.report = (run.report or {}) | {"environment": result}
+            rates = {name: row["success"] for name, row in (result["tasks"] | {"all": result["all"]}).items()}
+            run.log("env", {f"success/{name}": rate for name, rate in rates.items()}, run.step)
+        accelerator.wait_for_everyone()
+
+    def write(folder: Path, weights: dict, **provenance) -> None:
+        policy.save_pretrained(folder, state_dict=weights)
+        preprocessor.save_pretrained(folder)
+        postprocessor.save_pretrained(folder)
+        write_json(folder / "provenance.json", provenance)
+
+    # train
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    run.print(
+        f"{trained / 1e6:.1f} M trained parameters, {sum(map(len, shown))} demonstrations of {len(robots)} source(s), "
+        f"{sum(len(c.episodes) for c in clips) - sum(map(len, shown))} episodes of other video, {args.steps} steps of "
+        f"{run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
+    )
+    start = run.step * run.samples_per_step
+    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    for batch in run.batches(train_loader):
+        lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
+        set_lr(optimizer, lr)
+        frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
+        if laq is not None and not cached:
+            batch |= label(laq, frames)
+        with accelerator.accumulate(model):
+            loss, metrics = model(batch | preprocessor(to_lerobot(batch, config)))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue  # below here: once per optimizer step
+        step = run.advance(loss, grad_norm)
+        if average is not None:
+            average.update_parameters(policy)
+
+        is_last = step == args.steps
+        if step % args.log_freq == 0:
+            consumed = mixture.consumed(0, step * run.samples_per_step)
+            shares = {f"share/{c.name}": n / consumed.sum() for c, n in zip(clips, consumed, strict=True)}
+            run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
+        if step % args.eval_freq == 0 or is_last:
+            validate()
+        if args.env.type and (is_last or args.env_eval_freq and step % args.env_eval_freq == 0):
+            roll_out()
+        stop = run.must_stop()
+        if stop or step % args.save_freq == 0 or is_last:
+            run.save(model, optimizer, average, write, data=args.data, laq=laq and laq.fingerprint)
+        if stop and not is_last:
+            run.interrupt()
+    run.finish()
+    if accelerator.is_main_process and config.push_to_hub:
+        push_to_hub(policy, args.output_dir / "checkpoints" / "last" / "pretrained_model", args.data)
+    run.print(summary(args.output_dir, run.report))
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    if args.demonstrations is not None and (args.demonstrations < 1 or args.episodes is not None):
+        raise ValueError(
+            f"demonstrations={args.demonstrations}; expected 1 or more, and no --episodes beside it"
+        )
+    if args.episodes is not None and len(args.data) != 1:
+        raise ValueError(
+            f"episodes={args.episodes} are of one source; data={args.data} fits with --demonstrations"
+        )
+    if args.action_free == 1:
+        raise ValueError("action_free=1 leaves no sample with actions; expected less than 1")
+    if args.policy.push_to_hub and not args.policy.repo_id:
+        raise ValueError("policy.push_to_hub without policy.repo_id; expected USER/NAME")
+    if args.env_eval_freq < 0 or args.env_eval_freq and not args.env.type:
+        raise ValueError(f"env_eval_freq={args.env_eval_freq}; expected 0 or more, and an --env.type")
+    for name in ("n_episodes", "batch_size"):
+        if getattr(args.eval, name) < 1:
+            raise ValueError(f"eval.{name}={getattr(args.eval, name)}; expected 1 or more")
+
+
+def data_of(args: Args) -> tuple[str, ...]:
+    """The sources that the checkpoint it starts from learned from."""
+    if args.policy_path is not None:
+        file = args.policy_path / "provenance.json"
+        if not file.is_file():
+            raise ValueError(
+                f"data is empty, and {args.policy_path} does not say what it learned from; give --data"
+            )
+        return tuple(json.loads(file.read_text())["data"])
+    if args.policy.vla is None:
+        raise ValueError(
+            "data is empty, and without policy.vla there is no stage 2 to take it from; give --data"
+        )
+    return tuple(load_config(args.policy.vla, "vla")["data"])
+
+
+def saved_config(folder: Path) -> HLRPConfig:
+    from lerobot.configs import PreTrainedConfig
+
+    config = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, HLRPConfig):
+        raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
+    return config
+
+
+def only(episodes: tuple[int, ...], sources: list, splits: list) -> np.ndarray:
+    """The given episodes of the only source; raises ValueError where one of them is held out or does not exist."""
+    (source,), ((train, _),) = sources, splits
+    if strangers := sorted(set(episodes) - set(train.tolist())):
+        raise ValueError(
+            f"episodes={strangers} of {source.uri} are held out or do not exist; of its {len(source.lengths)} those "
+            f"to train on are {train.tolist()[:8]}..., by --val-fraction and --seed"
+        )
+    return np.sort(np.array(episodes))
+
+
+def make_policy(args: Args, config: HLRPConfig, stats: dict, instructions: list[str]):
+    """The policy and LeRobot's processors, which normalise by the statistics of the demonstrations."""
+    from hlrp.policy import HLRPPolicy, make_hlrp_pre_post_processors
+
+    if args.policy_path is None:
+        policy = HLRPPolicy(config, instructions=instructions).to(config.device)
+    else:
+        policy = HLRPPolicy.from_pretrained(args.policy_path, config=config)
+    return policy.train(), *make_hlrp_pre_post_processors(config, stats)
+
+
+def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -> dict:
+    """Success in simulation, with a video of each task in OUTPUT_DIR/videos."""
+    from hlrp.rollout import evaluate, table, use_egl
+
+    use_egl()
+    from lerobot.envs import make_env_config
+    from lerobot.utils.random_utils import set_seed
+
+    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
+
+    env_config = make_env_config(args.env.type, **({"task": args.env.task} if args.env.task else {}))
+    videos_dir = args.output_dir / "videos" / f"step_{step:06d}"
+    set_seed(args.seed)
+    result = evaluate(
+        policy,
+        preprocessor,
+        postprocessor,
+        env_config,
+        args.eval.n_episodes,
+        1000,
+        args.eval.batch_size,
+        1,
+        videos_dir,
+    )
+    print(table(result))
+    return result
+
+
+def push_to_hub(policy, folder: Path, data: tuple[str, ...]) -> None:
+    """Uploads the checkpoint with LeRobot's model card, as one commit."""
+    from huggingface_hub import HfApi
+
+    api, config = HfApi(), policy.config
+    repo_id = api.create_repo(config.repo_id, private=config.private, exist_ok=True).repo_id
+    card = policy.generate_model_card(", ".join(data), config.type, config.license, config.tags)
+    with tempfile.TemporaryDirectory() as copy:
+        whole = shutil.copytree(folder, Path(copy) / "policy")
+        card.save(whole / "README.md")
+        api.upload_folder(repo_id=repo_id, folder_path=whole, commit_message="Upload policy")
+
+
+def settings(args: Args) -> dict:
+    """The settings by the names of their flags, as plain values."""
+    values = asdict(args)
+    values |= {f"policy.{name}": value for name, value in values.pop("policy").items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def summary(output_dir: Path, report: dict) -> str:
+    """Where things are, and the figures that matter."""
+    lines = [f"\npolicy         {output_dir / 'checkpoints' / 'last' / 'pretrained_model'}"]
+    for name, figures in report.items():
+        if name != "environment":
+            lines.append(
+                f"{name}: actions off by {figures['action_error']:.2f} standard deviations (the mean action "
+                f"{figures['action_error_mean']:.2f}, shuffled text {figures['action_error_shuffled_text']:.2f}, "
+                f"blank image {figures['action_error_blank_image']:.2f})"
+            )
+    return "\n".join(lines)
+
+
+def lerobot_flags(argv: list[str]) -> list[str]:
+    """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
+
+    Raises ValueError for one of LeRobot's that has no meaning here.
+    """
+    renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
+    renamed |= {"peft.r": "policy.lora-rank"}
+    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
+    found, dataset = [], {}
+    tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
+    while tokens:
+        flag = tokens.pop(0)
+        if not flag.startswith("--"):
+            found.append(flag)
+            continue
+        name, values = flag[2:], []
+        while tokens and not tokens[0].startswith("--"):
+            values.append(tokens.pop(0))
+        if len(values) == 1 and values[0].startswith("["):
+            values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
+        if name in fixed:
+            if values != [fixed[name]]:
+                raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")
+            continue
+        if name in ("dataset.repo_id", "dataset.root"):
+            (dataset[name],) = values
+            continue
+        name = renamed.get(name, name)
+        if values == ["false"]:
+            *prefix, last = name.split(".")
+            name = ".".join([*prefix, f"no-{last}"])
+        values = [value.replace("null", "None") if value == "null" else value for value in values]
+        found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
+    if dataset:
+        found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
+    return found
+
+
+if __name__ == "__main__":
+    config = (tyro.conf.AvoidSubcommands,)
+    main(tyro.cli(Args, description=__doc__, args=lerobot_flags(sys.argv[1:]), config=config))

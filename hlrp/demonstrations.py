@@ -1,0 +1,85 @@
+"""Robot demonstrations for a LeRobot policy: which episodes show their actions, what features and statistics they have,
+and batches as LeRobot's processors take them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.datasets.compute_stats import get_feature_stats
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
+from torch import Tensor
+
+from hlrp.clips import Clips
+
+
+def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:
+    """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them.
+
+    Raises ValueError where an instruction has fewer.
+    """
+    if not source.action_dim:
+        return np.zeros(0, dtype=np.int64)
+    if per_task is None:
+        return np.asarray(episodes)
+    by_task: dict[str, list[int]] = {}
+    for episode in np.random.default_rng(seed).permutation(episodes).tolist():
+        by_task.setdefault(source.read(episode, [0])["task"], []).append(episode)
+    for task, found in by_task.items():
+        if len(found) < per_task:
+            raise ValueError(
+                f"demonstrations={per_task}, but {source.uri} has {len(found)} training episodes of {task!r}"
+            )
+    return np.sort([episode for found in by_task.values() for episode in found[:per_task]])
+
+
+def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
+    """Inputs and outputs of a policy that learns from labelled clips: one camera, the state where they have one.
+
+    Raises ValueError where there is no action, and where sources differ in action or state.
+    """
+    sources = [c.source for c in clips]
+    if not sources:
+        raise ValueError("no source has actions; a policy needs some labelled demonstrations")
+    first = sources[0]
+    for source in sources[1:]:
+        if (source.action_dim, source.state_dim) != (first.action_dim, first.state_dim):
+            raise ValueError(
+                f"{source.uri} has {source.action_dim} actions and {source.state_dim} states, {first.uri} has "
+                f"{first.action_dim} and {first.state_dim}; the demonstrations of a policy are of one robot"
+            )
+    shape = tuple(first.read(int(clips[0].episodes[0]), [0])["frames"].shape[1:])
+    inputs = {first.camera or OBS_IMAGE: PolicyFeature(FeatureType.VISUAL, shape)}
+    if with_state and first.state_dim:
+        inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (first.state_dim,))
+    return inputs, {ACTION: PolicyFeature(FeatureType.ACTION, (first.action_dim,))}
+
+
+def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, np.ndarray]]:
+    """LeRobot's statistics of the actions and states in the labelled episodes, and in no others."""
+
+    def every(name: str) -> np.ndarray:
+        parts = [
+            getattr(c.source, name)(int(i), np.arange(c.source.lengths[i]))
+            for c in clips
+            for i in c.labelled_episodes
+        ]
+        return torch.cat(parts).numpy()
+
+    found = {ACTION: get_feature_stats(every("actions"), axis=0, keepdims=False)}
+    if with_state and clips[0].source.state_dim:
+        found[OBS_STATE] = get_feature_stats(every("states"), axis=0, keepdims=False)
+    return found
+
+
+def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
+    """A batch of `Clips` for a policy -> what LeRobot's preprocessor of it takes."""
+    (camera,) = config.image_features
+    frames = batch["images"].float() / 255  # b t c h w
+    found = {camera: frames if config.n_obs_steps > 1 else frames[:, -1], "task": batch["task"]}
+    if config.robot_state_feature is not None:
+        found[OBS_STATE] = batch["state"][:, : config.robot_state_feature.shape[0]]
+    if "action" in batch:
+        found |= {ACTION: batch["action"][..., : config.action_feature.shape[0]]}
+        found |= {"action_is_pad": batch["action_is_pad"]}
+    return found

@@ -1,0 +1,259 @@
+"""finetune_policy.py as its users run it, behind the two stages before it, on the built-in world."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies import get_policy_class, make_pre_post_processors
+from safetensors.torch import load_file
+from torch import nn
+
+import finetune_policy
+from finetune_policy import Args, EnvArgs, EvalArgs, lerobot_flags
+from hlrp.label import latent_space
+from hlrp.laq import LAQ, LAQConfig
+from hlrp.policy import HLRPConfig
+from hlrp.sources import instructions, open_source
+from hlrp.training import Run
+from hlrp.vla import VLA, VLAConfig
+from hlrp.vlm import VLM, VLMConfig
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+DATA = ("world:clean?episodes=24", "world:human?episodes=6@0.5")  # with and without actions
+SETTINGS = {"val_samples": 16, "steps": 4, "batch_size": 8, "warmup_steps": 2, "num_workers": 0}
+SETTINGS |= {"log_freq": 1, "eval_freq": 4, "save_freq": 2}
+SMALL = {"chunk_size": 4, "n_action_steps": 2, "expert_dim": 32, "expert_depth": 1, "push_to_hub": False}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Checkpoints of a LAQ and of VLAs of each head, which know nothing."""
+    folder = tmp_path_factory.mktemp("stages")
+    torch.manual_seed(0)
+    laq = LAQ(LAQConfig(image_size=32, patch_size=8))
+    nn.init.normal_(laq.to_change.weight)
+    (folder / "laq").mkdir()
+    laq.save_pretrained(folder / "laq", data=DATA, step=0, report=None)
+    vlm = VLMConfig(image_size=32)
+    texts = instructions([open_source(uri.partition("@")[0]) for uri in DATA])
+    laq = LAQ.from_pretrained(folder / "laq")
+    for head in ("parallel", "flow"):
+        (folder / head).mkdir()
+        config = VLAConfig(head=head, chunk_size=2, expert_dim=32, expert_depth=1, vlm=vlm)
+        VLA(config, latent_space(laq), VLM.from_config(vlm, texts)).save_pretrained(folder / head, data=DATA)
+    return folder
+
+
+def train(output_dir, stages, head="parallel", policy=None, **settings):
+    policy = HLRPConfig(**{"vla": str(stages / head) if head else None} | SMALL | (policy or {}))
+    values = SETTINGS | {"laq": stages / "laq", "demonstrations": 1} | settings
+    finetune_policy.main(Args(**values, output_dir=output_dir, policy=policy))
+
+
+def lines(output_dir, split="train") -> list[dict]:
+    every = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["split"] == split]
+
+
+def tensors(output_dir) -> dict[str, torch.Tensor]:
+    last = output_dir / "checkpoints" / "last"
+    paths = [last / "pretrained_model/model.safetensors", *(last / "training_state").glob("*.safetensors")]
+    return {
+        f"{path.parent.name}/{path.name}/{name}": x for path in paths for name, x in load_file(path).items()
+    }
+
+
+def test_demonstrations_and_other_video_make_a_lerobot_policy(stages, tmp_path):
+    train(tmp_path, stages)
+    first, (val,) = lines(tmp_path)[0], lines(tmp_path, "val")
+    assert {"action_loss", "latent_loss", "lr", "share/world-clean", "share/world-clean-video"} <= set(first)
+    assert first["share/world-human-video"] > 0 and "share/world-human" not in first
+    assert {"world-clean/action_error", "world-clean/action_error_blank_image"} <= set(val)
+
+    folder = tmp_path / "checkpoints/last/pretrained_model"
+    policy = get_policy_class("hlrp").from_pretrained(folder)
+    pre, post = make_pre_post_processors(policy.config, pretrained_path=folder)
+    seen = {"observation.image": torch.rand(3, 64, 64), "observation.state": torch.zeros(2), "task": "push"}
+    action = post(policy.select_action(pre(seen)))
+    assert action.shape == (1, 2) and action.isfinite().all()
+    assert json.loads((folder / "provenance.json").read_text())["data"] == list(DATA)
+
+
+@pytest.mark.parametrize("head", ["parallel", "flow"])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, stages, tmp_path, monkeypatch):
+    settings = {"ema_decay": 0.9, "batch_size": 4, "grad_accumulation": 2}
+    train(tmp_path / "whole", stages, head, **settings)
+    advance = Run.advance
+
+    def advance_and_signal(run, loss, grad_norm):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(run, loss, grad_norm)
+
+    monkeypatch.setattr(Run, "advance", advance_and_signal)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "cut", stages, head, **settings)
+    assert stop.value.code == 75
+    train(tmp_path / "cut", stages, head, **settings)
+    found, expected = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
+    assert found.keys() == expected.keys() and any("optimizer" in name for name in found)
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+    averaged = [x for name, x in found.items() if name.endswith("from_state.weight")]
+    assert len(averaged) == 2 and not torch.equal(
+        *averaged
+    )  # the policy is the average, the training goes on beside
+
+
+def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(stages, tmp_path):
+    def grad_norm(name, **settings):
+        policy = {"action_head": "l1", "latent_weight": 1.0}  # no noise, which is drawn for each batch
+        train(tmp_path / name, stages, policy=policy, action_free=0.7, steps=2, eval_freq=2, **settings)
+        return lines(tmp_path / name)[0]["grad_norm"]
+
+    large = grad_norm("large", batch_size=8)
+    assert grad_norm("accumulated", batch_size=2, grad_accumulation=4) == pytest.approx(large, rel=2e-3)
+
+
+def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(stages, tmp_path):
+    train(tmp_path / "cloned", stages, head=None, data=DATA[:1])
+    assert "latent_loss" not in lines(tmp_path / "cloned")[0]
+    assert "share/world-clean-video" not in lines(tmp_path / "cloned")[0]  # nothing is learned from it
+    folder = tmp_path / "cloned/checkpoints/last/pretrained_model"
+    train(tmp_path / "further", stages, policy_path=folder, steps=2, eval_freq=2, lr=1e-9)
+    before, after = (
+        load_file(path / "model.safetensors")
+        for path in (folder, tmp_path / "further/checkpoints/last/pretrained_model")
+    )
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):
+    from hlrp.clips import split_episodes
+
+    source = open_source("world:clean?episodes=24")
+    train_episodes, val_episodes = split_episodes(source, 0.1, 0)
+    chosen = tuple(train_episodes[[3, 5]].tolist())
+    settings = {"data": DATA[:1], "demonstrations": None}
+    train(tmp_path / "run", stages, episodes=chosen, steps=1, eval_freq=1, warmup_steps=1, **settings)
+    saved = tmp_path / "run/checkpoints/last/pretrained_model"
+    (stats,) = saved.glob("policy_postprocessor_*.safetensors")
+    actions = np.concatenate([source.actions(e, np.arange(source.lengths[e])) for e in chosen])
+    torch.testing.assert_close(
+        load_file(stats)["action.mean"].double().numpy(),
+        actions.mean(0).astype(np.float64),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    with pytest.raises(ValueError, match=rf"episodes=\[{val_episodes[0]}\] of world.* are held out"):
+        train(tmp_path / "other", stages, episodes=(int(val_episodes[0]),), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"demonstrations": 0}, "demonstrations=0; expected 1 or more"),
+        ({"demonstrations": 99}, "demonstrations=99, but world:clean.* has [0-9]+ training episodes of '"),
+        ({"action_free": 1.0}, "action_free=1 leaves no sample"),
+        ({"data": ("world:human?episodes=6",)}, "no source has actions"),
+        ({"policy": {"push_to_hub": True}}, "policy.push_to_hub without policy.repo_id"),
+        ({"policy": {"vla": "nowhere"}}, "nowhere holds no config.json"),
+        ({"policy": {"vla": None}}, "data is empty, and without policy.vla"),
+        ({"env_eval_freq": 2}, "env_eval_freq=2; expected 0 or more, and an --env.type"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, message, stages, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", stages, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_laq_than_that_of_stage_2_is_refused(stages, tmp_path):
+    (tmp_path / "laq").mkdir()
+    LAQ(LAQConfig(image_size=32, patch_size=8)).save_pretrained(
+        tmp_path / "laq", data=DATA, step=0, report=None
+    )
+    with pytest.raises(ValueError, match="is not the one that stage 2 learned from"):
+        train(tmp_path / "run", stages, laq=tmp_path / "laq")
+
+
+def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported
+    monkeypatch.setattr("hlrp.metaworld.MAX_STEPS", 40)
+    monkeypatch.setenv("HLRP_CACHE", str(tmp_path / "cache"))
+    data = ("metaworld:reach-v3,door-open-v3?episodes=3&size=32",)
+    env = {
+        "env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"),
+        "eval": EvalArgs(2, 2),
+        "env_eval_freq": 2,
+    }
+    monkeypatch.setattr("hlrp.metaworld_env.MAX_STEPS", 40)
+    train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
+    logged = lines(tmp_path / "run", "env")
+    assert [line["step"] for line in logged] == [2, 4]
+    assert {"success/reach-v3", "success/door-open-v3", "success/all"} <= set(logged[0])
+    assert len([*(tmp_path / "run/videos").rglob("*.mp4")]) == 4
+
+
+def test_a_finished_policy_goes_to_the_hub_with_its_card(stages, tmp_path, monkeypatch):
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, repo_id, private, exist_ok):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            pushed.update({path.name: repo_id for path in Path(folder_path).iterdir()})
+            pushed["card"] = (Path(folder_path) / "README.md").read_text()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)
+    train(
+        tmp_path,
+        stages,
+        policy={"push_to_hub": True, "repo_id": "someone/policy"},
+        steps=1,
+        eval_freq=1,
+        warmup_steps=1,
+    )
+    assert pushed["model.safetensors"] == pushed["config.json"] == "someone/policy"
+    assert "policy_preprocessor.json" in pushed and "lerobot" in pushed["card"]
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        ("--batch_size=8 --lr 1e-4", "--batch_size 8 --lr 1e-4"),
+        ("--wandb.enable=true --resume=true", "--wandb"),
+        ("--wandb.enable=false", "--no-wandb"),
+        ("--policy.push_to_hub=false", "--policy.no-push_to_hub"),
+        ("--dataset.repo_id=me/toy --dataset.episodes=[0,1]", "--episodes 0 1 --data lerobot:me/toy"),
+        ("--dataset.repo_id=me/toy --dataset.root=/data/toy", "--data lerobot:/data/toy"),
+        ("--policy.type=hlrp --policy.vla=null --policy.path=out/p", "--policy.vla None --policy-path out/p"),
+        ("--data a:b?c=1 d:e@0.5 --state", "--data a:b?c=1 d:e@0.5 --state"),
+        ("--peft.method_type=LORA --peft.r=16", "--policy.lora-rank 16"),
+    ],
+)
+def test_lerobots_spelling_of_flags_is_understood(given, understood):
+    assert lerobot_flags(given.split()) == understood.split()
+
+
+def test_another_policy_type_is_not_for_this_script():
+    with pytest.raises(ValueError, match="--policy.type=act; expected hlrp"):
+        lerobot_flags(["--policy.type=act"])
+
+
+def test_the_command_line_reaches_every_part(stages, tmp_path):
+    flags = f"--policy.vla={stages / 'parallel'} --laq={stages / 'laq'} --output_dir={tmp_path} --steps=2"
+    flags += " --warmup_steps=1 --batch_size=4 --num_workers=0 --eval_freq=2 --val_samples=8 --demonstrations=1 --policy.chunk_size=4"
+    flags += " --policy.n_action_steps=2 --wandb.enable=false"
+    subprocess.run([sys.executable, finetune_policy.__file__, *flags.split()], check=True)
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert settings["policy.chunk_size"] == 4 and settings["demonstrations"] == 1
