@@ -49,6 +49,10 @@ class Args:
         None  # numbers of these, in place of --demonstrations, of the only source
     )
     action_free: float = 0.5  # share of the samples that are of other episodes, for their latent actions
+    pseudo_actions: Path | None = (
+        None  # folder of hlrp.inverse, whose actions other episodes of the only source get
+    )
+    shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
     state: bool = True  # the policy reads the robot's state where the data have it
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
@@ -94,10 +98,11 @@ def main(args: Args) -> None:
     from hlrp.clips import Clips, choose_clips, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.demonstrations import choose_demonstrations, robot_features, statistics, to_lerobot
+    from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.predictions import label
+    from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import instructions, open_source, parse_uri
     from hlrp.training import Run, check_loop, die_with_launcher
@@ -143,6 +148,8 @@ def main(args: Args) -> None:
     if args.policy_path is None:
         config.input_features, config.output_features = robot_features(robots, args.state)
     stats = statistics(robots, config.robot_state_feature is not None)
+    if args.pseudo_actions is not None:
+        sources = [PseudoLabelled(*sources, args.pseudo_actions, *shown)]
 
     # policy
     torch.manual_seed(args.seed)
@@ -172,8 +179,9 @@ def main(args: Args) -> None:
             weights.append(weight * (1 - args.action_free))
             val_clips = Clips(source, val, times, source_index=i, **sizes)
             val_sets[source.name] = choose_clips(val_clips, args.val_samples, args.seed)
-        if len(others) and laq is not None and args.action_free:
-            name = {"labelled_episodes": (), "latent_space": cached, "name": f"{source.name}-video"}
+        if len(others) and args.action_free and (laq is not None or args.pseudo_actions):
+            labelled = others if args.pseudo_actions else ()
+            name = {"labelled_episodes": labelled, "latent_space": cached, "name": f"{source.name}-video"}
             clips.append(Clips(source, others, times, source_index=i, **name, **sizes))
             weights.append(weight * args.action_free)
     mixture = Mixture(clips, weights, args.seed)
@@ -227,6 +235,8 @@ def main(args: Args) -> None:
         frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
         if laq is not None and not cached:
             batch |= label(laq, frames)
+        if args.shuffle_latents:
+            batch = shuffled(batch)
         with accelerator.accumulate(model):
             loss, metrics = model(batch | preprocessor(to_lerobot(batch, config)))
             accelerator.backward(loss)
@@ -269,6 +279,10 @@ def check(args: Args) -> None:
     if args.episodes is not None and len(args.data) != 1:
         raise ValueError(
             f"episodes={args.episodes} are of one source; data={args.data} fits with --demonstrations"
+        )
+    if args.pseudo_actions is not None and len(args.data) > 1:
+        raise ValueError(
+            f"pseudo_actions={args.pseudo_actions} are of one source; data={args.data} are several"
         )
     if args.action_free == 1:
         raise ValueError("action_free=1 leaves no sample with actions; expected less than 1")

@@ -29,6 +29,7 @@ class Args:
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
+    shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
     skip_broken: bool = False  # leave out broken files and count them, instead of stopping
 
     model: VLAConfig = field(default_factory=VLAConfig)
@@ -63,7 +64,7 @@ def main(args: Args) -> None:
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.predictions import alarms, evaluate, label, save_grid
+    from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import instructions, open_source, parse_uri
     from hlrp.training import Run, check_loop, die_with_launcher
@@ -165,6 +166,8 @@ def main(args: Args) -> None:
         frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
         if not cached or args.model.feature_weight:
             batch |= label(laq, frames)
+        if args.shuffle_latents:
+            batch = shuffled(batch)
         with accelerator.accumulate(model):
             loss, metrics = model(batch)
             accelerator.backward(loss)

@@ -52,6 +52,12 @@ def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
     return labels if actions.indices is None else labels | {"latent_indices": actions.indices}
 
 
+def shuffled(batch: dict) -> dict:
+    """The batch with the latent actions of another sample each: the control that says what their content is worth."""
+    names = [name for name in batch if name in ("latent_vectors", "latent_indices", "latent_is_pad")]
+    return batch | {name: batch[name].roll(1, dims=0) for name in names}
+
+
 def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
     """A prediction as indices (b, t, m), None where the LAQ is continuous, and as vectors (b, t, e).
 

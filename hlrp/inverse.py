@@ -1,0 +1,158 @@
+"""Inverse dynamics from few demonstrations: a model of two frames -> action, and its actions for all other video.
+
+    python -m hlrp.inverse --data metaworld:mt10?episodes=100 --demonstrations 5 --output-dir outputs/inverse
+    accelerate launch finetune_policy.py --pseudo-actions outputs/inverse --demonstrations 5 ...
+
+The rival that latent actions have to beat: video is labelled by what the same demonstrations teach (VPT, Baker et al.
+2022, arXiv:2206.11795). Writes actions.safetensors, one row for each frame of each episode in their order, and
+inverse.json, which says whose they are and how good on held-out episodes.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import trange
+
+from hlrp.checkpoints import save_tensors, whole_folder, write_json
+from hlrp.clips import Clips, action_statistics, split_episodes
+from hlrp.data import Mixture, loader
+from hlrp.demonstrations import choose_demonstrations
+from hlrp.metrics import r2_per_dim
+from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
+from hlrp.sources import open_source, parse_uri
+from hlrp.training import seed_step
+from hlrp.transformer import Block, Transformer, patchify
+from hlrp.transforms import fit
+
+ACTIONS, FACTS = "actions.safetensors", "inverse.json"
+
+
+@dataclass
+class Args:
+    data: str  # a source with actions
+    output_dir: Path  # folder to write, must not exist yet
+    demonstrations: int = 5  # episodes of each task whose actions are learned
+    val_fraction: float = 0.1  # share of the episodes held out; as for finetune_policy.py
+    seed: int = 0  # of the split, the demonstrations and the training; likewise
+    image_size: int = 64  # side of the frames that the model sees [pixel]
+    steps: int = 600  # optimizer steps
+    batch_size: int = 32
+    lr: float = 3e-3
+    num_workers: int = 0
+
+
+class InverseModel(nn.Module):
+    """Two frames uint8 (b, 2, c, h, w), one after the other -> the action (b, a) that led from one to the other."""
+
+    def __init__(self, image_size: int, action_dim: int, patch_size: int = 8, dim: int = 128, depth: int = 4):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size}; expected a multiple of {patch_size}")
+        self.image_size, self.patch_size = image_size, patch_size
+        self.from_patches = nn.Linear(6 * patch_size**2, dim)
+        self.query = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
+        self.transformer = Transformer(dim, depth, 4, (image_size // patch_size,) * 2)
+        self.to_action = nn.Linear(dim, action_dim)
+        self.register_buffer("mean", torch.zeros(action_dim))
+        self.register_buffer("std", torch.ones(action_dim))
+
+    def standardised(self, frames: Tensor) -> Tensor:
+        """The action in standard deviations from its mean."""
+        images = (frames.float() / 255 - 0.5) / 0.25
+        patches = patchify(torch.cat([images[:, 0], images[:, 1] - images[:, 0]], dim=1), self.patch_size)
+        query = self.query.expand(len(frames), -1, -1)
+        return self.to_action(self.transformer(self.from_patches(patches), prefix=query)[:, 0])
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict]:
+        target = (batch["action"][:, 0] - self.mean) / self.std
+        return F.mse_loss(self.standardised(batch["frames"]), target), {}
+
+    @torch.no_grad()
+    def label(self, source, episode: int) -> Tensor:
+        """The actions (t, a) of an episode; the last frame, which no other follows, has that of the one before."""
+        frames = fit(source.read(episode, range(source.lengths[episode]))["frames"], self.image_size)
+        pairs = torch.stack([frames[:-1], frames[1:]], dim=1)
+        actions = torch.cat([self.standardised(part) for part in pairs.split(64)]) * self.std + self.mean
+        return torch.cat([actions, actions[-1:]])
+
+
+def main(args: Args) -> None:
+    if args.output_dir.exists():
+        raise ValueError(f"output_dir={args.output_dir} exists already; delete it or choose another folder")
+    for name in ("demonstrations", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
+    source = open_source(parse_uri(args.data).uri)
+    if not source.action_dim:
+        raise ValueError(f"data={args.data} has no actions; an inverse model learns from some")
+    train, val = split_episodes(source, args.val_fraction, args.seed)
+    shown = choose_demonstrations(source, train, args.demonstrations, args.seed)
+    clips = Clips(source, shown, (0.0, 1 / float(source.fps[0])), args.image_size)
+    torch.manual_seed(args.seed)
+    model = InverseModel(args.image_size, source.action_dim)
+    model.mean[:], model.std[:] = action_statistics(clips)
+    optimizer = make_optimizer("muon", model, {Block}, args.lr, 0.05)
+    mixture = Mixture([clips], seed=args.seed)
+    batches = iter(loader(mixture, args.batch_size, num_workers=args.num_workers))
+    for step in trange(args.steps, unit="step", disable=None):
+        set_lr(optimizer, cosine_lr(step, args.lr, min(50, args.steps), args.steps))
+        seed_step(args.seed, step, 0)
+        loss, _ = model(next(batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.eval()
+    labels = [model.label(source, episode) for episode in range(len(source.lengths))]
+    truth = torch.cat([source.actions(int(i), np.arange(source.lengths[i] - 1)) for i in val])
+    score = r2_per_dim(torch.cat([labels[i][:-1] for i in val]), truth)
+    with whole_folder(args.output_dir) as folder:
+        save_tensors(folder / ACTIONS, {"actions": torch.cat(labels)})
+        facts = {
+            "fingerprint": source.fingerprint,
+            "demonstrations": shown.tolist(),
+            "action_r2": float(score.mean()),
+        }
+        write_json(folder / FACTS, facts | {"args": asdict(args) | {"output_dir": str(args.output_dir)}})
+    print(f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}")
+
+
+class PseudoLabelled:
+    """A source whose episodes have the actions of an inverse model, all but the demonstrations, which keep their own.
+
+    Raises ValueError where the folder is of other data or of other demonstrations.
+    """
+
+    def __init__(self, source, folder: Path, demonstrations: np.ndarray):
+        if not (folder / FACTS).is_file():
+            raise ValueError(f"pseudo_actions={folder} holds no {FACTS}; python -m hlrp.inverse makes it")
+        facts = json.loads((folder / FACTS).read_text())
+        if facts["fingerprint"] != source.fingerprint:
+            raise ValueError(f"pseudo_actions={folder} are of other data than {source.uri}")
+        if facts["demonstrations"] != demonstrations.tolist():
+            raise ValueError(
+                f"pseudo_actions={folder} are of other demonstrations; the same --demonstrations, --seed and "
+                "--val-fraction fit"
+            )
+        self.source, self.demonstrations = source, set(facts["demonstrations"])
+        self.labels = load_file(folder / ACTIONS)["actions"].split(source.lengths.tolist())
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    def actions(self, episode: int, indices) -> Tensor:
+        if episode in self.demonstrations:
+            return self.source.actions(episode, indices)
+        return self.labels[episode][torch.as_tensor(np.asarray(indices))]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

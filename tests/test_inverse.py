@@ -1,0 +1,56 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hlrp.inverse import ACTIONS, Args, PseudoLabelled, main
+from hlrp.sources import open_source
+
+DATA = "world:arm?episodes=40"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("inverse") / "labels"
+    main(Args(DATA, folder, demonstrations=1, val_fraction=0.2, steps=80))
+    return folder
+
+
+def test_few_demonstrations_label_the_other_video(folder):
+    facts, source = json.loads((folder / "inverse.json").read_text()), open_source(DATA)
+    assert facts["action_r2"] > 0.2
+    assert load_file(folder / ACTIONS)["actions"].shape == (source.lengths.sum(), 2)
+    shown = np.array(facts["demonstrations"])
+    labelled = PseudoLabelled(source, folder, shown)
+    other = next(e for e in range(40) if e not in shown)
+    true, pseudo = (s.actions(other, range(source.lengths[other] - 1)) for s in (source, labelled))
+    assert not torch.equal(true, pseudo) and (true - pseudo).square().mean() < true.square().mean()
+    assert torch.equal(labelled.actions(int(shown[0]), [0, 1]), source.actions(int(shown[0]), [0, 1]))
+    assert labelled.read(other, [0])["task"] == source.read(other, [0])["task"]
+
+
+def test_labels_of_other_data_or_demonstrations_are_refused(folder):
+    shown = np.array(json.loads((folder / "inverse.json").read_text())["demonstrations"])
+    with pytest.raises(ValueError, match="are of other data than world:hand"):
+        PseudoLabelled(open_source("world:hand?episodes=40"), folder, shown)
+    with pytest.raises(ValueError, match="of other demonstrations; the same --demonstrations, --seed"):
+        PseudoLabelled(open_source(DATA), folder, shown[1:])
+    with pytest.raises(ValueError, match="holds no inverse.json"):
+        PseudoLabelled(open_source(DATA), folder.parent, shown)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "world:human"}, "has no actions"),
+        ({"steps": 0}, "steps=0"),
+        ({"image_size": 30}, "image_size=30; expected a multiple of 8"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(Args(**{"data": DATA, "output_dir": tmp_path / "out", "demonstrations": 1} | settings))
+    assert not (tmp_path / "out").exists()
