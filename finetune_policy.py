@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from hlrp.checkpoints import load_config, write_json
+from hlrp.idle import IdleConfig
 from hlrp.policy import HLRPConfig
 
 STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
@@ -53,6 +54,7 @@ class Args:
         None  # folder of hlrp.inverse, whose actions other episodes of the only source get
     )
     shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
+    idle: IdleConfig = field(default_factory=IdleConfig)  # frames that are left out of training
     state: bool = True  # the policy reads the robot's state where the data have it
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
@@ -98,6 +100,7 @@ def main(args: Args) -> None:
     from hlrp.clips import Clips, choose_clips, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.demonstrations import choose_demonstrations, robot_features, statistics, to_lerobot
+    from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
@@ -174,15 +177,18 @@ def main(args: Args) -> None:
         zip(args.data, sources, splits, shown, strict=True)
     ):
         weight, others = parse_uri(uri).weight, np.setdiff1d(train, labelled)
+        busy = {"frames": busy_frames(source, args.idle) if args.idle.is_set() else None}
+        if busy["frames"] is not None and accelerator.is_main_process:
+            save_picture(args.output_dir / "idle" / f"{source.name}.png", source, args.idle, train)
         if len(labelled):
-            clips.append(Clips(source, labelled, times, source_index=i, latent_space=cached, **sizes))
+            clips.append(Clips(source, labelled, times, source_index=i, latent_space=cached, **busy, **sizes))
             weights.append(weight * (1 - args.action_free))
             val_clips = Clips(source, val, times, source_index=i, **sizes)
             val_sets[source.name] = choose_clips(val_clips, args.val_samples, args.seed)
         if len(others) and args.action_free and (laq is not None or args.pseudo_actions):
             labelled = others if args.pseudo_actions else ()
             name = {"labelled_episodes": labelled, "latent_space": cached, "name": f"{source.name}-video"}
-            clips.append(Clips(source, others, times, source_index=i, **name, **sizes))
+            clips.append(Clips(source, others, times, source_index=i, **name, **busy, **sizes))
             weights.append(weight * args.action_free)
     mixture = Mixture(clips, weights, args.seed)
 

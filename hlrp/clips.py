@@ -54,12 +54,14 @@ class Clips(Dataset):
         chunk_size: int | None = None,
         num_images: int = 1,
         name: str | None = None,
+        frames: Sequence[np.ndarray] | None = None,
     ):
         """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
         input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
         num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame.
         chunk_size: actions from t = 0 on, one a frame; without it, those up to the last time.
         name: of these clips in logs; the source's, else.
+        frames: of each episode of the source, those that a clip may start at, in their order; all of them, else.
         latent_space: of the LAQ whose cached latent actions a sample shows, from all times but the last. What
         follows t = 0 is then known by them, and `frames` holds t = 0 alone."""
         times = np.asarray(times, dtype=np.float64)
@@ -79,6 +81,10 @@ class Clips(Dataset):
 
         lengths = source.lengths[self.episodes]
         num_clips = np.maximum(lengths - self.offsets[:, -1], 0) if chunk_size is None else lengths
+        self.starts = None
+        if frames is not None:
+            self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
+            num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)
         self.ends = np.cumsum(num_clips)
         if num_clips.sum() == 0:
             longest = (lengths / fps).max(initial=0)
@@ -134,7 +140,8 @@ class Clips(Dataset):
         samples = [None] * len(indices)
         for row in np.unique(rows):
             wanted = np.flatnonzero(rows == row)
-            for i, sample in zip(wanted, self._read(row, starts[wanted]), strict=True):
+            here = starts[wanted] if self.starts is None else self.starts[row][starts[wanted]]
+            for i, sample in zip(wanted, self._read(row, here), strict=True):
                 samples[i] = sample
         return samples
 

@@ -84,6 +84,7 @@ class Mixture(Dataset):
                 c.input_size,
                 c.chunk_size,
                 c.num_images,
+                None if c.starts is None else [starts.tolist() for starts in c.starts],
                 count,
             )
             for c, count in zip(self.clips, self.counts, strict=True)

@@ -122,7 +122,9 @@ def main(args: Args) -> None:
             "action_r2": float(score.mean()),
         }
         write_json(folder / FACTS, facts | {"args": asdict(args) | {"output_dir": str(args.output_dir)}})
-    print(f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}")
+    print(
+        f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}"
+    )
 
 
 class PseudoLabelled:

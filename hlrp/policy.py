@@ -152,8 +152,8 @@ class HLRPPolicy(PreTrainedPolicy):
     A batch is LeRobot's, behind the policy's preprocessor: a camera float (b, c, h, w) or (b, t, c, h, w) in [0, 1]
     under each of `config.image_features`, observation.state (b, s) where the robot has one, task; in training also
     action (b, chunk_size, a) with action_is_pad, and latent_indices or latent_vectors of what follows, where they are
-    known, with latent_is_pad bool (b, t) where some of them lie past the episode. A sample whose actions are all padding
-    has no action loss.
+    known, with latent_is_pad bool (b, t) where some of them lie past the episode. A sample whose actions are all
+    padding has no action loss.
     """
 
     config_class = HLRPConfig

@@ -16,9 +16,10 @@ from torch import nn
 
 import finetune_policy
 from finetune_policy import Args, EnvArgs, EvalArgs, lerobot_flags
+from hlrp.clips import Clips
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.policy import HLRPConfig
+from hlrp.policy import HLRPConfig, HLRPPolicy
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
@@ -132,6 +133,49 @@ def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(sta
         for path in (folder, tmp_path / "further/checkpoints/last/pretrained_model")
     )
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+class Poisoned:
+    """A source that shows other frames after one moment."""
+
+    def __init__(self, source, moment):
+        self.source, self.moment = source, moment
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def read(self, episode, indices):
+        read = self.source.read(episode, indices)
+        read["frames"][np.asarray(indices) > self.moment] ^= 255
+        return read
+
+
+@pytest.mark.parametrize("head", ["parallel", "flow"])
+def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, monkeypatch):
+    forward, read, seen = HLRPPolicy.forward, Clips._read, []
+    monkeypatch.setattr(
+        HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch)
+    )
+
+    def poisoned_read(clips, row, starts):
+        source = clips.source
+        for start in starts:
+            clips.source = Poisoned(source, start)
+            yield from read(clips, row, np.array([start]))
+        clips.source = source
+
+    settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "policy": {"n_obs_steps": 2}}
+    train(tmp_path / "clean", stages, head, **settings)
+    monkeypatch.setattr(Clips, "_read", poisoned_read)
+    clean, num_clean = seen[0], len(seen)
+    train(tmp_path / "poisoned", stages, head, **settings)
+    poisoned = seen[num_clean]
+    assert "frames" not in clean and clean.keys() == poisoned.keys()
+    values = {
+        key: (clean[key], poisoned[key]) for key in clean if key not in ("latent_indices", "latent_vectors")
+    }
+    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in values.values())
+    assert not torch.equal(clean["latent_vectors"], poisoned["latent_vectors"])
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
@@ -211,6 +213,48 @@ def test_real_time_chunking_goes_on_where_the_last_chunk_was():
     assert gap < 0.2 * free_gap
     with pytest.raises(ValueError, match="predict_action_chunk"):
         policy.select_action(batch)
+
+
+def test_no_control_tick_waits_for_a_chunk_that_comes_200_ms_late():
+    """LeRobot's real-time chunking at 20 actions a second, as lerobot-rollout --inference.type=rtc runs it."""
+    from lerobot.rollout.inference.rtc import RTCInferenceEngine
+
+    rtc, fps = RTCConfig(enabled=True, execution_horizon=8), 20
+    policy = nudge(make_policy(chunk_size=16, n_action_steps=8, rtc_config=rtc, num_inference_steps=2)).eval()
+    predict_chunk, delays = policy.predict_action_chunk, []
+
+    def late(batch, *, inference_delay=None, prev_chunk_left_over=None):
+        time.sleep(0.2)
+        delays.append(inference_delay)
+        rest = {"inference_delay": inference_delay, "prev_chunk_left_over": prev_chunk_left_over}
+        return predict_chunk(batch, **rest)
+
+    policy.predict_action_chunk = late
+    stats = {"observation.state": {"mean": torch.zeros(STATE), "std": torch.ones(STATE)}}
+    stats["action"] = {"mean": torch.zeros(2), "std": torch.ones(2)}
+    processors = make_hlrp_pre_post_processors(policy.config, stats)
+    joints = [f"joint_{i}.pos" for i in range(STATE)]
+    features = {"observation.state": {"dtype": "float32", "shape": (STATE,), "names": joints}}
+    features[TOP] = {"dtype": "video", "shape": (40, 40, 3), "names": ["height", "width", "channels"]}
+    robot = SimpleNamespace(robot_type="toy", action_features={})
+    engine = RTCInferenceEngine(
+        policy, *processors, robot, policy.config.rtc_config, features, TASKS[0], fps, "cpu"
+    )
+    seen = dict.fromkeys(joints, 0.0) | {TOP.split(".")[-1]: np.zeros((40, 40, 3), dtype=np.uint8)}
+    engine.start()
+    engine.notify_observation(seen)
+    engine.resume()
+    while engine.get_action(None) is None:
+        assert not engine.failed
+        time.sleep(0.01)
+    actions = []
+    for _ in range(3 * fps):
+        engine.notify_observation(seen)
+        actions.append(engine.get_action(None))
+        time.sleep(1 / fps)
+    engine.stop()
+    assert not [tick for tick, action in enumerate(actions) if action is None]
+    assert len(delays) >= 4 and max(delays) >= 4  # 200 ms are four ticks
 
 
 @pytest.mark.parametrize(

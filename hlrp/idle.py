@@ -1,0 +1,142 @@
+"""Idle frames: after which nothing happens for as long as a latent action lasts. Demonstrations and video are full of
+them, and a policy that learns them learns to wait.
+
+    motion(t)   mean absolute change of the image from t to t + span, at 64 pixels, of 255
+    action(t)   root mean square of the actions in between, in standard deviations of an action
+
+A frame is idle where each measure that has a threshold is below it. Scores are computed once for a source and a span
+and kept in $HLRP_CACHE or ~/.cache/hlrp, so that other thresholds need no frame again.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hlrp.transforms import fit
+
+IMAGE_SIZE = 64  # at which motion is measured [pixel]
+CHUNK = 256  # frames read together
+SHOWN_EPISODES, SHOWN_FRAMES = 6, 12
+
+
+@dataclass
+class IdleConfig:
+    motion: float = 0.0  # frames before less change of the image than this are idle [of 255]; 0: not measured
+    action: float = 0.0  # frames before less action than this [standard deviations]; 0: not measured
+    span: float = 0.2  # over this time [s]
+
+    def is_set(self) -> bool:
+        return self.motion > 0 or self.action > 0
+
+
+def scores(source, span: float) -> dict[str, np.ndarray]:
+    """motion, and action where the source has them, of every frame of every episode in their order."""
+    cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "idle"
+    file = cache / f"{source.fingerprint}_{span:g}s.npz"
+    if not file.is_file():
+        episodes = tqdm(
+            range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None
+        )
+        parts = [episode_scores(source, episode, span) for episode in episodes]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if "action" in found:  # by the deviation of each dimension over the whole source
+            found["action"] = np.sqrt(
+                (found["action"] / found["action"].mean(axis=0).clip(1e-12)).mean(axis=1)
+            )
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(partial, **found)
+        partial.replace(file)
+    with np.load(file, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def episode_scores(source, episode: int, span: float) -> dict[str, np.ndarray]:
+    """motion (t,), and the mean squared action (t, a) over the span, in its own units."""
+    length = int(source.lengths[episode])
+    offset = max(1, round(float(source.fps[episode]) * span))
+    later = np.minimum(np.arange(length) + offset, length - 1)
+    small = []
+    for start in range(0, length, CHUNK):
+        frames = source.read(episode, range(start, min(start + CHUNK, length)))["frames"]
+        small.append(fit(frames, IMAGE_SIZE))
+    small = torch.cat(small).to(torch.int16)
+    found = {"motion": (small[later] - small).abs().float().mean(dim=(1, 2, 3)).numpy()}
+    if source.action_dim:
+        squares = source.actions(episode, range(length)).double().square().numpy()
+        sums = np.concatenate([np.zeros((1, source.action_dim)), squares.cumsum(axis=0)])
+        ends = np.minimum(np.arange(length) + offset, length)
+        found["action"] = (sums[ends] - sums[:-1]) / (ends - np.arange(length))[:, None]
+    return found
+
+
+def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
+    """The frames of each episode that are not idle.
+
+    Raises ValueError for a threshold on actions that the source does not have, and where no frame is left.
+    """
+    for name in ("motion", "action"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"idle.{name}={getattr(config, name)}; expected 0 or more")
+    if config.span <= 0:
+        raise ValueError(f"idle.span={config.span}; expected a time above 0 [s]")
+    found = scores(source, config.span)
+    if config.action and "action" not in found:
+        raise ValueError(f"idle.action={config.action}, but {source.uri} has no actions; --idle.motion fits")
+    thresholds = {name: getattr(config, name) for name in ("motion", "action") if getattr(config, name)}
+    is_idle = np.logical_and.reduce([found[name] < threshold for name, threshold in thresholds.items()])
+    if is_idle.all():
+        highest = ", ".join(f"{name} {found[name].max():.3g}" for name in thresholds)
+        raise ValueError(f"{source.uri}: all frames are idle at {thresholds}; the highest: {highest}")
+    borders = np.cumsum(source.lengths)[:-1]
+    return [np.flatnonzero(~part) for part in np.split(is_idle, borders)]
+
+
+def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
+    """Some episodes, frame by frame: those left out with a red border, over the scores and their thresholds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found, busy = scores(source, config.span), busy_frames(source, config)
+    first = np.cumsum(source.lengths) - source.lengths
+    episodes = np.asarray(episodes)[:SHOWN_EPISODES]
+    figure, axes = plt.subplots(
+        2 * len(episodes),
+        1,
+        figsize=(12, 2.6 * len(episodes)),
+        height_ratios=[1, 1] * len(episodes),
+        layout="constrained",
+    )
+    for row, episode in enumerate(episodes.tolist()):
+        length = int(source.lengths[episode])
+        frames = np.linspace(0, length - 1, min(SHOWN_FRAMES, length)).astype(int)
+        read = source.read(episode, frames)
+        pictures = fit(read["frames"], IMAGE_SIZE)
+        is_busy = np.isin(frames, busy[episode])
+        red = torch.tensor([230, 30, 30], dtype=torch.uint8)[:, None, None]
+        for picture in (pictures[i] for i in np.flatnonzero(~is_busy)):
+            picture[:, :3], picture[:, -3:], picture[..., :3], picture[..., -3:] = red, red, red, red
+        strip, curve = axes[2 * row], axes[2 * row + 1]
+        strip.imshow(pictures.permute(2, 0, 3, 1).flatten(1, 2).numpy())
+        share = 1 - len(busy[episode]) / length
+        strip.set_title(
+            f"episode {episode}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9
+        )
+        strip.axis("off")
+        for name, colour in (("motion", "tab:blue"), ("action", "tab:orange")):
+            if name in found:
+                curve.plot(found[name][first[episode] : first[episode] + length], color=colour, label=name)
+                if getattr(config, name):
+                    curve.axhline(getattr(config, name), color=colour, linestyle=":")
+        curve.set_xlim(0, length - 1)
+        curve.legend(frameon=False, fontsize=7, loc="upper right")
+        curve.tick_params(labelsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
