@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.predictions import alarms, complete, evaluate, label, other_tasks
+from hlrp.predictions import alarms, complete, evaluate, label, other_tasks, shuffled
 from hlrp.vla import Predicted
 
 TASKS = ("turn left", "turn right")
@@ -152,3 +152,15 @@ def test_codes_and_vectors_stand_for_each_other(quantizer):
     torch.testing.assert_close(vectors, labels["latent_vectors"])
     nearest, _ = complete(laq, Predicted(None, vectors + 1e-3))
     assert nearest is None if quantizer == "residual-vq" else torch.equal(nearest, labels["latent_indices"])
+
+
+def test_shuffled_latents_are_those_of_other_samples_and_all_else_stays():
+    batch = {
+        "latent_indices": torch.arange(4)[:, None, None],
+        "task": list("abcd"),
+        "images": torch.arange(4),
+    }
+    found = shuffled(batch)
+    assert sorted(found["latent_indices"].flatten().tolist()) == [0, 1, 2, 3]
+    assert (found["latent_indices"] != batch["latent_indices"]).all()
+    assert found["task"] is batch["task"] and found["images"] is batch["images"]

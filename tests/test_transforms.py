@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from hlrp.transforms import fit
+from hlrp.transforms import fit, regrid
 
 
 def test_a_frame_of_the_right_size_is_left_alone():
@@ -26,3 +27,14 @@ def test_shrinking_averages_and_does_not_alias():
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 200
     assert (fit(stripes, 16)[..., 2:-2].int() - 100).abs().max() <= 2
+
+
+def test_features_go_to_the_token_that_covers_their_patch():
+    features = torch.arange(64.0).view(1, 64, 1)  # of 8 x 8 patches, numbered row by row
+    found = regrid(features, 16)
+    assert found.shape == (1, 16, 4)
+    assert found[0, 0].tolist() == [0, 1, 8, 9] and found[0, 7].tolist() == [22, 23, 30, 31]
+    assert torch.equal(regrid(features, 64), features)
+    assert regrid(features, 9).shape == (1, 9, 9)  # interpolated to 9 x 9
+    with pytest.raises(ValueError, match="64 patches and 8 tokens; expected two square numbers"):
+        regrid(features, 8)

@@ -264,6 +264,22 @@ class Poisoned:
         return read | {"frames": torch.where(is_later, 255 - read["frames"], read["frames"])}
 
 
+@pytest.mark.parametrize("settings", HEADS, ids=name)
+def test_image_tokens_learn_to_tell_the_features_of_the_image(saved, settings):
+    vla = make(saved("smolvlm"), feature_weight=2.0, feature_dim=24, **settings)
+    batch, terms = make_batch(vla), []
+    batch["features"] = torch.randn(4, 4 * vla.vlm.num_image_tokens, 6)  # 2 x 2 patches a token
+    optimizer = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], 1e-2)
+    for _ in range(20):
+        loss, metrics = vla(batch)
+        torch.testing.assert_close(loss.detach(), metrics["latent_loss"] + 2 * metrics["feature_loss"])
+        terms.append(metrics["feature_loss"].item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert terms[-1] < 0.9 * terms[0]
+
+
 @pytest.mark.parametrize("scheme", ["world", "lerobot"])
 def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(
     saved, scheme, tmp_path
@@ -303,11 +319,13 @@ def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_pre
         ({"head": "words"}, "head='words'; expected one of tokens, parallel, flow"),
         ({"head": "tokens", "token_rows": "words"}, "token_rows='words'; expected one of codes, vocabulary"),
         ({"head": "flow", "token_rows": "vocabulary"}, "token_rows='vocabulary' .* head=flow has none"),
+        ({"feature_weight": -1.0}, "feature_weight=-1.0; expected 0 or more"),
         ({"chunk_size": 0}, "chunk_size=0; expected 1 or more"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"head": "flow", "expert_dim": 30}, "expert_dim=30; expected a multiple of 4"),
         ({"head": "flow", "expert_depth": 0}, "expert_depth=0"),
         ({"action_weight": -1.0}, "action_weight=-1.0; expected 0 or more"),
+        ({"feature_weight": -1.0}, "feature_weight=-1.0; expected 0 or more"),
         ({"action_weight": 1.0}, "action_weight=1.0, but no source in the data has actions"),
         ({"head": "tokens", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
         ({"head": "parallel", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),

@@ -59,6 +59,20 @@ def process(processor, family, views, task, **options):
     return processor(text=[text], images=[[*views]], return_tensors="pt", **options)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_at_the_last_image_follow_it_alone_of_all_views(saved, family):
+    vlm = VLM.from_config(config(saved(family)[0], family), []).eval()
+    pixels, tasks = images(IMAGE_SIZE[family], views=2), [*TASKS]
+    with torch.no_grad():
+        prompt = vlm(pixels, tasks)
+        found = vlm.at_image(prompt, tasks, num_views=2)
+    assert found.shape == (2, vlm.num_image_tokens, vlm.dim)
+    for row, task in enumerate(tasks):
+        ids = vlm.prompt(task, 2).ids
+        hidden = prompt.hidden[row, -len(ids) :][ids == vlm.config.image_token_id]
+        assert torch.equal(found[row], hidden[-vlm.num_image_tokens :])
+
+
 @pytest.mark.parametrize("num_views", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_and_hidden_states_are_those_of_transformers_own_processor_and_model(saved, family, num_views):
