@@ -329,3 +329,36 @@ def test_lerobot_trains_resumes_and_loads_it(tmp_path):
     seen = {TOP: torch.rand(3, 64, 64), WRIST: torch.rand(3, 64, 64), "task": "task 1"}
     action = post(policy.select_action(pre(seen | {"observation.state": torch.zeros(3)})))
     assert action.shape == (1, 2) and action.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["hlrp_metaworld", "metaworld"])
+def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, tmp_path):
+    from hlrp.metaworld import render
+
+    render(tmp_path / "data", "drawer-close-v3", episodes=2, image_size=32, num_workers=1)
+    flags = {"policy.type": "hlrp", "policy.device": "cpu", "policy.push_to_hub": "false", "num_workers": 0}
+    flags |= {
+        "policy.chunk_size": 4,
+        "policy.n_action_steps": 4,
+        "dataset.repo_id": "toy/toy",
+        "batch_size": 4,
+    }
+    flags |= {
+        "dataset.root": tmp_path / "data",
+        "dataset.video_backend": "pyav",
+        "output_dir": tmp_path / "run",
+    }
+    flags |= {"steps": 1, "env_eval_freq": 1, "eval.n_episodes": 1, "eval.batch_size": 1}
+    flags |= {"env.type": env, "env.task": "drawer-close-v3"}
+    if env == "metaworld":
+        flags |= {
+            "rename_map": '{"observation.image": "observation.images.corner2"}',
+            "policy.action_repeat": 4,
+        }
+    main = "from lerobot.scripts.lerobot_train import main; main()"
+    command = [sys.executable, "-c", main, *(f"--{name}={value}" for name, value in flags.items())]
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MUJOCO_GL": "egl"}
+    log = subprocess.run(command, check=True, env=os.environ | variables, capture_output=True, text=True)
+    assert "pc_success" in log.stdout + log.stderr
+    assert [*(tmp_path / "run").rglob("*.mp4")]
