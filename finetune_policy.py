@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -128,7 +128,7 @@ def main(args: Args) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-    config = args.policy if args.policy_path is None else saved_config(args.policy_path)
+    config = args.policy if args.policy_path is None else saved_config(args.policy_path, args.policy)
     config.device = accelerator.device.type
 
     # demonstrations, and other video
@@ -317,12 +317,27 @@ def data_of(args: Args) -> tuple[str, ...]:
     return tuple(load_config(args.policy.vla, "vla")["data"])
 
 
-def saved_config(folder: Path) -> HLRPConfig:
+def saved_config(folder: Path, given: HLRPConfig) -> HLRPConfig:
+    """That of a checkpoint, with the settings that were given; raises ValueError for one that it cannot take."""
     from lerobot.configs import PreTrainedConfig
 
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"policy.path={folder} holds no config.json; expected a policy's pretrained_model folder"
+        )
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
+    fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins expert_dim expert_depth".split()
+    default = Args().policy
+    for name, value in ((f.name, getattr(given, f.name)) for f in fields(HLRPConfig)):
+        if value == getattr(default, name):
+            continue
+        if name in fixed and value != getattr(config, name):
+            raise ValueError(
+                f"policy.{name}={value}, but policy.path={folder} has {getattr(config, name)}; leave it out"
+            )
+        setattr(config, name, value)
     return config
 
 
@@ -415,7 +430,18 @@ def lerobot_flags(argv: list[str]) -> list[str]:
     Raises ValueError for one of LeRobot's that has no meaning here.
     """
     renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
-    renamed |= {"peft.r": "policy.lora-rank"}
+    renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
+    renamed |= {
+        "policy.optimizer_weight_decay": "weight-decay",
+        "policy.optimizer_grad_clip_norm": "grad-clip",
+    }
+    renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
+    refused = (
+        "policy.optimizer_betas",
+        "policy.scheduler_decay_steps",
+        "policy.pretrained_path",
+        "policy.stage2",
+    )
     fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
     found, dataset = [], {}
     tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
@@ -429,6 +455,11 @@ def lerobot_flags(argv: list[str]) -> list[str]:
             values.append(tokens.pop(0))
         if len(values) == 1 and values[0].startswith("["):
             values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
+        name = name.replace("-", "_") if name.replace("-", "_") in {*renamed, *refused, *fixed} else name
+        if name in refused:
+            raise ValueError(
+                f"--{name} has no meaning here; --lr, --steps, --policy.path set what it stands for"
+            )
         if name in fixed:
             if values != [fixed[name]]:
                 raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")
@@ -440,7 +471,7 @@ def lerobot_flags(argv: list[str]) -> list[str]:
         if values == ["false"]:
             *prefix, last = name.split(".")
             name = ".".join([*prefix, f"no-{last}"])
-        values = [value.replace("null", "None") if value == "null" else value for value in values]
+        values = ["None" if value == "null" else value for value in values]
         found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
     if dataset:
         found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]

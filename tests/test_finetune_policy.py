@@ -127,12 +127,14 @@ def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(sta
     assert "latent_loss" not in lines(tmp_path / "cloned")[0]
     assert "share/world-clean-video" not in lines(tmp_path / "cloned")[0]  # nothing is learned from it
     folder = tmp_path / "cloned/checkpoints/last/pretrained_model"
-    train(tmp_path / "further", stages, policy_path=folder, steps=2, eval_freq=2, lr=1e-9)
+    train(tmp_path / "further", stages, head=None, policy_path=folder, steps=2, eval_freq=2, lr=1e-9)
     before, after = (
         load_file(path / "model.safetensors")
         for path in (folder, tmp_path / "further/checkpoints/last/pretrained_model")
     )
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(ValueError, match="policy.chunk_size=9, but policy.path=.* has 4; leave it out"):
+        train(tmp_path / "other", stages, head=None, policy_path=folder, policy={"chunk_size": 9})
 
 
 class Poisoned:
@@ -283,15 +285,23 @@ def test_a_finished_policy_goes_to_the_hub_with_its_card(stages, tmp_path, monke
         ("--policy.type=hlrp --policy.vla=null --policy.path=out/p", "--policy.vla None --policy-path out/p"),
         ("--data a:b?c=1 d:e@0.5 --state", "--data a:b?c=1 d:e@0.5 --state"),
         ("--peft.method_type=LORA --peft.r=16", "--policy.lora-rank 16"),
+        ("--policy.optimizer_lr=1e-4 --policy.scheduler-warmup-steps 5", "--lr 1e-4 --warmup-steps 5"),
     ],
 )
 def test_lerobots_spelling_of_flags_is_understood(given, understood):
     assert lerobot_flags(given.split()) == understood.split()
 
 
-def test_another_policy_type_is_not_for_this_script():
-    with pytest.raises(ValueError, match="--policy.type=act; expected hlrp"):
-        lerobot_flags(["--policy.type=act"])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--policy.type=act", "--policy.type=act; expected hlrp"),
+        ("--policy.optimizer_betas=[0.9,0.95]", "--policy.optimizer_betas has no meaning here"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_named(flag, message):
+    with pytest.raises(ValueError, match=message):
+        lerobot_flags([flag])
 
 
 def test_the_command_line_reaches_every_part(stages, tmp_path):

@@ -332,11 +332,24 @@ def test_lerobot_trains_resumes_and_loads_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", ["hlrp_metaworld", "metaworld"])
-def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, tmp_path):
-    from hlrp.metaworld import render
+@pytest.mark.parametrize(
+    ("env", "camera"), [("hlrp_metaworld", "observation.images.corner2"), ("metaworld", "observation.image")]
+)
+def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, camera, tmp_path):
+    from lerobot.datasets import LeRobotDataset
 
-    render(tmp_path / "data", "drawer-close-v3", episodes=2, image_size=32, num_workers=1)
+    vector = {"dtype": "float32", "shape": (4,), "names": None}
+    image = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
+    features = {camera: image, "observation.state": vector, "action": vector}
+    dataset = LeRobotDataset.create("toy/toy", 20, features, root=tmp_path / "data")
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        numbers = {key: rng.standard_normal(4).astype(np.float32) for key in ("observation.state", "action")}
+        dataset.add_frame(
+            numbers | {camera: rng.integers(256, size=(32, 32, 3), dtype=np.uint8), "task": "close"}
+        )
+    dataset.save_episode()
+    dataset.finalize()
     flags = {"policy.type": "hlrp", "policy.device": "cpu", "policy.push_to_hub": "false", "num_workers": 0}
     flags |= {
         "policy.chunk_size": 4,
@@ -344,18 +357,9 @@ def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, tmp_path):
         "dataset.repo_id": "toy/toy",
         "batch_size": 4,
     }
-    flags |= {
-        "dataset.root": tmp_path / "data",
-        "dataset.video_backend": "pyav",
-        "output_dir": tmp_path / "run",
-    }
+    flags |= {"dataset.root": tmp_path / "data", "output_dir": tmp_path / "run", "policy.action_repeat": 4}
     flags |= {"steps": 1, "env_eval_freq": 1, "eval.n_episodes": 1, "eval.batch_size": 1}
     flags |= {"env.type": env, "env.task": "drawer-close-v3"}
-    if env == "metaworld":
-        flags |= {
-            "rename_map": '{"observation.image": "observation.images.corner2"}',
-            "policy.action_repeat": 4,
-        }
     main = "from lerobot.scripts.lerobot_train import main; main()"
     command = [sys.executable, "-c", main, *(f"--{name}={value}" for name, value in flags.items())]
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MUJOCO_GL": "egl"}
