@@ -56,21 +56,21 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
 
 
 def episode_scores(source, episode: int, span: float) -> dict[str, np.ndarray]:
-    """motion (t,), and the mean squared action (t, a) over the span, in its own units."""
+    """motion (t,), and the mean squared action (t, a) over the span, in its own units; at the end, of the last span."""
     length = int(source.lengths[episode])
-    offset = max(1, round(float(source.fps[episode]) * span))
-    later = np.minimum(np.arange(length) + offset, length - 1)
+    offset = min(max(1, round(float(source.fps[episode]) * span)), max(1, length - 1))
+    first = np.minimum(np.arange(length), max(0, length - 1 - offset))
+    later = np.minimum(first + offset, length - 1)
     small = []
     for start in range(0, length, CHUNK):
         frames = source.read(episode, range(start, min(start + CHUNK, length)))["frames"]
         small.append(fit(frames, IMAGE_SIZE))
     small = torch.cat(small).to(torch.int16)
-    found = {"motion": (small[later] - small).abs().float().mean(dim=(1, 2, 3)).numpy()}
+    found = {"motion": (small[later] - small[first]).abs().float().mean(dim=(1, 2, 3)).numpy()}
     if source.action_dim:
         squares = source.actions(episode, range(length)).double().square().numpy()
         sums = np.concatenate([np.zeros((1, source.action_dim)), squares.cumsum(axis=0)])
-        ends = np.minimum(np.arange(length) + offset, length)
-        found["action"] = (sums[ends] - sums[:-1]) / (ends - np.arange(length))[:, None]
+        found["action"] = (sums[first + offset] - sums[first]) / offset
     return found
 
 
