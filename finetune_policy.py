@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -93,13 +94,19 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
     from hlrp.clips import Clips, choose_clips, split_episodes
     from hlrp.data import Mixture, loader
-    from hlrp.demonstrations import choose_demonstrations, robot_features, statistics, to_lerobot
+    from hlrp.demonstrations import (
+        choose_demonstrations,
+        refuse_other_cameras,
+        robot_features,
+        statistics,
+        to_lerobot,
+    )
     from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
@@ -125,7 +132,10 @@ def main(args: Args) -> None:
         gradient_accumulation_steps=args.grad_accumulation,
         log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
         project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for the one that rolls out
+        ],
     )
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     config = args.policy if args.policy_path is None else saved_config(args.policy_path, args.policy)
@@ -150,6 +160,7 @@ def main(args: Args) -> None:
     ]
     if args.policy_path is None:
         config.input_features, config.output_features = robot_features(robots, args.state)
+    refuse_other_cameras(sources, config)
     stats = statistics(robots, config.robot_state_feature is not None)
     if args.pseudo_actions is not None:
         sources = [PseudoLabelled(*sources, args.pseudo_actions, *shown)]

@@ -58,7 +58,8 @@ class Clips(Dataset):
     ):
         """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
         input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
-        num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame.
+        num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame. Those
+        of further cameras of the source, its `views`, stand beside them, in the order of the cameras' names.
         chunk_size: actions from t = 0 on, one a frame; without it, those up to the last time.
         name: of these clips in logs; the source's, else.
         frames: of each episode of the source, those that a clip may start at, in their order; all of them, else.
@@ -170,6 +171,11 @@ class Clips(Dataset):
             raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
 
         native, task = read.pop("frames"), read.pop("task")
+        pictures = {source.camera: native[viewed]}  # clips v c h w
+        if self.input_size is not None:
+            for camera in getattr(source, "views", ()):
+                there, place = np.unique(seen, return_inverse=True)
+                pictures[camera] = source.look(camera, episode, there)[place.reshape(seen.shape)]
         frames = fit(native, self.image_size)
         state = read.pop("state", None)
         for i, start in enumerate(starts):
@@ -183,7 +189,8 @@ class Clips(Dataset):
                 "fps": float(source.fps[episode]),
             }
             if self.input_size is not None:
-                sample["images"] = fit(native[viewed[i]], self.input_size)
+                views = [fit(pictures[camera][i], self.input_size) for camera in sorted(pictures)]
+                sample["images"] = torch.cat(views)
             if source.state_dim:
                 sample["state"] = state[position[i, 0]]
             if is_labelled:

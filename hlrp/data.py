@@ -13,6 +13,8 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
         and whatever else the source knows, as tensors (t, ...) or as one value for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
     states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
+    views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
+                      has some
     latent_space      dict, only where the source has cached latent actions: whose they are, and of which camera
     labels(episode, indices) -> these: latent_vectors float32 (t, e), latent_indices int64 (t, m) where discrete
 Constructors index, and decode nothing; decoders open at the first read, in the process that reads.

@@ -34,7 +34,7 @@ def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None,
 
 
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
-    """Inputs and outputs of a policy that learns from labelled clips: one camera, the state where they have one.
+    """Inputs and outputs of a policy that learns from labelled clips: their cameras, the state where they have one.
 
     Raises ValueError where there is no action, and where sources differ in action or state.
     """
@@ -49,10 +49,22 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
                 f"{first.action_dim} and {first.state_dim}; the demonstrations of a policy are of one robot"
             )
     shape = tuple(first.read(int(clips[0].episodes[0]), [0])["frames"].shape[1:])
-    inputs = {first.camera or OBS_IMAGE: PolicyFeature(FeatureType.VISUAL, shape)}
+    cameras = sorted([first.camera or OBS_IMAGE, *getattr(first, "views", ())])
+    inputs = {camera: PolicyFeature(FeatureType.VISUAL, shape) for camera in cameras}
     if with_state and first.state_dim:
         inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (first.state_dim,))
     return inputs, {ACTION: PolicyFeature(FeatureType.ACTION, (first.action_dim,))}
+
+
+def refuse_other_cameras(sources: list, config) -> None:
+    """Raises ValueError for a source with more or fewer cameras than the policy."""
+    for source in sources:
+        found = [source.camera, *getattr(source, "views", ())]
+        if len(found) != len(config.image_features):
+            raise ValueError(
+                f"{source.uri} has {len(found)} of the {len(config.image_features)} cameras that the policy sees, "
+                f"{', '.join(sorted(config.image_features))}; ?camera=top,wrist chooses some of a LeRobot dataset"
+            )
 
 
 def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, np.ndarray]]:
@@ -74,9 +86,10 @@ def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, 
 
 def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
     """A batch of `Clips` for a policy -> what LeRobot's preprocessor of it takes."""
-    (camera,) = config.image_features
-    frames = batch["images"].float() / 255  # b t c h w
-    found = {camera: frames if config.n_obs_steps > 1 else frames[:, -1], "task": batch["task"]}
+    cameras, images = sorted(config.image_features), batch["images"]  # b (cameras t) c h w
+    found = {"task": batch["task"]}
+    for camera, frames in zip(cameras, (images.float() / 255).chunk(len(cameras), dim=1), strict=True):
+        found[camera] = frames if config.n_obs_steps > 1 else frames[:, 0]
     if config.robot_state_feature is not None:
         found[OBS_STATE] = batch["state"][:, : config.robot_state_feature.shape[0]]
     if "action" in batch:

@@ -1,4 +1,4 @@
-"""LeRobot datasets (format v3), read directly: `lerobot:REPO_OR_DIR?camera=KEY`.
+"""LeRobot datasets (format v3), read directly: `lerobot:REPO_OR_DIR?camera=KEY,KEY`.
 
 The format: many episodes share a file, and meta/episodes says in which rows of which parquet file, and from
 which time on in which mp4, each of them lies. Numbers are read once; frames are decoded, or read as PNG, on
@@ -27,9 +27,9 @@ Columns = dict[str, np.ndarray]
 
 
 class LeRobotData:
-    """One camera of a LeRobot dataset: a source, as the data contract has it.
+    """One camera of a LeRobot dataset: a source, as the data contract has it. Further ones are views for a policy.
 
-    camera: the feature, or the last part of its name (`top` for observation.images.top); else the first.
+    camera: features, or the last part of their names (`top` for observation.images.top), by commas; else the first.
     Raises ValueError for another version of the format, and for files that are missing, broken, or shorter
     than their episodes. With `skip_broken`, episodes of broken videos are left out, logged, and counted in
     `num_skipped`.
@@ -43,6 +43,7 @@ class LeRobotData:
         name: str | None = None,
         skip_broken: bool = False,
     ):
+        camera, *others = camera.split(",") if camera else [None]
         self.uri = uri or f"lerobot:{repo_or_dir}"
         self.root = root = find_dataset(repo_or_dir, "meta/*")
         info = read_info(root, repo_or_dir)
@@ -82,9 +83,17 @@ class LeRobotData:
         self.lengths = self.episodes["length"]
         self.fps = np.full(len(self.lengths), float(info["fps"]))
 
+        views = [LeRobotData(repo_or_dir, other, self.uri, skip_broken=skip_broken) for other in others]
+        self.views = {view.camera: view for view in views if view.camera != self.camera}
+        for view in views:
+            if not np.array_equal(view.lengths, self.lengths):
+                raise ValueError(
+                    f"{self.uri}: {view.camera} lacks other episodes than {self.camera}; mend the files"
+                )
+
         files = [path for path in self.data_files + self.video_files if path.exists()]
         sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
-        what = repr((self.camera, info["fps"], self.lengths.tolist(), sizes))
+        what = repr((self.camera, *self.views, info["fps"], self.lengths.tolist(), sizes))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
@@ -101,6 +110,9 @@ class LeRobotData:
         if self.state_dim:
             read["state"] = self.states(episode, indices)
         return read
+
+    def look(self, camera: str, episode: int, indices: Sequence[int]) -> Tensor:
+        return self.views[camera].read(episode, indices)["frames"]
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         rows = self.episodes["first_row"][episode] + np.asarray(indices)

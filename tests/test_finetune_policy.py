@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors.torch import load_file
+from test_lerobot_data import TOP, WRIST, write
 from torch import nn
 
 import finetune_policy
@@ -178,6 +181,40 @@ def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, m
     }
     assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in values.values())
     assert not torch.equal(clean["latent_vectors"], poisoned["latent_vectors"])
+
+
+def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tmp_path, monkeypatch):
+    folder = write(tmp_path / "data")
+    forward, seen = HLRPPolicy.forward, []
+    monkeypatch.setattr(
+        HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch)
+    )
+    settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "val_fraction": 0.4}
+    settings |= {"data": (f"lerobot:{folder}?camera=wrist,top",), "policy": {"n_obs_steps": 2}}
+    train(tmp_path / "run", stages, head=None, **settings)
+    batch, theirs = seen[0], LeRobotDataset("toy/toy", root=folder, video_backend="pyav")
+    dataset = LeRobotDataset(
+        "toy/toy", root=folder, video_backend="pyav", delta_timestamps={TOP: [-0.1, 0.0], WRIST: [-0.1, 0.0]}
+    )
+    first = np.cumsum([0, *theirs.meta.episodes["length"]])
+    for row, (episode, index) in enumerate(
+        zip(batch["episode"].tolist(), batch["index"].tolist(), strict=True)
+    ):
+        item = dataset[int(first[episode]) + index]
+        for camera in (TOP, WRIST):
+            # resized to what the policy sees; decoded frames differ by a level or two
+            expected = F.interpolate(item[camera], batch[camera].shape[-1], mode="bilinear", antialias=True)
+            torch.testing.assert_close(batch[camera][row], expected, atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="has 1 of the 2 cameras that the policy sees"):
+        last = tmp_path / "run/checkpoints/last/pretrained_model"
+        train(
+            tmp_path / "other",
+            stages,
+            head=None,
+            policy_path=last,
+            data=(f"lerobot:{folder}",),
+            val_fraction=0.4,
+        )
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):

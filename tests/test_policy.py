@@ -323,7 +323,12 @@ def test_lerobot_trains_resumes_and_loads_it(tmp_path):
     lerobot_train(config_path=last / "pretrained_model/train_config.json", resume="true", steps=3)
     assert last.resolve().name == "000003"
 
-    folder = Path(last / "pretrained_model")
+    again = {name: flags[name] for name in flags if name != "policy.type" and "chunk" not in name}
+    again |= {"policy.path": last / "pretrained_model", "output_dir": tmp_path / "further", "steps": 1}
+    again.pop("policy.n_action_steps")
+    lerobot_train(**again)
+
+    folder = Path(tmp_path / "further/checkpoints/last/pretrained_model")
     policy = get_policy_class("hlrp").from_pretrained(folder)
     pre, post = make_pre_post_processors(policy.config, pretrained_path=folder)
     seen = {TOP: torch.rand(3, 64, 64), WRIST: torch.rand(3, 64, 64), "task": "task 1"}
