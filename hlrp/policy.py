@@ -189,6 +189,12 @@ class HLRPPolicy(PreTrainedPolicy):
         self.init_rtc_processor()
         self.reset()
 
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if isinstance(self.latent_head, FlowHead):
+            self.latent_head.norm.eval()  # what latent actions are like is as stage 2 found it
+        return self
+
     @property
     def trunk(self) -> ActionExpert:
         return self.latent_head.expert if self.expert is None else self.expert

@@ -165,6 +165,23 @@ def test_padded_actions_say_nothing(head):
     assert loss_of(policy, batch) == 0
 
 
+@pytest.mark.parametrize("head", ["parallel", "flow"])
+def test_latent_actions_past_the_episode_say_nothing(head, stage2):
+    policy = nudge(make_policy(vla=stage2(head), latent_weight=1.0))
+    batch = make_batch(policy) | {
+        "latent_indices": torch.randint(5, (4, 1, 2)),
+        "latent_vectors": torch.randn(4, 1, 6),
+    }
+    batch["latent_is_pad"] = torch.tensor([[True], [False], [True], [False]])
+    before = loss_of(policy, batch)
+    batch["latent_indices"][0], batch["latent_vectors"][0] = -1, float("nan")  # as hlrp.label leaves them
+    torch.testing.assert_close(loss_of(policy, batch), before)
+    before.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
+    batch["latent_is_pad"][:] = True
+    assert policy(batch)[1]["latent_loss"] == 0
+
+
 def test_nothing_that_follows_now_is_asked_for():
     config = make_config(n_obs_steps=3)
     assert config.observation_delta_indices == [-2, -1, 0]
