@@ -1,7 +1,7 @@
 """Stage 3: a policy for a robot from few demonstrations, which LeRobot's commands evaluate and run.
 
     accelerate launch finetune_policy.py                                # after train_vla.py, on the same data
-    accelerate launch finetune_policy.py --data metaworld:mt10?episodes=100 --demonstrations 5
+    accelerate launch finetune_policy.py --data 'metaworld:mt10?episodes=100' --demonstrations 5
     accelerate launch finetune_policy.py --dataset.repo_id=USER/NAME --policy.path=FOLDER --steps=2000
     accelerate launch finetune_policy.py --policy.vla=null --policy.vlm=tiny    # behaviour cloning, without stage 2
 
@@ -152,7 +152,7 @@ def main(args: Args) -> None:
         ]
     else:
         shown = [only(args.episodes, sources, splits)]
-    sizes = {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
+    sizes = {"min_times": 1, "chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
     robots = [
         Clips(s, e, (0.0,), labelled_episodes=e, **sizes)
         for s, e in zip(sources, shown, strict=True)

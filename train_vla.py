@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import tyro
 
-from hlrp.vla import VLA, VLAConfig
+from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
 
 
@@ -74,6 +74,7 @@ def main(args: Args) -> None:
 
     die_with_launcher()
     check_loop(args)
+    check(args.model)
     stage1 = load_config(args.laq, "laq")
     faults = laq_alarms(stage1["report"] or {})
     if faults and not args.accept_failed_laq:
@@ -115,7 +116,7 @@ def main(args: Args) -> None:
         labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
         sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
         labels = {"labelled_episodes": labelled, "latent_space": cached}
-        train_clips.append(Clips(source, train_episodes, times, **sizes, **labels))
+        train_clips.append(Clips(source, train_episodes, times, min_times=2, **sizes, **labels))
         val_clips.append(Clips(source, val_episodes, times, **sizes))
     mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}

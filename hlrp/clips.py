@@ -37,8 +37,8 @@ class Clips(Dataset):
     Seconds become frames by the frame rate of each episode; an episode shorter than a clip contributes none.
     The index holds a few numbers for an episode and none for a clip.
 
-    With `chunk_size`, clips are for a policy, which is to act in every frame: one starts at each. What then lies past
-    the end of the episode is marked as padding: actions by action_is_pad, latent actions by latent_is_pad.
+    With `min_times`, only so many of the times have to: a policy, which is to act in every frame, asks for one. What
+    lies past the end of the episode is marked as padding: actions by action_is_pad, latent actions by latent_is_pad.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Clips(Dataset):
         labelled_episodes: Sequence[int] | None = None,
         input_size: int | None = None,
         latent_space: dict | None = None,
+        min_times: int | None = None,
         chunk_size: int | None = None,
         num_images: int = 1,
         name: str | None = None,
@@ -60,6 +61,7 @@ class Clips(Dataset):
         input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
         num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame. Those
         of further cameras of the source, its `views`, stand beside them, in the order of the cameras' names.
+        min_times: times that lie inside the episode, from the first on; all of them, else.
         chunk_size: actions from t = 0 on, one a frame; without it, those up to the last time.
         name: of these clips in logs; the source's, else.
         frames: of each episode of the source, those that a clip may start at, in their order; all of them, else.
@@ -71,6 +73,7 @@ class Clips(Dataset):
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
+        self.min_times = len(times) if min_times is None else min_times
         self.episodes = np.asarray(episodes, dtype=np.int64)
         self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
         fps = source.fps[self.episodes]
@@ -81,7 +84,7 @@ class Clips(Dataset):
             source.labels(int(self.episodes[0]), [0])  # read now, once for all workers
 
         lengths = source.lengths[self.episodes]
-        num_clips = np.maximum(lengths - self.offsets[:, -1], 0) if chunk_size is None else lengths
+        num_clips = np.maximum(lengths - self.offsets[:, self.min_times - 1], 0)
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
@@ -198,7 +201,7 @@ class Clips(Dataset):
                 sample["action_is_pad"] = torch.from_numpy(action_frames[i] > last)
             for key, column in labels.items():
                 sample[key] = column.unflatten(0, (len(starts), -1))[i]
-            if self.chunk_size is not None:
+            if self.min_times < len(self.times):
                 sample["latent_is_pad"] = torch.from_numpy(start + offsets[1:] > last)
             for key, value in read.items():
                 sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value

@@ -25,7 +25,7 @@ A sample is a flat dict of one clip, the frames of one episode at stated times i
     t = 0); fps float; state float32 (s,) at t = 0; action float32 (chunk, a) from t = 0 up to, not including,
     the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
     latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for;
-    latent_is_pad bool (t - 1,) where clips may reach past their episode, as those for a policy do.
+    latent_is_pad bool (t - 1,) where clips may reach past their episode.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so.
 """
 
@@ -84,6 +84,7 @@ class Mixture(Dataset):
                 c.times.tolist(),
                 c.image_size,
                 c.input_size,
+                c.min_times,
                 c.chunk_size,
                 c.num_images,
                 None if c.starts is None else [starts.tolist() for starts in c.starts],

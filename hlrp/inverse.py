@@ -1,6 +1,6 @@
 """Inverse dynamics from few demonstrations: a model of two frames -> action, and its actions for all other video.
 
-    python -m hlrp.inverse --data metaworld:mt10?episodes=100 --demonstrations 5 --output-dir outputs/inverse
+    python -m hlrp.inverse --data 'metaworld:mt10?episodes=100' --demonstrations 5 --output-dir outputs/inverse
     accelerate launch finetune_policy.py --pseudo-actions outputs/inverse --demonstrations 5 ...
 
 The rival that latent actions have to beat: video is labelled by what the same demonstrations teach (VPT, Baker et al.

@@ -205,12 +205,12 @@ class HLRPPolicy(PreTrainedPolicy):
         latents = batch.get("latent_vectors" if isinstance(self.latent_head, FlowHead) else "latent_indices")
         latent_errors = None
         if self.latent_head is not None and self.config.latent_weight and latents is not None:
-            has_latents = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-            if "latent_is_pad" in batch:  # those that reach past an episode are no labels
-                has_latents = ~batch["latent_is_pad"].any(1)
-                latents = torch.where(has_latents[:, None, None], latents, 0)
-            scored = self.latent_head(self.vlm, images, tasks, latents)
-            prompt, latent_errors = scored.prompt, torch.where(has_latents, scored.errors, 0.0)
+            is_absent = batch.get("latent_is_pad")
+            if is_absent is None:
+                is_absent = torch.zeros(latents.shape[:2], dtype=torch.bool, device=latents.device)
+            latents = torch.where(is_absent[..., None], 0, latents)
+            scored = self.latent_head(self.vlm, images, tasks, latents, is_absent)
+            prompt, latent_errors, has_latents = scored.prompt, scored.errors, (~is_absent).any(1)
         else:
             prompt = self.vlm(images, tasks)
         is_pad = batch.get("action_is_pad")

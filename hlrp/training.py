@@ -237,13 +237,13 @@ class Run:
                 yield batch | labelled | {"step": self.step}
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
-        """How many samples of an optimizer step, on all ranks, have actions, and how many have all of their latent
-        actions, for each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
+        """How many samples of an optimizer step, on all ranks, have actions, and how many have latent actions, for
+        each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
         counts = {}
         if "action_is_pad" in batches[0]:
             counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
         if "latent_is_pad" in batches[0]:
-            counts["num_latent"] = sum((~batch["latent_is_pad"].any(1)).sum() for batch in batches)
+            counts["num_latent"] = sum((~batch["latent_is_pad"]).any(1).sum() for batch in batches)
         for name, count in counts.items():
             count = count.to(self.accelerator.device, torch.float32)
             counts[name] = self.accelerator.reduce(count, "mean") / len(batches)

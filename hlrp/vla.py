@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hlrp.action_expert import ActionExpert, ExpertBlock
+from hlrp.action_expert import ActionExpert, ExpertBlock, mean_over_steps
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
 from hlrp.losses import ActionReadout
 from hlrp.running import RunningNorm
@@ -105,12 +105,16 @@ class CodeHead(nn.Module):
         rows = self.rows.repeat(self.chunk_size, 1, 1)[: hidden.shape[1]]
         return torch.einsum("bnd,nkd->bnk", hidden.float(), rows.float())
 
-    def score(self, logits: Tensor, targets: Tensor, prompt: Encoded, vocab_size: int = 0) -> Scored:
-        """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n)."""
+    def score(
+        self, logits: Tensor, targets: Tensor, prompt: Encoded, is_pad: Tensor | None, vocab_size: int = 0
+    ) -> Scored:
+        """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n); is_pad bool (b, t)."""
         labels = (targets + vocab_size).flatten()  # b n -> (b n)
         errors = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(targets)
-        guesses = logits[..., vocab_size:].argmax(-1)
-        return Scored(errors.mean(1), prompt, {"accuracy": (guesses == targets).float().mean()})
+        hits = (logits[..., vocab_size:].argmax(-1) == targets).float()
+        errors, hits = (x.unflatten(1, (self.chunk_size, -1)).mean(-1) for x in (errors, hits))  # b t
+        accuracy = mean_over_steps(hits, is_pad).mean()
+        return Scored(mean_over_steps(errors, is_pad), prompt, {"accuracy": accuracy})
 
     def predicted(self, indices: Tensor, probabilities: Tensor) -> Predicted:
         """indices (b, n), probabilities (b, n, k)."""
@@ -131,19 +135,21 @@ class TokensHead(CodeHead):
         places = (first + torch.arange(indices.shape[1], device=indices.device)) % self.num_tokens
         return self.embeddings[places, indices]
 
-    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+    def forward(
+        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
+    ) -> Scored:
         targets = latents.flatten(1)  # b n
         suffix = vlm.embed_scale * self.embed(targets[:, :-1])
         encoded = vlm(images, tasks, suffix)
         hidden, prompt = encoded.hidden[:, -self.length :], encoded.without(self.length - 1)
         if not self.in_vocabulary:
-            return self.score(self.logits(hidden), targets, prompt)
+            return self.score(self.logits(hidden), targets, prompt, is_pad)
         words = vlm.vocab_logits(hidden)
         codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
         codes = vlm.cap_logits(codes)  # as those of words
         place = torch.arange(self.length, device=targets.device) % self.num_tokens
         logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
-        return self.score(logits, targets, prompt, words.shape[-1])
+        return self.score(logits, targets, prompt, is_pad, words.shape[-1])
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         encoded = vlm(images, tasks, use_cache=self.length > 1)
@@ -170,10 +176,12 @@ class ParallelHead(CodeHead):
         queries = vlm.embed_scale * self.queries.expand(len(images), -1, -1)  # n d -> b n d
         return vlm(images, tasks, queries)
 
-    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+    def forward(
+        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
+    ) -> Scored:
         encoded = self.encode(vlm, images, tasks)
         logits = self.logits(encoded.hidden[:, -self.length :])
-        return self.score(logits, latents.flatten(1), encoded.without(self.length))
+        return self.score(logits, latents.flatten(1), encoded.without(self.length), is_pad)
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         logits = self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :])
@@ -189,10 +197,12 @@ class FlowHead(nn.Module):
         self.norm = RunningNorm(space.vector_dim)
         self.expert = ActionExpert({"latent": space.vector_dim}, dim, config.expert_dim, config.expert_depth)
 
-    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor) -> Scored:
+    def forward(
+        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
+    ) -> Scored:
         targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
         encoded = vlm(images, tasks)
-        errors = self.expert.errors("latent", targets, self.expert.read(encoded.hidden, encoded.mask))
+        errors = self.expert.errors("latent", targets, self.expert.read(encoded.hidden, encoded.mask), is_pad)
         return Scored(errors, encoded, {})
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
@@ -235,11 +245,11 @@ class VLA(nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
-        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e); features (b, n, f) of the
+        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e), with latent_is_pad
+        bool (b, t) where the later ones lie past the episode; features (b, n, f) of the
         last view where feature_weight is set; action (b, chunk, a) with action_is_pad and source where action_weight
         is set."""
-        latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
-        scored = self.head(self.vlm, batch["images"], batch["task"], latents)
+        scored = self.scored(batch)
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
         if self.config.feature_weight:
@@ -260,8 +270,14 @@ class VLA(nn.Module):
     @torch.no_grad()
     def score(self, batch: dict) -> Tensor:
         """The loss (b,) of each sample's latent actions: negative log-likelihood of a code, or the flow's error."""
+        return self.scored(batch).errors
+
+    def scored(self, batch: dict) -> Scored:
         latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
-        return self.head(self.vlm, batch["images"], batch["task"], latents).errors
+        is_pad = batch.get("latent_is_pad")
+        if is_pad is not None:  # what stands there counts for nothing, but is to be a latent action
+            latents = torch.where(is_pad[..., None], latents[:, :1], latents)
+        return self.head(self.vlm, batch["images"], batch["task"], latents, is_pad)
 
     @torch.no_grad()
     def generate(self, images: Tensor, tasks: Sequence[str], temperature: float = 0.0) -> Predicted:

@@ -272,7 +272,7 @@ def test_a_wrong_uri_says_what_would_fit(text, message):
 
 def for_a_policy(source, **settings):
     episodes = range(len(source.lengths))
-    settings = {"image_size": 8, "input_size": 8, "chunk_size": 4} | settings
+    settings = {"image_size": 8, "input_size": 8, "min_times": 1, "chunk_size": 4} | settings
     return Clips(source, episodes, (0.0, 0.2, 0.4), **settings)
 
 
@@ -286,6 +286,13 @@ def test_a_policy_acts_in_every_frame_and_what_lies_past_the_episode_is_padding(
     assert clips[1]["latent_is_pad"].tolist() == [False, False] and not clips[1]["action_is_pad"].any()
     assert clips[2]["latent_is_pad"].tolist() == [False, True]
     assert [i for _, i in shown(clips[2])] == [2, 4, 5] and sample["state"].tolist() == [4]
+
+
+def test_a_chunk_of_latent_actions_may_end_with_padding():
+    clips = for_a_policy(Counting([7], action_dim=1), min_times=2, chunk_size=None)
+    assert [clips[i]["index"] for i in range(len(clips))] == [0, 1, 2, 3, 4]
+    assert [clips[i]["latent_is_pad"].tolist() for i in (2, 3)] == [[False, False], [False, True]]
+    assert clips[4]["action_is_pad"].tolist() == [False, False, False, True]
 
 
 def test_a_history_of_images_begins_with_the_first_frame_and_never_shows_the_future():

@@ -344,7 +344,7 @@ def test_flags_that_would_do_nothing_are_named(flag, message):
 def test_the_command_line_reaches_every_part(stages, tmp_path):
     flags = f"--policy.vla={stages / 'parallel'} --laq={stages / 'laq'} --output_dir={tmp_path} --steps=2"
     flags += " --warmup_steps=1 --batch_size=4 --num_workers=0 --eval_freq=2 --val_samples=8"
-    flags += " --demonstrations=1 --policy.chunk_size=4--policy.n_action_steps=2 --wandb.enable=false"
+    flags += " --demonstrations=1 --policy.chunk_size=4 --policy.n_action_steps=2 --wandb.enable=false"
     subprocess.run([sys.executable, finetune_policy.__file__, *flags.split()], check=True)
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["policy.chunk_size"] == 4 and settings["demonstrations"] == 1

@@ -265,6 +265,28 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("settings", HEADS, ids=name)
+def test_latent_actions_past_the_episode_count_for_nothing(saved, settings):
+    vla = make(saved("smolvlm"), chunk_size=3, **settings)
+    train(vla, make_batch(vla), steps=2)
+    batch = make_batch(vla) | {"latent_is_pad": torch.zeros(4, 3, dtype=torch.bool)}
+    batch["latent_is_pad"][0, 1:], batch["latent_is_pad"][1, 2] = True, True
+
+    def scores(batch):
+        torch.manual_seed(4)
+        return vla.eval().score(batch)
+
+    before = scores(batch)
+    assert not torch.equal(
+        before[:2], scores(batch | {"latent_is_pad": torch.zeros(4, 3, dtype=torch.bool)})[:2]
+    )
+    batch["latent_indices"][0, 1:], batch["latent_vectors"][0, 1:] = (
+        -1,
+        float("nan"),
+    )  # as hlrp.label leaves them
+    assert torch.equal(scores(batch), before)
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=name)
 def test_image_tokens_learn_to_tell_the_features_of_the_image(saved, settings):
     vla = make(saved("smolvlm"), feature_weight=2.0, feature_dim=24, **settings)
     batch, terms = make_batch(vla), []
