@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +93,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
@@ -111,32 +109,19 @@ def main(args: Args) -> None:
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
+    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import instructions, open_source, parse_uri
-    from hlrp.training import Run, check_loop, die_with_launcher
+    from hlrp.training import Run
     from hlrp.validation import scalars
 
     die_with_launcher()
     check_loop(args)
     check(args)
     args.data = args.data or data_of(args)
-    precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
-    torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=args.grad_accumulation,
-        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for the one that rolls out
-        ],
-    )
+    accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     config = args.policy if args.policy_path is None else saved_config(args.policy_path, args.policy)
     config.device = accelerator.device.type

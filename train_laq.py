@@ -52,33 +52,21 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
     from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
     from hlrp.data import Mixture, loader
+    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
-    from hlrp.training import Run, check_loop, die_with_launcher
+    from hlrp.training import Run
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
 
     die_with_launcher()
     check_loop(args)
     args.model = args.model.resolved()
-    precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
-    torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=args.grad_accumulation,
-        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
     # data: pairs of frames, from other episodes in training and validation

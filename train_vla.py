@@ -56,18 +56,17 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
     from hlrp.checkpoints import load_config
     from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
+    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import instructions, open_source, parse_uri
-    from hlrp.training import Run, check_loop, die_with_launcher
+    from hlrp.training import Run
     from hlrp.transforms import regrid
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
@@ -82,18 +81,7 @@ def main(args: Args) -> None:
             f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same"
         )
     args.data = args.data or tuple(stage1["data"])
-    precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
-    torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=args.grad_accumulation,
-        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
     # teacher

@@ -13,7 +13,6 @@ A run is a function of (settings, step): nothing random is carried from step to 
 the weights and the optimizer's state, and continues to the bit.
 """
 
-import ctypes
 import fcntl
 import json
 import math
@@ -44,6 +43,7 @@ from hlrp.checkpoints import (
     write_json,
     write_text,
 )
+from hlrp.launch import keep_freed_memory
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.sharding import full, full_copies, sharding
 
@@ -63,44 +63,6 @@ FREE = {  # settings that may change between a start and a resume: the weights d
         "eval",
     ),
 }
-
-
-def check_loop(args) -> None:
-    """Raises ValueError for settings of a training script that no run can have."""
-    counts = "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split()
-    for name in counts:
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
-    for name in ("lr", "grad_clip"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
-    for name in ("label_fraction", "action_free", "ema_decay"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
-    if not 0 <= args.warmup_steps <= args.steps:
-        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc reuse large freed blocks, which it would give back to the system and get again page by page."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def die_with_launcher() -> None:
-    """Has the kernel warn this process by SIGTERM when the launcher that started it has died, of whatever.
-
-    A launcher dies at once of Slurm's SIGUSR1 or of kill -9. Its ranks then save and stop, and do not train on.
-    """
-    libc, launchers = ctypes.CDLL(None), ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
-    if hasattr(libc, "prctl") and any(name in os.environ for name in launchers):
-        pr_set_pdeathsig = 1
-        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() == 1:
-            sys.exit("the launcher has gone")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -240,6 +240,8 @@ class VLA(nn.Module):
             vlm.lm_head.requires_grad_(False)  # nothing reads it
         if config.feature_weight:
             self.to_features = nn.Linear(vlm.dim, config.feature_dim)
+        if config.action_weight and not config.action_dim:
+            raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")
         if config.action_weight:
             self.to_action = ActionReadout(vlm.dim, config.action_sources, config.action_dim)
 
@@ -328,5 +330,3 @@ def check(config: VLAConfig) -> None:
     for name in ("action_weight", "feature_weight"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")
-    if config.action_weight and not config.action_dim:
-        raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

@@ -26,7 +26,7 @@ import torch
 
 from hlrp.label import label_episode
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.training import keep_freed_memory
+from hlrp.launch import keep_freed_memory
 
 
 def per_pair(

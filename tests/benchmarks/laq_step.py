@@ -48,8 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hlrp.laq import LAQ, SIZES, LAQConfig
+from hlrp.launch import keep_freed_memory
 from hlrp.optimizers import parameter_groups
-from hlrp.training import keep_freed_memory
 from hlrp.transformer import Attention
 
 SIZE = SIZES["base"]

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from hlrp.launch import keep_freed_memory
 from hlrp.tiny_vlm import tiny_tokenizer
-from hlrp.training import keep_freed_memory
 from hlrp.vla import VLA, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, VLMConfig
 

@@ -1,0 +1,70 @@
+"""What the training scripts do before a run: settings are checked, processes and device are set up by accelerate."""
+
+import ctypes
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+
+
+def check_loop(args) -> None:
+    """Raises ValueError for settings of a training script that no run can have."""
+    counts = "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split()
+    for name in counts:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
+    for name in ("lr", "grad_clip"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
+    for name in ("label_fraction", "action_free", "ema_decay"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
+    if not 0 <= args.warmup_steps <= args.steps:
+        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc reuse large freed blocks, which it would give back to the system and get again page by page."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def die_with_launcher() -> None:
+    """Has the kernel warn this process by SIGTERM when the launcher that started it has died, of whatever.
+
+    A launcher dies at once of Slurm's SIGUSR1 or of kill -9. Its ranks then save and stop, and do not train on.
+    """
+    libc, launchers = ctypes.CDLL(None), ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+    if hasattr(libc, "prctl") and any(name in os.environ for name in launchers):
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() == 1:
+            sys.exit("the launcher has gone")
+
+
+def make_accelerator(args):
+    """accelerate's Accelerator for the settings that all scripts share; without a GPU, on the CPU."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "no"
+    torch.set_float32_matmul_precision("high")
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.grad_accumulation,
+        log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(
+                timeout=timedelta(hours=2)
+            ),  # ranks wait for one that renders or rolls out
+        ],
+    )
