@@ -256,6 +256,9 @@ def main(args: Args) -> None:
         if step % args.log_freq == 0:
             consumed = mixture.consumed(0, step * run.samples_per_step)
             shares = {f"share/{c.name}": n / consumed.sum() for c, n in zip(clips, consumed, strict=True)}
+            metrics = {
+                name: torch.tensor(x, device=loss.device) for name, x in metrics.items()
+            }  # of this rank
             run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or is_last:
             validate()

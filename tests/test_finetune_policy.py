@@ -125,6 +125,34 @@ def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(stages, tmp
     assert grad_norm("accumulated", batch_size=2, grad_accumulation=4) == pytest.approx(large, rel=2e-3)
 
 
+def test_two_processes_train_what_one_trains_however_unevenly_labels_lie(stages, tmp_path):
+    policy = {"action_head": "l1", "latent_weight": 1.0}
+    train(tmp_path / "one", stages, policy=policy, action_free=0.7, steps=2, eval_freq=2)
+    flags = {"policy.vla": stages / "parallel", "laq": stages / "laq", "output-dir": tmp_path / "two"}
+    flags |= {"policy.action-head": "l1", "policy.latent-weight": 1.0, "action-free": 0.7, "batch-size": 4}
+    flags |= {
+        "steps": 2,
+        "eval-freq": 2,
+        "warmup-steps": 2,
+        "val-samples": 16,
+        "num-workers": 0,
+        "log-freq": 1,
+    }
+    flags |= {"demonstrations": 1, "save-freq": 2}
+    flags |= {f"policy.{name}": SMALL[name] for name in SMALL if name != "push_to_hub"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, finetune_policy.__file__, *(f"--{name}={value}" for name, value in flags.items())]
+    subprocess.run(
+        [sys.executable, *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    for name in ("loss", "action_loss", "latent_loss", "grad_norm"):
+        one, two = ([line[name] for line in lines(tmp_path / run)] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=2e-3), name
+    (one,), (two,) = (lines(tmp_path / run, "val") for run in ("one", "two"))
+    for name in ("action_error", "action_error_shuffled_text", "action_loss"):
+        assert two[f"world-clean/{name}"] == pytest.approx(one[f"world-clean/{name}"], rel=2e-2), name
+
+
 def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(stages, tmp_path):
     train(tmp_path / "cloned", stages, head=None, data=DATA[:1])
     assert "latent_loss" not in lines(tmp_path / "cloned")[0]
