@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hlrp.action_expert import mean_over_steps
 from hlrp.demonstrations import to_lerobot
-from hlrp.predictions import CONDITIONS, label, other_tasks
+from hlrp.predictions import CONDITIONS, label, under
 from hlrp.validation import Share
 
 
@@ -46,11 +47,7 @@ def evaluate(
             truth = preprocessor(to_lerobot(batch, policy.config))
             errors = [absolute_error(torch.zeros_like(truth["action"]), truth)]
             for condition in CONDITIONS:
-                seen = batch
-                if condition == "_shuffled_text":
-                    seen = batch | {"task": other_tasks(batch["task"], tasks, seed)}
-                elif condition == "_blank_image":
-                    seen = batch | {"images": torch.full_like(batch["images"], 128)}
+                seen = under(condition, batch, tasks, seed)
                 torch.manual_seed(seed)  # the flow's noise: the same at every validation
                 chunk = policy.predict_action_chunk(preprocessor(to_lerobot(seen, policy.config)))
                 errors.append(absolute_error(chunk, truth))
@@ -73,9 +70,7 @@ def evaluate(
 
 def absolute_error(chunk: Tensor, truth: dict) -> Tensor:
     """Of normalised actions (b, t, a), the mean (b,) over the steps that are none of padding."""
-    is_taken = ~truth["action_is_pad"]
-    errors = (chunk - truth["action"]).abs().mean(-1)
-    return torch.where(is_taken, errors, 0.0).sum(1) / is_taken.sum(1).clamp(min=1)
+    return mean_over_steps((chunk - truth["action"]).abs().mean(-1), truth["action_is_pad"])
 
 
 def alarms(report: dict[str, dict]) -> list[str]:

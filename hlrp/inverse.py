@@ -24,6 +24,7 @@ from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.clips import Clips, action_statistics, split_episodes
 from hlrp.data import Mixture, loader
 from hlrp.demonstrations import choose_demonstrations
+from hlrp.laq import standardise
 from hlrp.metrics import r2_per_dim
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.sources import open_source, parse_uri
@@ -65,7 +66,7 @@ class InverseModel(nn.Module):
 
     def standardised(self, frames: Tensor) -> Tensor:
         """The action in standard deviations from its mean."""
-        images = (frames.float() / 255 - 0.5) / 0.25
+        images = standardise(frames)
         patches = patchify(torch.cat([images[:, 0], images[:, 1] - images[:, 0]], dim=1), self.patch_size)
         query = self.query.expand(len(frames), -1, -1)
         return self.to_action(self.transformer(self.from_patches(patches), prefix=query)[:, 0])

@@ -87,6 +87,15 @@ def other_tasks(tasks: list[str], every: list[str], seed: int) -> list[str]:
     return [every[(every.index(t) + k) % len(every)] for t, k in zip(tasks, steps.tolist(), strict=True)]
 
 
+def under(condition: str, batch: dict, tasks: list[str], seed: int) -> dict:
+    """The batch as a model sees it under one of `CONDITIONS`; tasks: all of the set's instructions."""
+    if condition == "_shuffled_text":
+        return batch | {"task": other_tasks(batch["task"], tasks, seed)}
+    if condition == "_blank_image":
+        return batch | {"images": torch.full_like(batch["images"], 128)}
+    return batch
+
+
 @torch.no_grad()
 def evaluate(
     vla: VLA,
@@ -158,11 +167,7 @@ def predict_all(
             batch |= label(laq, batch["frames"])
         rows, errors, probabilities = [], [], None
         for condition in conditions:
-            seen = batch
-            if condition == "_shuffled_text":
-                seen = batch | {"task": other_tasks(batch["task"], tasks, seed)}
-            elif condition == "_blank_image":
-                seen = batch | {"images": torch.full_like(batch["images"], 128)}
+            seen = under(condition, batch, tasks, seed)
             predicted = vla.generate(seen["images"], seen["task"])
             rows.append(complete(laq, predicted))
             if not condition:
