@@ -58,7 +58,10 @@ class Args:
     state: bool = True  # the policy reads the robot's state where the data have it
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
-    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+    skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
+    max_broken: int = (
+        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
+    )
 
     policy: HLRPConfig = field(default_factory=lambda: HLRPConfig(vla=str(STAGE2), push_to_hub=False))
     policy_path: Path | None = (
@@ -96,7 +99,7 @@ def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
-    from hlrp.clips import Clips, choose_clips, split_episodes
+    from hlrp.clips import Clips, choose_clips, is_stream, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.demonstrations import (
         choose_demonstrations,
@@ -114,6 +117,7 @@ def main(args: Args) -> None:
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import instructions, open_source, parse_uri
+    from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.validation import scalars
 
@@ -172,7 +176,7 @@ def main(args: Args) -> None:
     for i, (uri, source, (train, val), labelled) in enumerate(
         zip(args.data, sources, splits, shown, strict=True)
     ):
-        weight, others = parse_uri(uri).weight, np.setdiff1d(train, labelled)
+        weight, others = parse_uri(uri).weight, train if is_stream(source) else np.setdiff1d(train, labelled)
         busy = {"frames": busy_frames(source, args.idle) if args.idle.is_set() else None}
         if busy["frames"] is not None and accelerator.is_main_process:
             save_picture(args.output_dir / "idle" / f"{source.name}.png", source, args.idle, train)
@@ -184,9 +188,11 @@ def main(args: Args) -> None:
         if len(others) and args.action_free and (laq is not None or args.pseudo_actions):
             labelled = others if args.pseudo_actions else ()
             name = {"labelled_episodes": labelled, "latent_space": cached, "name": f"{source.name}-video"}
-            clips.append(Clips(source, others, times, source_index=i, **name, **busy, **sizes))
+            clips.append(
+                clips_of(source, others, times, source_index=i, seed=args.seed, **name, **busy, **sizes)
+            )
             weights.append(weight * args.action_free)
-    mixture = Mixture(clips, weights, args.seed)
+    mixture = Mixture(clips, weights, args.seed, args.skip_broken)
 
     model = distribute(policy, policy.vlm.block_classes(), accelerator)
     optimizer = make_optimizer(args.optimizer, policy, policy.block_classes(), args.lr, args.weight_decay)
@@ -226,11 +232,13 @@ def main(args: Args) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     run.print(
         f"{trained / 1e6:.1f} M trained parameters, {sum(map(len, shown))} demonstrations of {len(robots)} source(s), "
-        f"{sum(len(c.episodes) for c in clips) - sum(map(len, shown))} episodes of other video, {args.steps} steps of "
+        f"{mixture}, {args.steps} steps of "
         f"{run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
     )
     start = run.step * run.samples_per_step
-    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    train_loader = loader(
+        mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.turns
+    )
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
         set_lr(optimizer, lr)

@@ -26,7 +26,10 @@ class Args:
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # pairs of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
-    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+    skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
+    max_broken: int = (
+        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
+    )
 
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
@@ -52,13 +55,14 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
+    from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.launch import check_loop, die_with_launcher, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import open_source, parse_uri
+    from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transformer import Block
     from hlrp.validation import alarms, evaluate, scalars
@@ -75,11 +79,12 @@ def main(args: Args) -> None:
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
-        labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
+        labelled = first_share(train_episodes, args.label_fraction)
         pairs = {"times": (0.0, args.model.delta), "image_size": args.model.image_size, "source_index": i}
-        train_clips.append(Clips(source, train_episodes, **pairs, labelled_episodes=labelled))
-        val_clips.append(Clips(source, val_episodes, **pairs))
-    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
+        pairs["seed"] = args.seed
+        train_clips.append(clips_of(source, train_episodes, **pairs, labelled_episodes=labelled))
+        val_clips.append(clips_of(source, val_episodes, **pairs))
+    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed, args.skip_broken)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
@@ -113,11 +118,13 @@ def main(args: Args) -> None:
     # train
     num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)
     run.print(
-        f"{num_parameters / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} pairs of {len(sources)} "
-        f"source(s), {args.steps} steps of {run.samples_per_step} pairs, lr {args.lr:g}, {accelerator.device}"
+        f"{num_parameters / 1e6:.1f} M trained parameters, {mixture}, "
+        f"{args.steps} steps of {run.samples_per_step} pairs, lr {args.lr:g}, {accelerator.device}"
     )
     start = run.step * run.samples_per_step
-    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    train_loader = loader(
+        mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.turns
+    )
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
         set_lr(optimizer, lr)

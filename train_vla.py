@@ -30,7 +30,10 @@ class Args:
     val_samples: int = 512  # samples of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
     shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
-    skip_broken: bool = False  # leave out broken files and count them, instead of stopping
+    skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
+    max_broken: int = (
+        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
+    )
 
     model: VLAConfig = field(default_factory=VLAConfig)
 
@@ -57,7 +60,7 @@ class Args:
 
 def main(args: Args) -> None:
     from hlrp.checkpoints import load_config
-    from hlrp.clips import Clips, action_statistics, choose_clips, split_episodes
+    from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
@@ -66,6 +69,7 @@ def main(args: Args) -> None:
     from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import instructions, open_source, parse_uri
+    from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transforms import regrid
     from hlrp.validation import alarms as laq_alarms
@@ -101,12 +105,13 @@ def main(args: Args) -> None:
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
-        labelled = train_episodes[: round(args.label_fraction * len(train_episodes))]
+        labelled = first_share(train_episodes, args.label_fraction)
         sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
+        sizes["seed"] = args.seed
         labels = {"labelled_episodes": labelled, "latent_space": cached}
-        train_clips.append(Clips(source, train_episodes, times, min_times=2, **sizes, **labels))
-        val_clips.append(Clips(source, val_episodes, times, **sizes))
-    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed)
+        train_clips.append(clips_of(source, train_episodes, times, min_times=2, **sizes, **labels))
+        val_clips.append(clips_of(source, val_episodes, times, **sizes))
+    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed, args.skip_broken)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
@@ -144,11 +149,13 @@ def main(args: Args) -> None:
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
     run.print(f"latent actions are {'read from the data' if cached else 'computed along the way'}")
     run.print(
-        f"{trained / 1e6:.1f} M trained parameters, {sum(map(len, train_clips))} samples of {len(sources)} source(s), "
+        f"{trained / 1e6:.1f} M trained parameters, {mixture}, "
         f"{args.steps} steps of {run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
     )
     start = run.step * run.samples_per_step
-    train_loader = loader(mixture, args.batch_size, start, **ranks, num_workers=args.num_workers)
+    train_loader = loader(
+        mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.turns
+    )
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
         set_lr(optimizer, lr)

@@ -1,5 +1,6 @@
 """Clips: the samples of a source, frames of one episode at stated times. The contract is in `hlrp.data`."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,19 +9,47 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from hlrp.permutation import hash_integers
 from hlrp.transforms import fit
 
 
-def split_episodes(source, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Episode numbers for training and for validation, disjoint, at least one each."""
+class EpisodeRange(NamedTuple):
+    """The episodes of a stream whose hash lies in [low, high): a part of it, known without a look at the whole."""
+
+    seed: int
+    low: float
+    high: float
+
+    def __contains__(self, episode: int) -> bool:
+        return self.low <= hash_integers(self.seed, 3, episode)[0] / 2**64 < self.high
+
+
+def split_episodes(
+    source, val_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray] | tuple[EpisodeRange, EpisodeRange]:
+    """Episode numbers for training and for validation, disjoint, at least one each; of a stream, ranges of them."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}; a share between 0 and 1 fits")
+    if is_stream(source):
+        return EpisodeRange(seed, val_fraction, 1.0), EpisodeRange(seed, 0.0, val_fraction)
     num_episodes = len(source.lengths)
     if num_episodes < 2:
         raise ValueError(f"{source.uri}: {num_episodes} episode; training and validation need 2 or more")
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}; a share between 0 and 1 fits")
     num_val = min(max(round(val_fraction * num_episodes), 1), num_episodes - 1)
     shuffled = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(shuffled[num_val:]), np.sort(shuffled[:num_val])
+
+
+def is_stream(source) -> bool:
+    """Whether a source is read from one end to the other (`hlrp.streams`)."""
+    return hasattr(source, "num_shards")
+
+
+def first_share(episodes: np.ndarray | EpisodeRange, share: float) -> np.ndarray | EpisodeRange:
+    """That share of some episodes, from the first on."""
+    if isinstance(episodes, EpisodeRange):
+        return episodes._replace(high=episodes.low + share * (episodes.high - episodes.low))
+    return episodes[: round(share * len(episodes))]
 
 
 class Sizes(NamedTuple):
@@ -75,7 +104,9 @@ class Clips(Dataset):
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
         self.min_times = len(times) if min_times is None else min_times
         self.episodes = np.asarray(episodes, dtype=np.int64)
-        self.labelled_episodes = self.episodes if labelled_episodes is None else np.asarray(labelled_episodes)
+        self.labelled_episodes = self.episodes
+        if labelled_episodes is not None:
+            self.labelled_episodes = np.asarray(labelled_episodes, dtype=np.int64)
         fps = source.fps[self.episodes]
         self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
         self._check_times(fps)
@@ -90,6 +121,8 @@ class Clips(Dataset):
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
             num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)
         self.ends = np.cumsum(num_clips)
+        self.firsts = self.ends - num_clips  # of the clips of each episode
+        self.is_labelled = np.isin(self.episodes, self.labelled_episodes) & (source.action_dim > 0)
         if num_clips.sum() == 0:
             longest = (lengths / fps).max(initial=0)
             raise ValueError(
@@ -99,6 +132,16 @@ class Clips(Dataset):
         if chunk_size is None:
             chunk_size = int(self.offsets[:, -1].max())
         self.sizes = Sizes(source.state_dim, source.action_dim, chunk_size if source.action_dim else 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the clips are."""
+        plain = (self.source.fingerprint, self.image_size, self.input_size, self.min_times, self.chunk_size)
+        digest = hashlib.sha256(repr((plain, self.num_images)).encode())
+        starts = [np.concatenate(self.starts), self.ends] if self.starts is not None else []
+        for numbers in (self.episodes, self.labelled_episodes, self.times, *starts):
+            digest.update(np.ascontiguousarray(numbers).tobytes() + b"|")
+        return digest.hexdigest()[:16]
 
     def _check_times(self, fps: np.ndarray) -> None:
         for delta, offset in zip(self.times[1:], self.offsets[:, 1:].T, strict=True):
@@ -140,7 +183,7 @@ class Clips(Dataset):
         """Samples at `indices`, in their order; the frames of an episode are decoded together."""
         indices = np.asarray(indices, dtype=np.int64)
         rows = np.searchsorted(self.ends, indices, side="right")
-        starts = indices - np.append(0, self.ends)[rows]
+        starts = indices - self.firsts[rows]
         samples = [None] * len(indices)
         for row in np.unique(rows):
             wanted = np.flatnonzero(rows == row)
@@ -149,10 +192,26 @@ class Clips(Dataset):
                 samples[i] = sample
         return samples
 
+    def frames_of(self, indices: Sequence[int]) -> dict[int, set[int]]:
+        """The frames of each episode that the samples at `indices` show."""
+        frames: dict[int, set[int]] = {}
+        for index in indices:
+            row = int(np.searchsorted(self.ends, index, side="right"))
+            start = (
+                index - self.firsts[row]
+                if self.starts is None
+                else self.starts[row][index - self.firsts[row]]
+            )
+            episode, before = int(self.episodes[row]), np.arange(1 - self.num_images, 0)
+            shown = start + np.concatenate([before, self.offsets[row]])
+            shown = shown.clip(0, self.source.lengths[episode] - 1)
+            frames.setdefault(episode, set()).update(shown.tolist())
+        return frames
+
     def _read(self, row: int, starts: np.ndarray) -> Iterator[dict]:
         """The samples that start at `starts`, all in one episode."""
         source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
-        is_labelled = source.action_dim > 0 and episode in self.labelled_episodes
+        is_labelled = self.is_labelled[row]
         last = int(source.lengths[episode]) - 1
         steps = np.arange(offsets[-1] if self.chunk_size is None else self.chunk_size)
         action_frames = starts[:, None] + steps  # clips chunk
@@ -170,7 +229,7 @@ class Clips(Dataset):
             labels = {}
             if self.latent_space is not None:
                 labels = source.labels(episode, clip_frames[:, :-1].ravel())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
 
         native, task = read.pop("frames"), read.pop("task")
@@ -208,8 +267,9 @@ class Clips(Dataset):
             yield sample
 
 
-def action_statistics(clips: Clips) -> tuple[Tensor, Tensor]:
+def action_statistics(clips) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (a,) of the actions in the labelled episodes; 0 and 1 where there are none."""
+    clips = held(clips, num_episodes=256) if clips.source.action_dim else clips
     source = clips.source
     episodes = clips.labelled_episodes[:1000] if source.action_dim else []
     if not len(episodes):
@@ -218,7 +278,18 @@ def action_statistics(clips: Clips) -> tuple[Tensor, Tensor]:
     return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
 
 
-def choose_clips(clips: Clips, max_clips: int, seed: int) -> Subset:
-    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches."""
+def choose_clips(clips, max_clips: int, seed: int) -> Subset:
+    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches. Of a stream, eight of
+    each of its first episodes."""
+    everywhere = clips
+    clips = held(clips, num_episodes=-(-max_clips // 8))
     borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
-    return Subset(clips, np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist())
+    chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
+    if clips is not everywhere:
+        clips.source.forget_all_but(clips.frames_of(chosen))
+    return Subset(clips, chosen)
+
+
+def held(clips, num_episodes: int) -> Clips:
+    """The clips; of a stream, those of its first episodes, in memory."""
+    return clips if isinstance(clips, Clips) else clips.hold(num_episodes)

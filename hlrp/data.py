@@ -3,7 +3,8 @@
 The data contract
 -----------------
 A source is one plain class a format, made by `hlrp.sources.open_source` from a URI, which may carry a weight:
-`videos:DIR`, `lerobot:REPO_OR_DIR?camera=KEY`, `world:NAME?episodes=N`, `metaworld:TASK,TASK?episodes=N@0.5`.
+`videos:DIR`, `lerobot:REPO_OR_DIR?camera=KEY`, `world:NAME?episodes=N`, `metaworld:TASK,TASK?episodes=N@0.5`,
+`shards:DIR`, `rlds:DIR`. What cannot be read at random is a stream, see `hlrp.streams`.
     uri, name         str: as the user wrote it, without the weight; and short, for logs and metrics
     lengths, fps      int64 and float64 (episodes,): frames, and frames per second, of each episode
     action_dim, state_dim, camera   0, 0 and "" where the source has none
@@ -29,33 +30,50 @@ A sample is a flat dict of one clip, the frames of one episode at stated times i
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so.
 """
 
+import atexit
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from multiprocessing import active_children
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hlrp.clips import Clips, Sizes
 from hlrp.permutation import hash_integers, permute
+from hlrp.streams import StreamClips
 
 BLOCK_SIZE = 4096  # samples in which the shares of a mixture are exact
+STRIDE = 7919  # clips from a broken one to that which takes its place: rarely of the same episode
 
 
 class Mixture(Dataset):
-    """An endless stream of samples from several `Clips`: sample n = 0, 1, ... follows from (seed, n) alone.
+    """An endless sequence of samples from several `Clips`: sample n = 0, 1, ... follows from (seed, n) alone.
 
     Blocks of `BLOCK_SIZE` samples hold exact shares of the sources in shuffled order. Within a source, every
     clip comes once an epoch, in an order that is another pseudo-random permutation each epoch. No state is
     kept: workers, ranks and a resumed run need no more than the number of their next sample.
+
+    `StreamClips` among them take turns alike, but what they give, and in what order, is up to their readers.
+
+    With `skip_broken`, a clip that cannot be read gives way to one of another epoch, and `skipped` of the first sample
+    of a list says why.
     """
 
-    def __init__(self, clips: Sequence[Clips], weights: Sequence[float] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        clips: Sequence[Clips | StreamClips],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        skip_broken: bool = False,
+    ):
         """weights: how often each source is drawn, whatever its size, relative to their sum; else equal."""
-        self.clips, self.seed = list(clips), seed
+        self.clips, self.seed, self.skip_broken = list(clips), seed, skip_broken
+        self.streams = [c for c in self.clips if isinstance(c, StreamClips)]
         if not self.clips:
             raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
         weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -76,23 +94,20 @@ class Mixture(Dataset):
         self.counts = tuple(counts.tolist())  # samples of each source in a block
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
 
-        parts = [
-            (
-                c.source.fingerprint,
-                c.episodes.tolist(),
-                c.labelled_episodes.tolist(),
-                c.times.tolist(),
-                c.image_size,
-                c.input_size,
-                c.min_times,
-                c.chunk_size,
-                c.num_images,
-                None if c.starts is None else [starts.tolist() for starts in c.starts],
-                count,
-            )
-            for c, count in zip(self.clips, self.counts, strict=True)
-        ]
+        parts = [(c.fingerprint, count) for c, count in zip(self.clips, self.counts, strict=True)]
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        num_clips = sum(len(c) for c in self.clips if c not in self.streams)
+        parts = [f"{num_clips} clips"] * bool(num_clips) + [f"{len(self.streams)} stream(s)"] * bool(
+            self.streams
+        )
+        return f"{' and '.join(parts)} of {len({c.source_index for c in self.clips})} source(s)"
+
+    def read_from(self, turns: dict[str, int], reader: int, num_readers: int) -> None:
+        """Has streams read as one of several readers, each from its turn (`StreamClips.turn`), by name; else from 0."""
+        for stream in self.streams:
+            stream.read_from(turns.get(stream.name, 0), reader, num_readers)
 
     def locate(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Source number, and index of the clip in that source, of the samples with these global numbers."""
@@ -106,6 +121,9 @@ class Mixture(Dataset):
         index = np.empty_like(slots)
         for i in np.unique(source):
             here = source == i
+            if self.clips[i] in self.streams:
+                index[here] = -1  # what comes next
+                continue
             size = len(self.clips[i])
             epoch, position = np.divmod(turn[here], size)
             index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
@@ -126,12 +144,39 @@ class Mixture(Dataset):
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict]:
         source, index = self.locate(numbers)
-        samples = [None] * len(numbers)
+        samples, skipped = [None] * len(numbers), []
         for i in np.unique(source):
-            wanted = np.flatnonzero(source == i)
-            for position, sample in zip(wanted, self.clips[i].__getitems__(index[wanted]), strict=True):
+            wanted, clips = np.flatnonzero(source == i), self.clips[i]
+            if clips in self.streams:
+                found = clips.draw(len(wanted))
+                skipped += clips.skipped
+                clips.skipped = []
+            else:
+                found = self._read(clips, index[wanted], skipped)
+            for position, sample in zip(wanted, found, strict=True):
                 samples[position] = sample
+        if skipped:
+            samples[0]["skipped"] = skipped
+        if self.streams:
+            samples[0]["turns"] = [(c.name, c.reader, c.turn) for c in self.streams]
         return samples
+
+    def _read(self, clips: Clips, indices: np.ndarray, skipped: list[str]) -> list[dict]:
+        if not self.skip_broken:
+            return clips.__getitems__(indices)
+        try:
+            return clips.__getitems__(indices)
+        except ValueError:
+            return [self._read_or_next(clips, index, skipped) for index in indices.tolist()]
+
+    def _read_or_next(self, clips: Clips, index: int, skipped: list[str]) -> dict:
+        """The clip, or the first one to be read of a walk from it through all of them."""
+        for step in range(len(clips)):
+            try:
+                return clips[(index + step * STRIDE) % len(clips)]
+            except ValueError as error:
+                skipped.append(str(error))
+        raise ValueError(f"{clips.source.uri}: none of its clips can be read: {skipped[-1]}")
 
 
 @lru_cache(maxsize=8)
@@ -159,7 +204,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
             chunk=max((chunk_size for chunk_size, _ in action_shapes), default=0),
         )
 
-    batch = {}
+    batch = {key: samples[0].pop(key) for key in ("skipped", "turns") if key in samples[0]}
     for key, value in samples[0].items():
         if key in ("state", "action", "action_is_pad") or not all(key in s for s in samples):
             continue
@@ -197,10 +242,43 @@ class BatchNumbers:
             first += self.num_ranks * self.batch_size
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """A scheduler's warning goes to all processes of a job: the training process acts on it, its workers go on."""
+class Loader(DataLoader):
+    """A DataLoader whose workers take no notice of a scheduler's warning, which goes to all processes of a job: the
+    training process acts on it, they go on. They end with that process, however it ends."""
+
+    workers = WeakSet()
+
+    def __init__(self, dataset: Dataset, *args, worker_init_fn: Callable[[], None] | None = None, **settings):
+        own = torch.Generator()  # without it, one would be drawn from the global random state
+        init = partial(start_worker, worker_init_fn)
+        super().__init__(dataset, *args, worker_init_fn=init, generator=own, **settings)
+
+    def __iter__(self) -> Iterator[dict]:
+        others = active_children()
+        iterator = super().__iter__()
+        self.workers.update(child for child in active_children() if child not in others)
+        return iterator
+
+
+@atexit.register
+def kill_workers() -> None:
+    """At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them for ever."""
+    for worker in active_children():
+        if worker in Loader.workers:
+            worker.kill()
+
+
+def start_worker(init: Callable[[], None] | None, worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init()
+
+
+def share_streams(turns: dict[str, int], rank: int, num_ranks: int) -> None:
+    """Makes a worker one of the readers of the streams of its mixture."""
+    info = get_worker_info()
+    info.dataset.read_from(turns, rank * info.num_workers + info.id, num_ranks * info.num_workers)
 
 
 def loader(
@@ -211,17 +289,21 @@ def loader(
     num_ranks: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    turns: dict[str, int] | None = None,
 ) -> DataLoader:
     """Endless batches of one rank, from the global sample number `start` on, whatever the number of workers.
 
     After `step` optimizer steps, start = step * batch_size * num_ranks * (batches accumulated in a step).
+    turns: where streams go on, by their names, see `StreamClips.turn`.
     """
-    return DataLoader(
+    ranks = {"turns": turns or {}, "rank": rank, "num_ranks": num_ranks}
+    if not num_workers:
+        mixture.read_from(ranks["turns"], rank, num_ranks)
+    return Loader(
         mixture,
         batch_sampler=BatchNumbers(batch_size, start, rank, num_ranks),
         num_workers=num_workers,
         collate_fn=partial(collate, sizes=mixture.sizes),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=partial(share_streams, **ranks),
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # without its own, it would draw from the global random state
     )

@@ -10,15 +10,16 @@ from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
-from hlrp.clips import Clips
+from hlrp.clips import Clips, is_stream
 
 
 def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:
-    """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them.
+    """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them. A
+    stream, which cannot be read at random, has none.
 
     Raises ValueError where an instruction has fewer.
     """
-    if not source.action_dim:
+    if not source.action_dim or is_stream(source):
         return np.zeros(0, dtype=np.int64)
     if per_task is None:
         return np.asarray(episodes)
@@ -40,7 +41,10 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
     """
     sources = [c.source for c in clips]
     if not sources:
-        raise ValueError("no source has actions; a policy needs some labelled demonstrations")
+        raise ValueError(
+            "no source has actions that can be read at random; a policy needs some labelled demonstrations, and "
+            "python -m hlrp.shards makes them of a stream"
+        )
     first = sources[0]
     for source in sources[1:]:
         if (source.action_dim, source.state_dim) != (first.action_dim, first.state_dim):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hlrp.clips import is_stream
 from hlrp.transforms import fit
 
 IMAGE_SIZE = 64  # at which motion is measured [pixel]
@@ -84,6 +85,11 @@ def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
             raise ValueError(f"idle.{name}={getattr(config, name)}; expected 0 or more")
     if config.span <= 0:
         raise ValueError(f"idle.span={config.span}; expected a time above 0 [s]")
+    if is_stream(source):
+        raise ValueError(
+            f"{source.uri} is a stream, of which frames cannot be left out; "
+            f"python -m hlrp.shards --data '{source.uri}' makes a source that fits"
+        )
     found = scores(source, config.span)
     if config.action and "action" not in found:
         raise ValueError(f"idle.action={config.action}, but {source.uri} has no actions; --idle.motion fits")

@@ -15,6 +15,8 @@ def check_loop(args) -> None:
     for name in counts:
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
+    if args.max_broken < 0:
+        raise ValueError(f"max_broken={args.max_broken}; expected 0 or more")
     for name in ("lr", "grad_clip"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")

@@ -1,7 +1,10 @@
 """URIs of data sources: `scheme:location?option=value&option=value@weight`."""
 
+from itertools import chain, islice
 from typing import NamedTuple
 from urllib.parse import parse_qsl
+
+from hlrp.clips import is_stream
 
 OPTIONS = {  # of each scheme, as they stand behind the "?" of a URI
     "videos": {},
@@ -76,6 +79,10 @@ def instructions(sources) -> list[str]:
     """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
     found = set()
     for source in sources:
+        if is_stream(source):
+            some = islice(chain.from_iterable(map(source.episodes, range(source.num_shards))), 256)
+            found |= {episode.task for episode in some}
+            continue
         episodes = range(0, len(source.lengths), max(1, len(source.lengths) // 256))
         found |= {source.read(episode, [0])["task"] for episode in episodes}
     return sorted(found)

@@ -15,13 +15,14 @@ the weights and the optimizer's state, and continues to the bit.
 
 import fcntl
 import json
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from hlrp.launch import keep_freed_memory
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.sharding import full, full_copies, sharding
 
+logger = logging.getLogger(__name__)
 INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
     *(
@@ -56,6 +58,7 @@ FREE = {  # settings that may change between a start and a resume: the weights d
         "eval_freq",
         "save_freq",
         "val_samples",
+        "max_broken",
         "wandb",
         "tensorboard",
         "env",
@@ -101,6 +104,9 @@ class Run:
         self.refuse_other_settings(fingerprint)
         self.step = int(self.checkpoint.name) if self.checkpoint else 0
         self.report = None  # of the last validation, kept in every checkpoint
+        self.turns: dict[str, int] = {}  # where streams begin, see hlrp.streams
+        self.reached: dict[str, dict[int, int]] = {}  # and where each of this rank's readers is
+        self.num_broken = 0  # clips and parts of streams left out on this rank since the start
 
         self.first_fault = torch.full((), math.inf, device=accelerator.device)
         self.seen: dict[int, list] = {}  # step -> what the batch was made of, until it is known to be sound
@@ -172,8 +178,13 @@ class Run:
                 load_weights(saved, model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
             step = json.loads((self.checkpoint / "training_state" / "training_step.json").read_text())
-            self.report = step["report"]
+            self.report, self.turns = step["report"], step["turns"]
             self.print(f"resumed {self.output_dir} at step {self.step}")
+            for name, turn in self.turns.items():
+                self.print(
+                    f"{name} is a stream: it goes on at the beginning of shard {turn} since its start; what was read "
+                    "of it and of later ones is seen again"
+                )
 
     def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
         """The loader's batches on the device, with torch's random numbers set for each; endless loaders only.
@@ -187,6 +198,9 @@ class Run:
             self.waited += time.monotonic() - before
             labelled = self.share_of_labelled(batches)
             for i, batch in enumerate(batches):
+                for name, reader, turn in batch.pop("turns", ()):
+                    self.reached.setdefault(name, {})[reader] = turn
+                self.count_broken(batch.pop("skipped", ()))
                 self.seen.setdefault(self.step + 1, []).extend(
                     zip(batch["dataset"], batch["episode"].tolist(), strict=True)
                 )
@@ -197,6 +211,33 @@ class Run:
                 }
                 seed_step(self.seed, self.step * accumulation + i, self.accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
+
+    def count_broken(self, messages: Sequence[str]) -> None:
+        """Tells what was left out, and raises ValueError where it is too much."""
+        for message in messages:
+            self.num_broken += 1
+            logger.warning("skipped %s", message)
+            if self.num_broken > self.settings["max_broken"]:
+                self.finish("failed")
+                raise ValueError(
+                    f"max_broken={self.settings['max_broken']}, but more cannot be read, at last {message}; "
+                    "mend the data, or allow more"
+                )
+
+    def next_turns(self) -> dict[str, int]:
+        """For each stream, the earliest shard that a reader on any rank has not used up."""
+        names, num_readers = sorted(self.reached), max(1, self.settings["num_workers"])
+        turns = [
+            min(self.reached[name].values())
+            if len(self.reached[name]) == num_readers
+            else self.turns.get(name, 0)
+            for name in names
+        ]
+        if names and dist.is_initialized():
+            lowest = torch.tensor(turns, device=self.accelerator.device)
+            dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+            turns = lowest.tolist()
+        return dict(zip(names, turns, strict=True))
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
         """How many samples of an optimizer step, on all ranks, have actions, and how many have latent actions, for
@@ -262,6 +303,8 @@ class Run:
             means = torch.stack([full(values[name]).detach().float() for name in names])
             means = self.accelerator.reduce(means, "mean").tolist()
             values = values | dict(zip(names, means, strict=True)) | self.speed(step)
+            if self.num_broken:
+                values["broken"] = self.num_broken
         if not self.accelerator.is_main_process:
             return
         self.metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
@@ -316,6 +359,7 @@ class Run:
         model, is_main = self.accelerator.unwrap_model(model), self.accelerator.is_main_process
         weights = full_copies(model.state_dict(), is_main)
         state = full_copies(moments(optimizer), is_main)
+        turns = self.next_turns()
         if is_main and not folder.is_dir():
             with whole_folder(folder) as partial:
                 (partial / "pretrained_model").mkdir()
@@ -326,7 +370,7 @@ class Run:
                     weights = average.module.state_dict()
                 (write or model.save_pretrained)(partial / "pretrained_model", weights, **provenance)
                 save_optimizer(partial / "training_state", optimizer, state)
-                step = {"step": self.step, "report": self.report}
+                step = {"step": self.step, "report": self.report, "turns": turns}
                 write_json(partial / "training_state" / "training_step.json", step)
             link_last(folder)
         self.accelerator.wait_for_everyone()

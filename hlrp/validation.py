@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from hlrp.data import collate, ignore_stop_signals
+from hlrp.data import Loader, collate
 from hlrp.laq import LAQ
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health, gather
@@ -42,14 +42,8 @@ class Share(NamedTuple):
     def batches(self, dataset: Dataset) -> Iterator[tuple[slice, dict]]:
         """Batches of a contiguous part of a set, each with its place in it; the next rank's part follows."""
         first, end = (len(dataset) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
-        loader = DataLoader(
-            Subset(dataset, range(first, end)),
-            self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # without its own, it draws from the global state
-        )
+        part = Subset(dataset, range(first, end))
+        loader = Loader(part, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
         for batch in loader:
             place = slice(first, first + len(batch["frames"]))
             yield place, {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}

@@ -1,4 +1,7 @@
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +111,20 @@ def test_d7_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
     for num_workers in (0, 1):
         with pytest.raises(ValueError, match="test:counting, episode 0: kitchen.mp4: cannot be decoded"):
             next(iter(loader(mixture, batch_size=2, num_workers=num_workers)))
+
+
+def test_a_process_that_fails_ends_though_its_workers_wait_for_it():
+    code = """
+from test_data import *
+class Broken(Counting):
+    def read(self, episode, indices):
+        raise ValueError("cannot be decoded")
+batches = iter(loader(Mixture([clips_of(Broken([9]))]), batch_size=2, num_workers=1))
+next(batches)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "cannot be decoded" in done.stderr
 
 
 @pytest.mark.parametrize("num_episodes, val_fraction", [(2, 0.01), (2, 0.99), (11, 0.2), (100, 0.05)])

@@ -1,0 +1,254 @@
+"""Streams: sources that are read from one end to the other, and whose episodes pass by once an epoch.
+
+A streaming source has, in place of lengths and of read(episode, ...) (see `hlrp.data`):
+    num_shards                              int: files, or parts of about equal size
+    episodes(shard) -> Iterator[Episode]    in the order in which they lie in it
+    fps                                     float: of its episodes
+
+Readers (the loader's workers, on all ranks) share its shards out. Each keeps a buffer of episodes, still encoded, and
+draws clips from it at random, each clip once an epoch. So the order follows from the number of readers, too, and a
+resumed run goes on at the beginning of a shard: what was read of it and of later ones is seen again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hlrp.clips import Clips, EpisodeRange, Sizes
+from hlrp.images import decode
+from hlrp.permutation import hash_integers, permute
+
+BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
+MAX_EPISODES = 1_000_000  # in a shard; sample["episode"] is shard * this + the place in the shard
+
+
+@dataclass
+class Episode:
+    """One whole episode, its frames still encoded; read, actions, states as a source has them, without its number."""
+
+    name: str  # the file that it comes from, and its place there: what an error says
+    frames: Sequence[bytes]  # as `hlrp.images.decode` knows them
+    fps: float
+    task: str = ""
+    state: np.ndarray | None = None  # float32 (t, s)
+    action: np.ndarray | None = None  # float32 (t, a)
+    facts: dict = field(default_factory=dict)  # whatever else is known: one JSON value for the episode each
+
+    def __post_init__(self):
+        if not self.frames:
+            raise ValueError(f"{self.name}: an episode without frames")
+        for key in ("state", "action"):
+            column = getattr(self, key)
+            if column is not None and len(column) != len(self.frames):
+                raise ValueError(f"{self.name}: {len(self.frames)} frames, but {key} has {len(column)} rows")
+
+    def read(self, indices: Sequence[int]) -> dict:
+        frames = [decode(self.frames[i], f"{self.name}, frame {i}") for i in indices]
+        sizes = {tuple(frame.shape[1:]) for frame in frames}
+        if len(sizes) > 1:
+            raise ValueError(f"{self.name}: frames of several sizes, {sorted(sizes)}")
+        read = {"frames": torch.stack(frames), "task": self.task}
+        if self.state is not None:
+            read["state"] = self.states(indices)
+        return read | self.facts
+
+    def actions(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.action[np.asarray(indices)])
+
+    def states(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.state[np.asarray(indices)])
+
+
+EPISODE_LIMIT = (
+    1_000_000  # episodes in a shard: sample["episode"] of a stream is shard * this + place in the shard
+)
+
+
+class Held:
+    """Some episodes of a stream in memory: a source as any other."""
+
+    def __init__(self, stream, episodes: Sequence[Episode]):
+        self.uri, self.name, self.camera, self.fingerprint = (
+            stream.uri,
+            stream.name,
+            stream.camera,
+            stream.fingerprint,
+        )
+        self.state_dim, self.action_dim = stream.state_dim, stream.action_dim
+        self.episodes = list(episodes)
+        self.lengths = np.array([len(episode.frames) for episode in self.episodes])
+        self.fps = np.array([episode.fps for episode in self.episodes])
+
+    def read(self, episode: int, indices: Sequence[int]) -> dict:
+        return self.episodes[episode].read(indices)
+
+    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+        return self.episodes[episode].actions(indices)
+
+    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+        return self.episodes[episode].states(indices)
+
+    def forget_all_but(self, frames: dict[int, set[int]]) -> None:
+        """Frees the frames of each episode that are not among these."""
+        for number, episode in enumerate(self.episodes):
+            kept = frames.get(number, ())
+            episode.frames = [data if i in kept else b"" for i, data in enumerate(episode.frames)]
+
+
+class StreamClips:
+    """Clips of those episodes of a stream that lie in a range; the settings are those of `hlrp.clips.Clips`."""
+
+    def __init__(
+        self,
+        source,
+        episodes: EpisodeRange,
+        times: Sequence[float] = (0.0, 0.5),
+        image_size: int = 224,
+        source_index: int = 0,
+        labelled_episodes: EpisodeRange | Sequence[int] | None = None,
+        seed: int = 0,
+        **settings,
+    ):
+        """Raises ValueError where a setting needs random access: cached latent actions, idle frames left out."""
+        for name in ("latent_space", "frames"):
+            if settings.get(name) is not None:
+                raise ValueError(
+                    f"{source.uri} is a stream, for which {name} cannot be given; "
+                    f"python -m hlrp.shards --data '{source.uri}' makes a source that fits"
+                )
+        self.source, self.episodes, self.source_index, self.seed = source, episodes, source_index, seed
+        self.labelled_episodes = episodes if labelled_episodes is None else labelled_episodes
+        self.times, self.image_size, self.settings = np.asarray(times, dtype=np.float64), image_size, settings
+        self.name = settings.get("name") or source.name
+        chunk_size = settings.get("chunk_size") or round(source.fps * times[-1])
+        self.skipped: list[str] = []  # what was left out since this was emptied
+        self.sizes = Sizes(source.state_dim, source.action_dim, chunk_size if source.action_dim else 0)
+        self.read_from(0, reader=0, num_readers=1)
+
+    def read_from(self, start: int, reader: int, num_readers: int) -> None:
+        """Reads, as one of several, from the start of that shard of the endless sequence of epochs."""
+        self.start, self.reader, self.num_readers = start, reader, num_readers
+        self.buffer: list[Waiting] = []
+        self.at = start + (reader - start) % num_readers  # the shard that is being read
+        self.rng = np.random.default_rng([self.seed, self.source_index, start, reader])
+        self.arriving = self.arrive()
+
+    def shard(self, turn: int) -> int:
+        """The shard at a place of the endless sequence: all of them once an epoch, each in an order of its own."""
+        epoch, place = divmod(turn, self.source.num_shards)
+        key = hash_integers(self.seed, 4, self.source_index, epoch)
+        return int(permute(np.array([place]), self.source.num_shards, key)[0])
+
+    def draw(self, count: int) -> list[dict]:
+        """The next samples, as those of `Clips`, but with the episode numbered by its shard and its place in it."""
+        samples = []
+        while len(samples) < count:
+            while not self.buffer or (self.has_room() and self.at - self.turn < self.source.num_shards):
+                self.buffer.append(next(self.arriving))
+            left = np.cumsum([len(waiting.order) for waiting in self.buffer])
+            chosen = int(np.searchsorted(left, self.rng.integers(left[-1]), side="right"))
+            waiting = self.buffer[chosen]
+            try:
+                samples.append(waiting.clips[waiting.order.pop()] | {"episode": waiting.episode})
+            except ValueError as error:
+                if not self.source.skip_broken:
+                    raise
+                self.skipped.append(str(error))
+                waiting.order.clear()
+            if not waiting.order:
+                self.buffer[chosen] = self.buffer[-1]
+                self.buffer.pop()
+        return samples
+
+    def has_room(self) -> bool:
+        return sum(waiting.size for waiting in self.buffer) < BUFFER_SIZE
+
+    @property
+    def turn(self) -> int:
+        """The earliest shard of the endless sequence that this reader has not used up."""
+        return min((waiting.turn for waiting in self.buffer), default=self.at)
+
+    def arrive(self) -> Iterator["Waiting"]:
+        """The episodes of this reader's shards, epoch after epoch."""
+        fruitless = 0
+        while True:
+            is_empty = True
+            for number, episode in self.part(self.shard(self.at)):
+                clips, is_empty = self.clips_of([episode], [number]), False
+                order = self.rng.permutation(len(clips)).tolist()
+                yield Waiting(number, self.at, clips, order, sum(map(len, episode.frames)))
+            fruitless = fruitless + 1 if is_empty else 0
+            if fruitless == self.source.num_shards:
+                raise ValueError(self.nothing())
+            self.at += self.num_readers
+
+    def nothing(self) -> str:
+        return (
+            f"{self.source.uri}: none of its episodes in {self.episodes} lasts {self.times[-1]:g} s; "
+            "a shorter delta or another val_fraction fits"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the clips are."""
+        labelled = tuple(self.labelled_episodes)
+        what = (self.source.fingerprint, self.episodes, labelled, self.times.tolist(), self.image_size)
+        return hashlib.sha256(repr((what, sorted(self.settings.items()))).encode()).hexdigest()[:16]
+
+    def part(self, shard: int) -> Iterator[tuple[int, Episode]]:
+        """The episodes of a shard that belong here and are long enough for a clip, with their numbers.
+
+        With the source's `skip_broken`, what follows a fault in the shard is left out and told in `skipped`.
+        """
+        shortest = self.times[(self.settings.get("min_times") or len(self.times)) - 1]
+        try:
+            for place, episode in enumerate(self.source.episodes(shard)):
+                number = shard * MAX_EPISODES + place
+                if number in self.episodes and len(episode.frames) > round(episode.fps * shortest):
+                    yield number, episode
+        except (ValueError, OSError) as error:
+            if not self.source.skip_broken:
+                raise ValueError(f"{self.source.uri}, shard {shard}: {error}") from error
+            self.skipped.append(f"{self.source.uri}, shard {shard}, the rest of it: {error}")
+
+    def clips_of(self, episodes: Sequence[Episode], numbers: Sequence[int]) -> Clips:
+        """The clips of these episodes, held in memory."""
+        labelled = [i for i, number in enumerate(numbers) if number in self.labelled_episodes]
+        common = {"source_index": self.source_index, "labelled_episodes": labelled}
+        every = range(len(episodes))
+        return Clips(
+            Held(self.source, episodes), every, self.times, self.image_size, **common, **self.settings
+        )
+
+    def hold(self, num_episodes: int) -> Clips:
+        """The clips of the first episodes, held in memory: what validation and statistics are taken from."""
+        numbered = islice(
+            (pair for shard in range(self.source.num_shards) for pair in self.part(shard)), num_episodes
+        )
+        numbers, episodes = zip(*numbered, strict=True) if (numbered := list(numbered)) else ((), ())
+        if not episodes:
+            raise ValueError(self.nothing())
+        return self.clips_of(episodes, numbers)
+
+
+def clips_of(source, episodes, *args, seed: int = 0, **settings) -> Clips | StreamClips:
+    """The clips of some episodes of any source, as `split_episodes` gives them."""
+    if isinstance(episodes, EpisodeRange):
+        return StreamClips(source, episodes, *args, seed=seed, **settings)
+    return Clips(source, episodes, *args, **settings)
+
+
+class Waiting(NamedTuple):
+    """An episode in the buffer."""
+
+    episode: int  # its number
+    turn: int  # of its shard, in the endless sequence
+    clips: Clips
+    order: list[int]  # of the clips that are still to be drawn
+    size: int  # [byte]
