@@ -31,7 +31,7 @@ STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
 
 @dataclass
 class EnvArgs:
-    type: str | None = None  # LeRobot's name of an environment, or hlrp_metaworld: evaluate in it
+    type: str | None = None  # LeRobot's name of an environment, hlrp_metaworld or hlrp_world: evaluate in it
     task: str | None = None  # its tasks, by commas
 
 
@@ -379,6 +379,7 @@ def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -
     from lerobot.utils.random_utils import set_seed
 
     import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
+    import hlrp.world_env  # noqa: F401  the type hlrp_world
 
     env_config = make_env_config(args.env.type, **({"task": args.env.task} if args.env.task else {}))
     videos_dir = args.output_dir / "videos" / f"step_{step:06d}"

@@ -2,5 +2,6 @@
 
 from hlrp.metaworld_env import HLRPMetaWorld
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
+from hlrp.world_env import HLRPWorld
 
-__all__ = ["HLRPConfig", "HLRPMetaWorld", "HLRPPolicy", "make_hlrp_pre_post_processors"]
+__all__ = ["HLRPConfig", "HLRPMetaWorld", "HLRPPolicy", "HLRPWorld", "make_hlrp_pre_post_processors"]

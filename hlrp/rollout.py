@@ -3,8 +3,8 @@
     python -m hlrp.rollout --policy outputs/policy/checkpoints/last/pretrained_model --tasks door-open-v3 reach-v3
     python -m hlrp.rollout --policy FOLDER --env pusht --episodes 100 --seed 1000
 
-Any LeRobot policy, in any environment that LeRobot has and in the MetaWorld of hlrp's data (`hlrp_metaworld`): the
-episodes of `lerobot-eval` with the same seed, policy and number of environments at once. The result is
+Any LeRobot policy, in any environment that LeRobot has and in those of hlrp's data (`hlrp_metaworld`, `hlrp_world`):
+the episodes of `lerobot-eval` with the same seed, policy and number of environments at once. The result is
 OUTPUT_DIR/rollout.json.
 """
 
@@ -25,7 +25,9 @@ from hlrp.metrics import wilson
 @dataclass
 class Args:
     policy: str  # folder or hub id of a LeRobot policy
-    env: str = "hlrp_metaworld"  # or LeRobot's name of an environment: metaworld, pusht, libero
+    env: str = (
+        "hlrp_metaworld"  # or hlrp_world, or LeRobot's name of an environment: metaworld, pusht, libero
+    )
     tasks: tuple[str, ...] = ()  # of the environment; by default its own choice
     episodes: int = 50  # of each task
     seed: int = 1000  # of the first episode; the next is one higher
@@ -47,6 +49,7 @@ def main(args: Args) -> None:
 
     import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
     import hlrp.policy  # noqa: F401  the type hlrp
+    import hlrp.world_env  # noqa: F401  the type hlrp_world
 
     check(args)
     set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too

@@ -78,7 +78,7 @@ class World:
         self.uri = f"world:{variant}?episodes={episodes}&seed={seed}"
         self.name = f"world-{variant}"
         groups = range(-(-episodes // GROUP_SIZE))
-        self.lengths = np.concatenate([_simulate(seed, group).length for group in groups])[:episodes]
+        self.lengths = np.concatenate([simulate(seed, group).length for group in groups])[:episodes]
         self.fps = np.full(episodes, float(FPS))
         self.action_dim = self.state_dim = 2 if self.variant.has_actions else 0
         self.camera = ""
@@ -86,36 +86,35 @@ class World:
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         indices, group, i = self._locate(episode, indices)
-        scene = _simulate(self.seed, group)
+        scene = simulate(self.seed, group)
         embodiments = self.variant.embodiments
         embodiment = embodiments[int(scene.embodiment[i] * len(embodiments))]
 
         tip = scene.tip[i, indices]
         sample = {"task": scene.task[i], "embodiment": EMBODIMENTS.index(embodiment)}
         if self.variant.has_actions:
-            sample["state"] = _normalised(tip)
+            sample["state"] = normalised(tip)
         shift = np.zeros_like(tip)
         if self.variant.has_shake:
             shift = _camera_shift(self.seed, group)[i, indices]
             sample["camera_shift"] = torch.from_numpy(shift)
 
-        shapes = _arm(tip, scene.base[i]) if embodiment == "arm" else _hand(tip, scene.skin[i])
+        balls = None
         if self.variant.has_distractors:
             balls = _distractors(self.seed, group)[i, indices]  # t balls xy
-            sample["distractor"] = _normalised(balls).flatten(1)
-            shapes += _balls(balls)
-        sample["frames"] = _draw(shapes, scene.blocks[i, indices], scene.colours[i], scene.floor[i], shift)
+            sample["distractor"] = normalised(balls).flatten(1)
+        sample["frames"] = picture(scene, i, embodiment, tip, scene.blocks[i, indices], balls, shift)
         return sample
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         """float32 (t, 2): the actions taken at these frames."""
         indices, group, i = self._locate(episode, indices)
-        return torch.from_numpy(_simulate(self.seed, group).action[i, indices])
+        return torch.from_numpy(simulate(self.seed, group).action[i, indices])
 
     def states(self, episode: int, indices: Sequence[int]) -> Tensor:
         """float32 (t, 2): the states at these frames."""
         indices, group, i = self._locate(episode, indices)
-        return _normalised(_simulate(self.seed, group).tip[i, indices])
+        return normalised(simulate(self.seed, group).tip[i, indices])
 
     def _locate(self, episode: int, indices: Sequence[int]) -> tuple[np.ndarray, int, int]:
         """Checked indices, the group of episodes that is simulated together, and the place in it."""
@@ -128,7 +127,7 @@ class World:
         return indices, *divmod(episode, GROUP_SIZE)
 
 
-def _normalised(position: np.ndarray) -> Tensor:
+def normalised(position: np.ndarray) -> Tensor:
     return torch.from_numpy(position * (2 / IMAGE_SIZE) - 1)
 
 
@@ -137,6 +136,8 @@ def _normalised(position: np.ndarray) -> Tensor:
 
 class Scene(NamedTuple):
     task: list[str]  # b
+    kind: np.ndarray  # str (b,), one of `KINDS`
+    edge: np.ndarray  # float (b, 2): direction of the edge that the task may speak of
     length: np.ndarray  # int64 (b,): frames until some time after the task is done
     embodiment: np.ndarray  # float (b,) in [0, 1): chooses among those of the variant
     tip: np.ndarray  # float32 (b, t, 2)
@@ -155,7 +156,7 @@ def _generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=512)
-def _simulate(seed: int, group: int) -> Scene:
+def simulate(seed: int, group: int) -> Scene:
     rng, b = _generator(seed, "scene", group), GROUP_SIZE
     cells = np.array([(22.0, 22.0), (42.0, 22.0), (22.0, 42.0), (42.0, 42.0)])
     blocks = cells[_choose(rng, 4)] + rng.uniform(-5, 5, (b, 3, 2))
@@ -170,14 +171,14 @@ def _simulate(seed: int, group: int) -> Scene:
     done = np.zeros(b, dtype=bool)
     tips, actions, block_positions, is_done = [], [], [], []
     for t in range(MAX_LENGTH):
-        blocks = _pushed(tip, blocks)
+        blocks = pushed(tip, blocks)
         tips.append(tip)
         block_positions.append(blocks)
 
         is_done.append(done)
         velocity, done = _expert(tip, blocks, edge, kind, speed, done)
         step = (velocity + wander[:, t]).clip(-MAX_SPEED, MAX_SPEED) / FPS
-        next_tip = (tip + step).clip(TIP_BORDER, IMAGE_SIZE - TIP_BORDER)
+        next_tip = moved(tip, step)
         actions.append((next_tip - tip) * (FPS / MAX_SPEED))
         tip = next_tip
 
@@ -190,6 +191,8 @@ def _simulate(seed: int, group: int) -> Scene:
     num_busy = (~np.stack(is_done)).sum(axis=0)
     return Scene(
         task=[texts[kind[i]][i] for i in range(b)],
+        kind=kind,
+        edge=edge,
         length=(num_busy + AFTERWARDS).clip(MIN_LENGTH, MAX_LENGTH),
         embodiment=rng.random(b),
         tip=np.stack(tips, axis=1).astype(np.float32),
@@ -213,17 +216,8 @@ def _expert(tip, blocks, edge, kind, speed, done):
     distance = np.linalg.norm(between, axis=-1)
     forward = np.where((kind == "block")[:, None], between / distance[:, None], edge)
     sideways = forward[:, ::-1] * [1, -1]
-    place = IMAGE_SIZE / 2 + (IMAGE_SIZE / 2 - 1.5 * BLOCK_BORDER) * edge
-    left = np.select(  # to go
-        [kind == "move", kind == "touch", kind == "block"],
-        [
-            np.linalg.norm(place - tip, axis=-1) - 1,
-            np.linalg.norm(target - tip, axis=-1) - CONTACT - 1,
-            distance - 11,
-        ],
-        IMAGE_SIZE / 2 - BLOCK_BORDER - ((target - IMAGE_SIZE / 2) * forward).sum(-1),
-    )
-    done = done | (left < 0.5)
+    place = _place(edge)
+    done = done | is_done(tip, blocks, edge, kind)
 
     ahead = ((tip - target) * forward).sum(-1, keepdims=True)  # of the block; negative behind it
     aside = ((tip - target) * sideways).sum(-1, keepdims=True)
@@ -242,7 +236,32 @@ def _expert(tip, blocks, edge, kind, speed, done):
     return np.where(is_behind & ~done[:, None] & pushes, push, approach), done
 
 
-def _pushed(tip: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+def _place(edge: np.ndarray) -> np.ndarray:
+    """Where the tip goes that moves to an edge: (b, 2)."""
+    return IMAGE_SIZE / 2 + (IMAGE_SIZE / 2 - 1.5 * BLOCK_BORDER) * edge
+
+
+def is_done(tip: np.ndarray, blocks: np.ndarray, edge: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """Whether each task is done: bool (b,)."""
+    target = blocks[:, 0]
+    left = np.select(  # to go [pixel]
+        [kind == "move", kind == "touch", kind == "block"],
+        [
+            np.linalg.norm(_place(edge) - tip, axis=-1) - 1,
+            np.linalg.norm(target - tip, axis=-1) - CONTACT - 1,
+            np.linalg.norm(blocks[:, 1] - target, axis=-1) - 11,
+        ],
+        IMAGE_SIZE / 2 - BLOCK_BORDER - ((target - IMAGE_SIZE / 2) * edge).sum(-1),
+    )
+    return left < 0.5
+
+
+def moved(tip: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The tip (b, 2) after a step [pixel], inside the scene."""
+    return (tip + step).clip(TIP_BORDER, IMAGE_SIZE - TIP_BORDER)
+
+
+def pushed(tip: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """Blocks (b, 3, 2) after those that the tip (b, 2) touches have given way."""
     from_tip = blocks - tip[:, None]
     distance = np.linalg.norm(from_tip, axis=-1, keepdims=True).clip(1e-6)
@@ -288,6 +307,15 @@ def _floor(rng: np.random.Generator) -> np.ndarray:
     tint = rng.uniform(-15, 15, (GROUP_SIZE, 1, 3)) - [25, 0, 0]  # no skin colour
     tone = rng.uniform(90, 170, (GROUP_SIZE, 1, 1)) + tint
     return (tone + np.array([[-9.0], [9.0]])).astype(np.float32)
+
+
+def picture(scene: Scene, i: int, embodiment: str, tip, blocks, balls=None, shift=None) -> Tensor:
+    """Frames of episode i of a scene: tip, shift (t, 2), blocks (t, 3, 2), balls (t, 2, 2) -> uint8 (t, c, h, w)."""
+    strokes = _arm(tip, scene.base[i]) if embodiment == "arm" else _hand(tip, scene.skin[i])
+    if balls is not None:
+        strokes += _balls(balls)
+    shift = np.zeros_like(tip) if shift is None else shift
+    return _draw(strokes, blocks, scene.colours[i], scene.floor[i], shift)
 
 
 # Drawing: a stroke is (start, end, radius, rgb) with round ends float32 (t, 2), a disc where these coincide

@@ -15,7 +15,7 @@ from hlrp.world import (
     MIN_LENGTH,
     VARIANTS,
     World,
-    _simulate,
+    simulate,
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_actions_integrate_to_the_motion_of_the_tip_in_state_and_image():
 def test_the_text_says_what_is_reached_and_which_block_ends_where():
     moved, reached, arrived, touched = [], [], [], []
     for group in range(4):
-        scene = _simulate(0, group)
+        scene = simulate(0, group)
         rows = zip(scene.task, scene.length - 1, scene.tip, scene.blocks, scene.colours, strict=True)
         for task, last, tip, path, rgb in rows:
             place = dict(zip(map(tuple, rgb), path[last], strict=True))  # of each colour at the end
