@@ -116,7 +116,7 @@ def main(args: Args) -> None:
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
-    from hlrp.sources import instructions, open_source, parse_uri
+    from hlrp.sources import expand, instructions, open_source, parse_uri
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.validation import scalars
@@ -124,7 +124,7 @@ def main(args: Args) -> None:
     die_with_launcher()
     check_loop(args)
     check(args)
-    args.data = args.data or data_of(args)
+    args.data = expand(args.data) or data_of(args)
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     config = args.policy if args.policy_path is None else saved_config(args.policy_path, args.policy)

@@ -24,6 +24,7 @@ setup(
         "peft>=0.18,<1",
         "tyro>=1.0,<2",
         "webdataset>=1.0,<2",
+        "google-crc32c>=1.5,<2",
         "einops>=0.8,<0.9",
         "safetensors>=0.5,<1",
         "matplotlib>=3.9,<4",

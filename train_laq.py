@@ -21,8 +21,11 @@ from hlrp.laq import LAQ, LAQConfig
 
 @dataclass
 class Args:
-    # sources, each with @WEIGHT behind it or 1: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS
+    # sources, each with @WEIGHT behind it or 1: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...
     data: tuple[str, ...] = ("metaworld:mt10",)
+    temperature: float | None = (
+        None  # also weigh sources by their number of clips ** (1 / temperature); 1: by size
+    )
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # pairs of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
@@ -61,7 +64,7 @@ def main(args: Args) -> None:
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered
-    from hlrp.sources import open_source, parse_uri
+    from hlrp.sources import expand, open_source, parse_uri
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transformer import Block
@@ -69,6 +72,7 @@ def main(args: Args) -> None:
 
     die_with_launcher()
     check_loop(args)
+    args.data = expand(args.data)
     args.model = args.model.resolved()
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
@@ -84,7 +88,8 @@ def main(args: Args) -> None:
         pairs["seed"] = args.seed
         train_clips.append(clips_of(source, train_episodes, **pairs, labelled_episodes=labelled))
         val_clips.append(clips_of(source, val_episodes, **pairs))
-    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed, args.skip_broken)
+    weights = [parse_uri(uri).weight for uri in args.data]
+    mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips

@@ -26,6 +26,9 @@ class Args:
     accept_failed_laq: bool = False  # also one whose report says that its codes are no latent actions
     # sources, each with @WEIGHT behind it or 1, as for train_laq.py; by default those that the LAQ learned from
     data: tuple[str, ...] = ()
+    temperature: float | None = (
+        None  # also weigh sources by their number of clips ** (1 / temperature); 1: by size
+    )
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
@@ -68,7 +71,7 @@ def main(args: Args) -> None:
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
     from hlrp.sharding import distribute, gathered
-    from hlrp.sources import instructions, open_source, parse_uri
+    from hlrp.sources import expand, instructions, open_source, parse_uri
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transforms import regrid
@@ -84,7 +87,7 @@ def main(args: Args) -> None:
         raise ValueError(
             f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same"
         )
-    args.data = args.data or tuple(stage1["data"])
+    args.data = expand(args.data) or tuple(stage1["data"])
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
@@ -111,7 +114,8 @@ def main(args: Args) -> None:
         labels = {"labelled_episodes": labelled, "latent_space": cached}
         train_clips.append(clips_of(source, train_episodes, times, min_times=2, **sizes, **labels))
         val_clips.append(clips_of(source, val_episodes, times, **sizes))
-    mixture = Mixture(train_clips, [parse_uri(uri).weight for uri in args.data], args.seed, args.skip_broken)
+    weights = [parse_uri(uri).weight for uri in args.data]
+    mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips

@@ -47,7 +47,7 @@ from hlrp.clips import Clips, Sizes
 from hlrp.permutation import hash_integers, permute
 from hlrp.streams import StreamClips
 
-BLOCK_SIZE = 4096  # samples in which the shares of a mixture are exact
+BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 STRIDE = 7919  # clips from a broken one to that which takes its place: rarely of the same episode
 
 
@@ -70,13 +70,17 @@ class Mixture(Dataset):
         weights: Sequence[float] | None = None,
         seed: int = 0,
         skip_broken: bool = False,
+        temperature: float | None = None,
     ):
-        """weights: how often each source is drawn, whatever its size, relative to their sum; else equal."""
+        """weights: how often each source is drawn, whatever its size, relative to their sum; else equal.
+        temperature: multiplies the weights by the number of clips to the power of 1 / temperature; 1 is by size."""
         self.clips, self.seed, self.skip_broken = list(clips), seed, skip_broken
         self.streams = [c for c in self.clips if isinstance(c, StreamClips)]
         if not self.clips:
             raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
         weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if temperature is not None:
+            weights = weights * self._sizes() ** (1 / temperature)
         names = [c.name for c in self.clips]
         if len(set(names)) < len(names):
             raise ValueError(f"sources of one name cannot be told apart in the logs: {', '.join(names)}")
@@ -96,6 +100,14 @@ class Mixture(Dataset):
 
         parts = [(c.fingerprint, count) for c, count in zip(self.clips, self.counts, strict=True)]
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _sizes(self) -> np.ndarray:
+        if self.streams:
+            raise ValueError(
+                f"temperature needs to know how many clips there are, but {self.streams[0].source.uri} is a stream; "
+                "weights fit, such as @0.5"
+            )
+        return np.array([len(c) for c in self.clips], dtype=np.float64)
 
     def __str__(self) -> str:
         num_clips = sum(len(c) for c in self.clips if c not in self.streams)
@@ -263,6 +275,7 @@ class Loader(DataLoader):
 @atexit.register
 def kill_workers() -> None:
     """At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as a fault
     for worker in active_children():
         if worker in Loader.workers:
             worker.kill()

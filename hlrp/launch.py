@@ -17,9 +17,9 @@ def check_loop(args) -> None:
             raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
     if args.max_broken < 0:
         raise ValueError(f"max_broken={args.max_broken}; expected 0 or more")
-    for name in ("lr", "grad_clip"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name}={getattr(args, name)}; expected a positive number")
+    for name in ("lr", "grad_clip", "temperature"):
+        if (value := getattr(args, name, None)) is not None and value <= 0:
+            raise ValueError(f"{name}={value}; expected a positive number")
     for name in ("label_fraction", "action_free", "ema_decay"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")

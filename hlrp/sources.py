@@ -1,17 +1,45 @@
 """URIs of data sources: `scheme:location?option=value&option=value@weight`."""
 
+from collections.abc import Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 from hlrp.clips import is_stream
+from hlrp.open_x import MIXTURES, mixture
+
+
+def true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
 
 OPTIONS = {  # of each scheme, as they stand behind the "?" of a URI
     "videos": {},
     "lerobot": {"camera": str},
     "world": {"episodes": int, "seed": int},
     "metaworld": {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str},
+    "shards": {"dataset": str, "fps": float, "ignore": str},
+    "rlds": {"split": str, "camera": str, "instruction": str, "state": str, "action": str, "fps": float}
+    | {"bgr": true_or_false, "root": str},
 }
+
+
+def expand(uris: Sequence[str]) -> tuple[str, ...]:
+    """The URIs, with each name of a mixture of Open X-Embodiment (`rlds:octo24?root=DIR`) replaced by its data sets,
+    which share its weight."""
+    expanded = []
+    for text in uris:
+        uri, scheme, location, options, weight = parse_uri(text)
+        if scheme != "rlds" or location not in MIXTURES:
+            expanded.append(text)
+            continue
+        if stray := sorted(set(options) - {"root"}):
+            raise ValueError(f"{uri}: {', '.join(stray)} of a whole mixture; only root fits")
+        parts = mixture(location, options.get("root"))
+        expanded += [f"{part}@{weight * share:g}" for part, share in parts]
+    return tuple(expanded)
 
 
 class SourceURI(NamedTuple):
@@ -60,6 +88,25 @@ def open_source(uri: str, skip_broken: bool = False):
         from hlrp.videos import Videos
 
         return Videos(location, uri=uri, skip_broken=skip_broken)
+    if scheme == "shards":
+        from hlrp.shard_data import Shards, ShardStream, is_indexed
+
+        kind = Shards if is_indexed(location) else ShardStream
+        fits = {"dataset"} if kind is Shards else {"fps", "ignore"}
+        if stray := sorted(set(options) - fits):
+            what = "with indexes" if kind is Shards else "without indexes"
+            raise ValueError(
+                f"{uri}: shards {what} take no {', '.join(stray)}; {', '.join(sorted(fits))} fits"
+            )
+        return kind(location, uri, **options, skip_broken=skip_broken)
+    if scheme == "rlds":
+        from hlrp.rlds import RLDS
+
+        if location in MIXTURES or "root" in options:
+            raise ValueError(
+                f"{uri}: a mixture of several sources; one of them fits, such as {expand([uri])[0]}"
+            )
+        return RLDS(location, **options, uri=uri, skip_broken=skip_broken)
     if scheme == "world":
         from hlrp.world import World
 

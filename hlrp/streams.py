@@ -13,7 +13,7 @@ resumed run goes on at the beginning of a shard: what was read of it and of late
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,11 @@ class Episode:
             column = getattr(self, key)
             if column is not None and len(column) != len(self.frames):
                 raise ValueError(f"{self.name}: {len(self.frames)} frames, but {key} has {len(column)} rows")
+
+    @property
+    def size(self) -> int:
+        """Of its frames [byte]."""
+        return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
         frames = [decode(self.frames[i], f"{self.name}, frame {i}") for i in indices]
@@ -98,7 +103,7 @@ class Held:
         """Frees the frames of each episode that are not among these."""
         for number, episode in enumerate(self.episodes):
             kept = frames.get(number, ())
-            episode.frames = [data if i in kept else b"" for i, data in enumerate(episode.frames)]
+            episode.frames = [episode.frames[i] if i in kept else b"" for i in range(len(episode.frames))]
 
 
 class StreamClips:
@@ -176,15 +181,16 @@ class StreamClips:
 
     def arrive(self) -> Iterator["Waiting"]:
         """The episodes of this reader's shards, epoch after epoch."""
-        fruitless = 0
+        fruitless = set()
         while True:
-            is_empty = True
-            for number, episode in self.part(self.shard(self.at)):
-                clips, is_empty = self.clips_of([episode], [number]), False
+            shard = self.shard(self.at)
+            fruitless.add(shard)
+            for number, episode in self.part(shard):
+                clips = self.clips_of([episode], [number])
+                fruitless.clear()
                 order = self.rng.permutation(len(clips)).tolist()
-                yield Waiting(number, self.at, clips, order, sum(map(len, episode.frames)))
-            fruitless = fruitless + 1 if is_empty else 0
-            if fruitless == self.source.num_shards:
+                yield Waiting(number, self.at, clips, order, episode.size)
+            if len(fruitless) == self.source.num_shards:
                 raise ValueError(self.nothing())
             self.at += self.num_readers
 
@@ -204,18 +210,23 @@ class StreamClips:
     def part(self, shard: int) -> Iterator[tuple[int, Episode]]:
         """The episodes of a shard that belong here and are long enough for a clip, with their numbers.
 
-        With the source's `skip_broken`, what follows a fault in the shard is left out and told in `skipped`.
+        With the source's `skip_broken`, faults are told in `skipped`, and it goes on behind them where the source can.
         """
         shortest = self.times[(self.settings.get("min_times") or len(self.times)) - 1]
-        try:
-            for place, episode in enumerate(self.source.episodes(shard)):
-                number = shard * MAX_EPISODES + place
-                if number in self.episodes and len(episode.frames) > round(episode.fps * shortest):
-                    yield number, episode
-        except (ValueError, OSError) as error:
-            if not self.source.skip_broken:
-                raise ValueError(f"{self.source.uri}, shard {shard}: {error}") from error
-            self.skipped.append(f"{self.source.uri}, shard {shard}, the rest of it: {error}")
+        episodes = iter(self.source.episodes(shard))
+        for number in count(shard * MAX_EPISODES):
+            try:
+                episode = next(episodes)
+            except StopIteration:
+                return
+            except (ValueError, OSError) as error:
+                message = f"{self.source.uri}, shard {shard}: {error}"
+                if not self.source.skip_broken:
+                    raise ValueError(message) from error
+                self.skipped.append(message)
+                continue
+            if number in self.episodes and len(episode.frames) > round(episode.fps * shortest):
+                yield number, episode
 
     def clips_of(self, episodes: Sequence[Episode], numbers: Sequence[int]) -> Clips:
         """The clips of these episodes, held in memory."""

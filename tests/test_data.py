@@ -9,7 +9,7 @@ import torch
 
 from hlrp.clips import Clips, choose_clips, split_episodes
 from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
-from hlrp.sources import open_source, parse_uri
+from hlrp.sources import expand, open_source, parse_uri
 
 
 class Counting:
@@ -220,6 +220,39 @@ def test_a_weight_too_small_to_be_drawn_is_refused():
         Mixture([a, a])
 
 
+def test_a_temperature_weighs_sources_by_their_size():
+    clips = two_sources().clips  # of 30 and 100 clips
+    by_size = Mixture(clips, temperature=1.0).counts
+    assert by_size[1] / by_size[0] == pytest.approx(100 / 30, rel=0.01)
+    milder = Mixture(clips, [2, 1], temperature=2.0).counts
+    assert milder[1] / milder[0] == pytest.approx((100 / 30) ** 0.5 / 2, rel=0.01)
+
+
+def test_a_clip_that_cannot_be_read_gives_way_to_another_and_is_told():
+    class Partly(Counting):
+        def read(self, episode, indices):
+            if episode == 1:
+                raise ValueError("kitchen.mp4: cannot be decoded")
+            return super().read(episode, indices)
+
+    whole = Mixture([clips_of(Counting([105, 55]))])
+    mixture = Mixture([clips_of(Partly([105, 55]))], skip_broken=True)
+    expected, found = (list(itertools.islice(loader(m, 8), 12)) for m in (whole, mixture))
+    told = sum(len(batch.get("skipped", ())) for batch in found)
+    assert (
+        told >= sum(episode == 1 for _, episode, _ in ids(expected)) > 5
+    )  # what takes the place may be broken
+    assert found[0]["skipped"][0].endswith("episode 1: kitchen.mp4: cannot be decoded")
+    pairs = zip(ids(expected), ids(found), strict=True)
+    assert all(new == old or old[1] == 1 for old, new in pairs)
+    assert all(episode == 0 for _, episode, _ in ids(found))
+    with pytest.raises(ValueError, match="kitchen.mp4"):
+        next(iter(loader(Mixture(mixture.clips), 64)))
+    broken = Mixture([Clips(Partly([105, 55]), [1], (0.0, 0.5), 8)], skip_broken=True)
+    with pytest.raises(ValueError, match="none of its clips can be read: .* kitchen.mp4"):
+        next(iter(loader(broken, 8)))
+
+
 def test_robot_data_and_human_video_share_a_batch():
     mixture = two_sources(action_dim=3, state_dim=2)
     batch = next(iter(loader(mixture, batch_size=64)))
@@ -280,11 +313,22 @@ def test_uris_carry_options_and_a_weight():
         ("videos:/data@nan", "positive number fits"),
         ("lerobot:x?view=top", "unknown option 'view'; options of lerobot: camera"),
         ("world:clean?episodes=many", "episodes='many'"),
+        ("rlds:/data?bgr=2", "bgr='2'; a value of type true_or_false fits"),
+        ("rlds:octo24", "rlds:octo24: where are its data sets"),
     ],
 )
 def test_a_wrong_uri_says_what_would_fit(text, message):
     with pytest.raises(ValueError, match=message):
         open_source(text)
+
+
+def test_a_mixture_of_open_x_becomes_its_data_sets_which_share_its_weight():
+    every = [parse_uri(uri) for uri in expand(["world:clean@3", "rlds:octo24?root=/data@2"])]
+    assert every[0].uri == "world:clean" and len(every) == 25
+    assert sum(uri.weight for uri in every[1:]) == pytest.approx(2, rel=1e-4)
+    assert "rlds:/data/bc_z" in [uri.uri for uri in every]
+    with pytest.raises(ValueError, match="camera of a whole mixture; only root fits"):
+        expand(["rlds:octo24?root=/data&camera=image"])
 
 
 def for_a_policy(source, **settings):

@@ -1,0 +1,350 @@
+"""Robot data in RLDS, the published form of Open X-Embodiment: `rlds:DIR_OR_URL?split=train,val&camera=KEY&fps=N`.
+
+The format (Ramos et al. 2021, arXiv:2111.02767), as TensorFlow Datasets writes it: dataset_info.json has the files,
+features.json says of what type each value is, and a record of a file is a whole episode. Needed are a camera and a
+frame rate: from the table in `hlrp.open_x`, by the name of the data set, or from the URI.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.io import encode_png
+
+from hlrp.images import decode
+from hlrp.open_x import DATASETS, EXTERNAL
+from hlrp.streams import Episode
+from hlrp.tfds_features import NUMBERS, Example, Feature, read_features, read_strings, read_tensor
+from hlrp.tfrecord import Record, open_file, parse_example, read_records
+
+FOLDERS = {  # where a key is looked for, in this order
+    "camera": ("steps/observation/", "steps/", ""),
+    "instruction": ("steps/", "steps/observation/", ""),
+    "state": ("steps/observation/", "steps/", ""),
+    "action": ("steps/action/", "steps/", "steps/observation/", ""),
+}
+DEFAULTS = {  # of these, the first that there is
+    "instruction": ("language_instruction", "natural_language_instruction"),
+    "state": ("state", "proprio"),
+    "action": ("action",),
+}
+MENDED = (256, 256)  # size of frames whose channels rlds_dataset_mod has put in order
+FILE_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+class Column(NamedTuple):
+    """Some of the numbers of a feature."""
+
+    path: str
+    range: slice
+
+
+class RLDS:
+    """One camera of an RLDS dataset: a streaming source (see `hlrp.streams`), a shard of which is one file.
+
+    What is known of an episode as a whole, one number or text each, is among its facts: episode_metadata/file_path, and
+    as episode/success what is not in a group of its own.
+
+    location: the folder with features.json, or one above that has it in one version.
+    split: by commas. camera, instruction: keys, of an observation where they are not whole paths.
+    action, state: keys by commas, each with a range of its numbers or without, `action[:7]`; "" for none. Without
+    them, an unknown data set has the feature of this name, of an action all its floats in the order of their names.
+    bgr: whether red and blue are exchanged in its frames, which are then given as they should be.
+    skip_broken: for the reader, that it may go on behind an episode which is broken.
+    Raises ValueError where one of these does not fit, and where files are missing.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        split: str = "train",
+        camera: str | None = None,
+        instruction: str | None = None,
+        fps: float | None = None,
+        state: str | None = None,
+        action: str | None = None,
+        bgr: bool | None = None,
+        uri: str | None = None,
+        name: str | None = None,
+        skip_broken: bool = False,
+    ):
+        self.uri, self.skip_broken = uri or f"rlds:{location}", skip_broken
+        root, files = find_version(self.uri, str(location))
+        info, features = (
+            read_json(self.uri, f"{root}/{file}") for file in ("dataset_info.json", "features.json")
+        )
+        self.features = read_features(self.uri, features)
+        known = DATASETS.get(info["name"])
+
+        self.files, self.num_records = list_shards(self.uri, info, split, root, files)
+        self.num_shards = len(self.files)
+        self.camera_path = self._choose_camera(camera or (known and known.camera))
+        self.camera = self.camera_path.removeprefix("steps/observation/")
+        self.instruction_path = self._choose_instruction(instruction or (known and known.instruction))
+        self.fps = known.fps if known and fps is None else fps
+        if not 0 < (self.fps or 0) < math.inf:
+            raise ValueError(
+                f"{self.uri}: fps={fps}, and that of {info['name']} is not known; ?fps=10, say, fits"
+            )
+
+        self.action = self._choose_columns("action", known.action if known and action is None else action)
+        self.state = self._choose_columns("state", known.state if known and state is None else state)
+        self.action_dim, self.state_dim = map(self._num_numbers, (self.action, self.state))
+        size = self.features[self.camera_path].shape[:2]
+        is_exchanged = bool(known and self.camera in known.bgr and size != MENDED)
+        self.is_bgr = is_exchanged if bgr is None else bool(bgr)
+        self.facts = [
+            path
+            for path, feature in self.features.items()
+            if feature.depth == 0 and feature.shape == () and feature.dtype in (*NUMBERS, "string")
+        ]
+
+        self.name = name or f"rlds-{info['name'].removesuffix(EXTERNAL)}" + (f"-{camera}" if camera else "")
+        chosen = (
+            self.camera_path,
+            self.instruction_path,
+            self.fps,
+            self.action,
+            self.state,
+            self.is_bgr,
+            split,
+        )
+        self.fingerprint = hashlib.sha256(repr((info, features, chosen)).encode()).hexdigest()[:16]
+
+    def episodes(self, shard: int) -> Iterator[Episode]:
+        """Raises ValueError at a broken episode; where its end is known, next() then gives the one behind it."""
+        return map(self._episode, read_records(self.files[shard], self.num_records[shard]))
+
+    def _episode(self, record: Record) -> Episode:
+        data = record.verified()
+        try:
+            example = parse_example(data)
+            parts = {
+                "frames": self._frames(example, record.name),
+                "task": self._task(example),
+                "action": self._numbers(example, self.action),
+                "state": self._numbers(example, self.state),
+                "facts": {
+                    path if "/" in path else f"episode/{path}": self._value(example, path)
+                    for path in self.facts
+                    if path in example
+                },
+            }
+        except ValueError as error:
+            raise ValueError(f"{record.name}: {error}") from error
+        return Episode(name=record.name, fps=self.fps, **parts)
+
+    def _frames(self, example: Example, name: str) -> Sequence[bytes]:
+        feature = self.features[self.camera_path]
+        if feature.kind == "tensor":
+            return Encoded(read_tensor(example, self.camera_path, feature), self.is_bgr, name)
+        frames = read_strings(example, self.camera_path)
+        return Encoded(frames, self.is_bgr, name) if self.is_bgr else frames
+
+    def _task(self, example: Example) -> str:
+        """That of the first step. Numbers are the bytes of a text, padded with zeros, as language_table has it."""
+        path = self.instruction_path
+        if not path:
+            return ""
+        if self.features[path].dtype == "string":
+            text = next(iter(read_strings(example, path)), b"")
+        else:
+            steps = read_tensor(example, path, self.features[path])
+            text = bytes(steps[0].ravel().tolist()).split(b"\0")[0] if len(steps) else b""
+        return text.decode()
+
+    def _numbers(self, example: Example, columns: Sequence[Column]) -> np.ndarray | None:
+        if not columns:
+            return None
+        values = {path: read_tensor(example, path, self.features[path]) for path, _ in columns}
+        lengths = {path: len(value) for path, value in values.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"steps of {lengths} differ in number")
+        parts = [
+            values[path].reshape(lengths[path], math.prod(values[path].shape[1:])) for path, _ in columns
+        ]
+        parts = [part[:, column.range] for part, column in zip(parts, columns, strict=True)]  # t a
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _value(self, example: Example, path: str) -> str | int | float | bool:
+        if self.features[path].dtype == "string":
+            (value,) = read_strings(example, path)
+            return value.decode(errors="replace")
+        return read_tensor(example, path, self.features[path]).item()
+
+    def _choose_camera(self, key: str | None) -> str:
+        def is_camera(feature: Feature) -> bool:
+            is_array = feature.kind == "tensor" and len(feature.shape) == 3 and min(feature.shape) > 0
+            is_rgb = feature.dtype == "uint8" and feature.shape[-1:] == (3,)
+            return is_rgb and feature.depth == 1 and (is_array or feature.kind == "image")
+
+        cameras = [path for path, feature in self.features.items() if is_camera(feature)]
+        names = ", ".join(path.removeprefix("steps/observation/") for path in cameras) or "none"
+        if key is None:
+            if len(cameras) != 1:
+                raise ValueError(f"{self.uri}: which camera? ?camera=KEY fits, of these: {names}")
+            return cameras[0]
+        path = self._find("camera", key, names)
+        if path not in cameras:
+            raise ValueError(f"{self.uri}: camera={key} has no RGB frames of 8 bits; these have: {names}")
+        return path
+
+    def _choose_instruction(self, key: str | None) -> str:
+        if key is None:
+            paths = [folder + key for key in DEFAULTS["instruction"] for folder in FOLDERS["instruction"]]
+            return next((path for path in paths if path in self.features), "")
+        texts = [path for path, feature in self.features.items() if feature.dtype == "string"]
+        path = self._find("instruction", key, ", ".join(texts) or "none")
+        if self.features[path].dtype != "string":
+            self._check_numbers("instruction", path)
+        return path
+
+    def _choose_columns(self, setting: str, keys: str | None) -> list[Column]:
+        if keys is None:
+            whole = [folder + key for key in DEFAULTS[setting] for folder in FOLDERS[setting]]
+            inside = [
+                path
+                for path, feature in sorted(self.features.items())
+                if path.startswith("steps/action/") and "float" in feature.dtype and setting == "action"
+            ]
+            paths = [path for path in whole if path in self.features][:1] or inside
+            return [self._column(setting, path, path) for path in paths]
+        return [
+            self._column(setting, key, *re.split(r"(?=\[)", key, maxsplit=1))
+            for key in keys.split(",")
+            if key
+        ]
+
+    def _column(self, setting: str, key: str, name: str, numbers: str = "") -> Column:
+        ends = re.fullmatch(r"\[(-?\d+)?:(-?\d+)?\]", numbers or "[:]")
+        fits = ", ".join(path for path, feature in self.features.items() if feature.dtype in NUMBERS)
+        path = self._find(setting, name, fits)
+        self._check_numbers(setting, path)
+        column = ends and Column(path, slice(*(int(end) if end else None for end in ends.groups())))
+        if not column or not self._num_numbers([column]):
+            raise ValueError(
+                f"{self.uri}: {setting}={key} of {self._num_numbers([Column(path, slice(None))])} numbers; "
+                "a key fits, or a range of its numbers such as KEY[:7]"
+            )
+        return column
+
+    def _num_numbers(self, columns: Sequence[Column]) -> int:
+        return sum(len(range(math.prod(self.features[path].shape))[part]) for path, part in columns)
+
+    def _check_numbers(self, setting: str, path: str) -> None:
+        feature = self.features[path]
+        is_constant = min(feature.shape, default=1) > 0
+        if feature.dtype not in NUMBERS or feature.kind == "image" or feature.depth != 1 or not is_constant:
+            raise ValueError(
+                f"{self.uri}: {setting}={path} is a {feature.kind} of {feature.dtype or '?'} {list(feature.shape)}; "
+                "numbers of a constant shape in each step fit"
+            )
+
+    def _find(self, setting: str, key: str, fits: str) -> str:
+        for folder in FOLDERS[setting]:
+            if folder + key in self.features:
+                return folder + key
+        raise ValueError(f"{self.uri}: {setting}={key} is not in features.json; these fit: {fits}")
+
+
+class Encoded(Sequence):
+    """Frames that lie otherwise than they are to be seen, encoded anew, as PNG, when they are asked for.
+
+    frames: encoded, or uint8 (t, h, w, c); is_bgr: whether red and blue are exchanged in them.
+    """
+
+    def __init__(self, frames: Sequence[bytes] | np.ndarray, is_bgr: bool, name: str):
+        self.frames, self.is_bgr, self.name = frames, is_bgr, name
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def nbytes(self) -> int:
+        return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
+
+    def __getitem__(self, index: int) -> bytes:
+        frame = self.frames[index]
+        if isinstance(frame, bytes):
+            pixels = decode(frame, f"{self.name}, frame {index}")
+        else:
+            pixels = torch.from_numpy(frame).permute(2, 0, 1)  # h w c -> c h w
+        if self.is_bgr:
+            pixels = pixels.flip(0)
+        return encode_png(pixels.contiguous(), compression_level=1).numpy().tobytes()
+
+
+def find_version(uri: str, location: str) -> tuple[str, list[str]]:
+    """The folder that features.json lies in, `location` or the one version below it, and the files there."""
+    if "://" not in location:
+        location = str(Path(location).expanduser())
+    location = location.rstrip("/")
+    files = list_folder(uri, location)
+    if "features.json" in files:
+        return location, files
+    versions = [file for file in files if re.fullmatch(r"\d+\.\d+\.\d+", file)]
+    known = DATASETS.get(location.rsplit("/", 1)[-1])
+    if known and known.version in versions:
+        versions = [known.version]
+    if len(versions) != 1:
+        found = ", ".join(sorted(versions or files)[:20]) or "nothing"
+        raise ValueError(
+            f"{uri}: no features.json there, and no single version, but {found}; one of its folders fits"
+        )
+    location += f"/{versions[0]}"
+    return location, list_folder(uri, location)
+
+
+def list_folder(uri: str, location: str) -> list[str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, path = url_to_fs(location)
+        return [file.rstrip("/").rsplit("/", 1)[-1] for file in filesystem.ls(path, detail=False)]
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"{uri}: {location} cannot be listed: {error!r}") from error
+
+
+def read_json(uri: str, path: str) -> dict:
+    try:
+        with open_file(path) as file:
+            return json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{uri}: {path} cannot be read: {error!r}") from error
+
+
+def list_shards(
+    uri: str, info: dict, split: str, root: str, files: Sequence[str]
+) -> tuple[list[str], list[int]]:
+    """The files of the splits, which are named by commas, and how many records each has."""
+    splits = {found["name"]: found for found in info["splits"]}
+    file_format = info.get("fileFormat", "tfrecord")
+    if file_format != "tfrecord":
+        raise ValueError(f"{uri}: files of format {file_format}; tfrecord fits")
+    shards = {}
+    for name in split.split(","):
+        if name not in splits:
+            raise ValueError(f"{uri}: split={name}; its splits: {', '.join(splits)}")
+        lengths = splits[name]["shardLengths"]
+        for number, length in enumerate(lengths):
+            file = (splits[name].get("filepathTemplate") or FILE_NAME).format(
+                DATASET=info["name"],
+                SPLIT=name,
+                FILEFORMAT=file_format,
+                SHARD_INDEX=f"{number:05d}",
+                NUM_SHARDS=f"{len(lengths):05d}",
+                SHARD_X_OF_Y=f"{number:05d}-of-{len(lengths):05d}",
+            )
+            shards[file] = int(length)
+    missing = sorted(shards.keys() - set(files))
+    if missing:
+        raise ValueError(
+            f"{uri}: {len(missing)} of {len(shards)} files are missing in {root}, such as {missing[0]}"
+        )
+    return [f"{root}/{file}" for file in shards], list(shards.values())
