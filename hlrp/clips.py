@@ -217,9 +217,11 @@ class Clips(Dataset):
         action_frames = starts[:, None] + steps  # clips chunk
         clip_frames = np.minimum(starts[:, None] + offsets, last)  # clips t
         shown = clip_frames if self.latent_space is None else clip_frames[:, :1]
-        seen = np.maximum(starts[:, None] + np.arange(1 - self.num_images, 1), 0)  # clips v
-        unique, position = np.unique(np.concatenate([shown, seen], axis=1), return_inverse=True)
-        position = position.reshape(len(starts), -1)
+        wanted = shown
+        if self.input_size is not None:
+            seen = np.maximum(starts[:, None] + np.arange(1 - self.num_images, 1), 0)  # clips v
+            wanted = np.concatenate([shown, seen], axis=1)
+        unique, position = distinct(wanted)
         position, viewed = position[:, : shown.shape[1]], position[:, shown.shape[1] :]
         try:
             read = source.read(episode, unique)
@@ -233,16 +235,16 @@ class Clips(Dataset):
             raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
 
         native, task = read.pop("frames"), read.pop("task")
-        pictures = {source.camera: native[viewed]}  # clips v c h w
         if self.input_size is not None:
+            pictures = {source.camera: native[viewed]}  # clips v c h w
             for camera in getattr(source, "views", ()):
-                there, place = np.unique(seen, return_inverse=True)
-                pictures[camera] = source.look(camera, episode, there)[place.reshape(seen.shape)]
+                there, place = distinct(seen)
+                pictures[camera] = source.look(camera, episode, there)[place]
         frames = fit(native, self.image_size)
         state = read.pop("state", None)
         for i, start in enumerate(starts):
             sample = {
-                "frames": frames[position[i]],
+                "frames": select(frames, position[i]),
                 "task": task,
                 "dataset": self.name,
                 "source": self.source_index,
@@ -265,6 +267,22 @@ class Clips(Dataset):
             for key, value in read.items():
                 sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value
             yield sample
+
+
+def distinct(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different numbers in `frames`, increasing, and the place among them of each, in the shape of `frames`."""
+    if len(frames) == 1 and (frames[0, 1:] > frames[0, :-1]).all():
+        return frames[0], np.arange(frames.shape[1])[None]
+    unique, place = np.unique(frames, return_inverse=True)
+    return unique, place.reshape(frames.shape)
+
+
+def select(frames: Tensor, indices: np.ndarray) -> Tensor:
+    """frames[indices], without a copy where these are evenly spaced."""
+    step = int(indices[1] - indices[0]) if len(indices) > 1 else 1
+    if step > 0 and (indices[1:] - indices[:-1] == step).all():
+        return frames[int(indices[0]) : int(indices[-1]) + 1 : step]
+    return frames[indices]
 
 
 def action_statistics(clips) -> tuple[Tensor, Tensor]:
