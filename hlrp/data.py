@@ -54,7 +54,7 @@ STRIDE = 7919  # clips from a broken one to that which takes its place: rarely o
 class Mixture(Dataset):
     """An endless sequence of samples from several `Clips`: sample n = 0, 1, ... follows from (seed, n) alone.
 
-    Blocks of `BLOCK_SIZE` samples hold exact shares of the sources in shuffled order. Within a source, every
+    Blocks of `BLOCK_SIZE` samples hold exact shares of the sources, shorter stretches nearly. Within a source, every
     clip comes once an epoch, in an order that is another pseudo-random permutation each epoch. No state is
     kept: workers, ranks and a resumed run need no more than the number of their next sample.
 
@@ -194,7 +194,9 @@ class Mixture(Dataset):
 @lru_cache(maxsize=8)
 def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Of each sample in a block: its source, and how many samples of that source come before it."""
-    order = np.argsort(hash_integers(seed, 0, block, np.arange(BLOCK_SIZE)), kind="stable")
+    jitter = hash_integers(seed, 0, block, np.arange(BLOCK_SIZE)) / 2**64
+    places = np.concatenate([np.arange(count) / count for count in counts])  # evenly spread, and then moved by less
+    order = np.argsort(places + jitter / np.repeat(counts, counts), kind="stable")  # than the distance to the next
     source = np.repeat(np.arange(len(counts)), counts)[order]
     turn = np.empty_like(source)
     for i, count in enumerate(counts):

@@ -163,7 +163,9 @@ def test_shares_are_exact_in_every_block_and_consumed_counts_them():
     source, _ = mixture.locate(range(3 * BLOCK_SIZE))
     assert np.bincount(source[BLOCK_SIZE : 2 * BLOCK_SIZE]).tolist() == [3 * BLOCK_SIZE // 4, BLOCK_SIZE // 4]
     assert not np.array_equal(source[:BLOCK_SIZE], source[BLOCK_SIZE : 2 * BLOCK_SIZE])
-    assert abs(source[:200].mean() - 0.25) < 0.1  # shuffled, not in runs
+    prefix = np.arange(1, BLOCK_SIZE + 1)
+    assert np.abs(source[:BLOCK_SIZE].cumsum() - 0.25 * prefix).max() < 2  # at any time
+    assert len({tuple(four) for four in source[:BLOCK_SIZE].reshape(-1, 4)}) == 4  # in any order
     for start, stop in [(0, 0), (0, 7), (100, BLOCK_SIZE), (5000, 9001), (BLOCK_SIZE, 3 * BLOCK_SIZE)]:
         assert mixture.consumed(start, stop).tolist() == np.bincount(source[start:stop], minlength=2).tolist()
 
