@@ -12,7 +12,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -78,7 +77,7 @@ class ExpertBlock(nn.Module):
 
         (q,) = self.heads(self.to_q(modulated(x, 1)), 1)
         k, v = keys_values
-        read = F.scaled_dot_product_attention(norm(q), k, v, attn_mask=bias.to(q.dtype))
+        read = attend(norm(q), k, v, bias.to(q.dtype))
         x = x + gates[..., 1, :] * self.from_context(rearrange(read, "b h n d -> b n (h d)"))
 
         return x + gates[..., 2, :] * self.feed_forward(modulated(x, 2))

@@ -44,11 +44,27 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v of (b, heads, n, d): the fused kernel, or the plain products where they cost less."""
-    if q.device.type == "cpu" and k.shape[-2] <= 320:  # docs/experiments.md
-        return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """softmax(scale q k' + mask) v of (b, heads, n, d), as F.scaled_dot_product_attention has it: by the fused kernel,
+    or by the plain products where they cost less."""
+    if q.device.type != "cpu" or k.shape[-2] > 320 or dropout:  # docs/experiments.md
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+    logits = q @ (k * (k.shape[-1] ** -0.5 if scale is None else scale)).mT
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    elif mask is not None:
+        logits = logits + mask
+    return logits.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from hlrp.attention import use_attention
 from hlrp.backbones import interpolation_of, load, read, to_pixels
 from hlrp.tiny_vlm import tiny
 
@@ -94,6 +95,7 @@ class VLM(nn.Module):
         self.tokenizer, self.processor = tokenizer, processor
         family = FAMILIES[self.family]
 
+        use_attention(model)
         self.model = model.model  # without the head
         embedding = self.model.get_input_embeddings()
         self.dim, self.vocab_size = embedding.embedding_dim, embedding.num_embeddings
@@ -110,8 +112,6 @@ class VLM(nn.Module):
         self.interpolation = interpolation_of(config.vlm, processor)
         self.check_tokenizer(config.vlm)
         self.prompts: dict[tuple[str, int], Prompt] = {}
-        if self.is_qwen:
-            self.vision[0].patch_embed.proj = PatchProjection.of(self.vision[0].patch_embed.proj)
         self.choose_trainable(config)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -362,21 +362,6 @@ class VLM(nn.Module):
         options |= {"attention_mask": mask.long(), "position_ids": positions, "use_cache": use_cache}
         output = self.model(inputs_embeds=embeds, **options)
         return output.last_hidden_state, output.past_key_values
-
-
-class PatchProjection(nn.Conv3d):
-    """A Conv3d whose kernel is as large as its input, computed as the matrix product that it is."""
-
-    @classmethod
-    def of(cls, conv: nn.Conv3d) -> "PatchProjection":
-        is_biased, size = conv.bias is not None, conv.kernel_size
-        projection = cls(conv.in_channels, conv.out_channels, size, size, bias=is_biased, device="meta")
-        projection.weight, projection.bias = conv.weight, conv.bias
-        return projection
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(n, c, t, p, q) -> (n, d)"""
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def read_parts(name: str):

@@ -59,3 +59,15 @@ def test_sizes_that_do_not_fit_are_named():
         Attention(30, num_heads=4)
     with pytest.raises(ValueError, match="head_dim=6"):
         rotary_2d((2, 2), 6)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "causal"])
+def test_the_plain_products_take_a_mask_and_a_scale_as_the_fused_kernel_does(kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    mask = {"bool": torch.rand(2, 1, 7, 7) > 0.3, "float": torch.randn(2, 1, 7, 7)}.get(kind)
+    if kind == "bool":
+        mask[..., 0] = True
+    settings = {"is_causal": kind == "causal", "scale": 0.2}
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **settings)
+    torch.testing.assert_close(attend(q, k, v, mask, **settings), expected)

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 from torch import nn
 
+from hlrp.attention import PatchProjection
 from hlrp.checkpoints import load_weights, save_pretrained
 from hlrp.tiny_vlm import tiny_tokenizer
-from hlrp.vlm import VLM, PatchProjection, VLMConfig
+from hlrp.vlm import VLM, VLMConfig
 
 
 @pytest.fixture(autouse=True)
