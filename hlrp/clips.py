@@ -100,6 +100,7 @@ class Clips(Dataset):
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
+        self.episode_numbers = getattr(source, "episode_numbers", None)  # of episodes that a stream has passed on
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
         self.min_times = len(times) if min_times is None else min_times
@@ -211,6 +212,7 @@ class Clips(Dataset):
     def _read(self, row: int, starts: np.ndarray) -> Iterator[dict]:
         """The samples that start at `starts`, all in one episode."""
         source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
+        number = episode if self.episode_numbers is None else self.episode_numbers[episode]
         is_labelled = self.is_labelled[row]
         last = int(source.lengths[episode]) - 1
         steps = np.arange(offsets[-1] if self.chunk_size is None else self.chunk_size)
@@ -248,7 +250,7 @@ class Clips(Dataset):
                 "task": task,
                 "dataset": self.name,
                 "source": self.source_index,
-                "episode": episode,
+                "episode": number,
                 "index": int(start),
                 "fps": float(source.fps[episode]),
             }

@@ -42,8 +42,10 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
         episodes = tqdm(
             range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None
         )
-        parts = [episode_scores(source, episode, span) for episode in episodes]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = source.idle_scores(span) if hasattr(source, "idle_scores") else None  # hlrp.shards --idle-span
+        if found is None:
+            parts = [episode_scores(source, episode, span) for episode in episodes]
+            found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if "action" in found:  # by the deviation of each dimension over the whole source
             found["action"] = np.sqrt(
                 (found["action"] / found["action"].mean(axis=0).clip(1e-12)).mean(axis=1)

@@ -78,7 +78,7 @@ EPISODE_LIMIT = (
 class Held:
     """Some episodes of a stream in memory: a source as any other."""
 
-    def __init__(self, stream, episodes: Sequence[Episode]):
+    def __init__(self, stream, episodes: Sequence[Episode], numbers: Sequence[int]):
         self.uri, self.name, self.camera, self.fingerprint = (
             stream.uri,
             stream.name,
@@ -86,7 +86,7 @@ class Held:
             stream.fingerprint,
         )
         self.state_dim, self.action_dim = stream.state_dim, stream.action_dim
-        self.episodes = list(episodes)
+        self.episodes, self.episode_numbers = list(episodes), list(numbers)
         self.lengths = np.array([len(episode.frames) for episode in self.episodes])
         self.fps = np.array([episode.fps for episode in self.episodes])
 
@@ -160,7 +160,7 @@ class StreamClips:
             chosen = int(np.searchsorted(left, self.rng.integers(left[-1]), side="right"))
             waiting = self.buffer[chosen]
             try:
-                samples.append(waiting.clips[waiting.order.pop()] | {"episode": waiting.episode})
+                samples.append(waiting.clips[waiting.order.pop()])
             except ValueError as error:
                 if not self.source.skip_broken:
                     raise
@@ -189,7 +189,7 @@ class StreamClips:
                 clips = self.clips_of([episode], [number])
                 fruitless.clear()
                 order = self.rng.permutation(len(clips)).tolist()
-                yield Waiting(number, self.at, clips, order, episode.size)
+                yield Waiting(self.at, clips, order, episode.size)
             if len(fruitless) == self.source.num_shards:
                 raise ValueError(self.nothing())
             self.at += self.num_readers
@@ -234,7 +234,12 @@ class StreamClips:
         common = {"source_index": self.source_index, "labelled_episodes": labelled}
         every = range(len(episodes))
         return Clips(
-            Held(self.source, episodes), every, self.times, self.image_size, **common, **self.settings
+            Held(self.source, episodes, numbers),
+            every,
+            self.times,
+            self.image_size,
+            **common,
+            **self.settings,
         )
 
     def hold(self, num_episodes: int) -> Clips:
@@ -258,7 +263,6 @@ def clips_of(source, episodes, *args, seed: int = 0, **settings) -> Clips | Stre
 class Waiting(NamedTuple):
     """An episode in the buffer."""
 
-    episode: int  # its number
     turn: int  # of its shard, in the endless sequence
     clips: Clips
     order: list[int]  # of the clips that are still to be drawn

@@ -125,7 +125,7 @@ def test_validation_holds_clips_of_held_out_episodes_and_frees_the_other_frames(
     assert len(chosen) == 32
     for sample in chosen:
         shard, place, index = sample["frames"][0, :, 0, 0].tolist()
-        assert shard * MAX_EPISODES + place in val and index == sample["index"]
+        assert sample["episode"] == shard * MAX_EPISODES + place in val and index == sample["index"]
     frames = [data for episode in chosen.dataset.source.episodes for data in episode.frames]
     assert 0 < sum(map(bool, frames)) <= 64 < len(frames)
     mean, std = action_statistics(clips(source))

@@ -1,0 +1,319 @@
+"""Shards: TAR files of episodes, `shards:DIR`, `shards:DIR/000000.tar` or `shards:DIR/{000000..000127}.tar`.
+
+With an index beside each TAR (`hlrp.shard_index`) they are a source of random access; without, or from a URL, a stream.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from braceexpand import UnbalancedBracesError, braceexpand
+from torch import Tensor
+
+from hlrp.images import decode
+from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
+from hlrp.streams import Episode
+from hlrp.tars import Sample, as_column, read_samples, task_of, to_array, to_object
+
+logger = logging.getLogger(__name__)
+PLAN = "shards.json"  # in a folder that hlrp.shards writes
+LABELS = ("latent_vectors", "latent_indices")
+NOT_READ = ("action", "timestamp", *LABELS)  # arrays that read() does not give
+
+
+def is_url(location: str | Path) -> bool:
+    return re.match(r"[a-z0-9+]+:", str(location)) is not None
+
+
+def find_tars(location: str | Path) -> list[str]:
+    """The TARs that a folder holds, or that a path or a URL with braces names."""
+    path = Path(location).expanduser()
+    if not is_url(location) and path.is_dir():
+        tars = sorted(str(tar) for tar in path.glob("*.tar"))
+        if not tars:
+            raise ValueError(f"shards:{location}: no .tar in this folder; python -m hlrp.shards writes some")
+        return tars
+    try:
+        return list(braceexpand(str(location)))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"shards:{location}: {error}; {{000000..000127}}.tar fits") from error
+
+
+def is_indexed(location: str | Path) -> bool:
+    """Whether an index lies beside any of these TARs."""
+    if is_url(location):
+        return False
+    return any(Path(tar).expanduser().with_suffix(SUFFIX).is_file() for tar in find_tars(location))
+
+
+class Shards:
+    """Episodes in TARs with indexes: a source, as the data contract has it.
+
+    dataset: the one to read, of several in a folder.
+    Every read checks the data's checksum. Raises ValueError for files that are missing, damaged, or cut off. With
+    `skip_broken`, shards whose index or size is wrong are left out, logged and counted in `num_skipped`.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        uri: str | None = None,
+        dataset: str | None = None,
+        skip_broken: bool = False,
+    ):
+        self.uri = uri or f"shards:{location}"
+        tars = [Path(tar).expanduser() for tar in find_tars(location)]
+        self.name = f"shards-{tars[0].absolute().parent.name}" + (f"-{dataset}" if dataset else "")
+        found, errors = open_indexes(tars)
+        errors += missing_shards(Path(location).expanduser(), tars)
+        if errors and (not skip_broken or not found):
+            raise ValueError(f"{self.uri}: {errors[0]}")
+        for error in errors:
+            logger.warning("skipped %s, %s", self.uri, error)
+        self.num_skipped = len(errors)
+
+        datasets = sorted({index.facts.get("dataset") or "" for index in found})
+        if dataset is not None and dataset not in datasets:
+            raise ValueError(f"{self.uri}: dataset={dataset}; it has {', '.join(datasets)}")
+        self.shards = [index for index in found if dataset in (None, index.facts.get("dataset") or "")]
+        check_alike(self.uri, self.shards)
+        facts = self.shards[0].facts
+        self.columns: dict[str, list[int]] = facts["columns"]
+        self.state_dim, self.action_dim = (
+            int(np.prod(self.columns[name])) if name in self.columns else 0 for name in ("state", "action")
+        )
+        self.camera, self.latent_space = facts.get("camera") or "", facts.get("latent_space")
+        self.lengths = np.concatenate([index.lengths for index in self.shards])
+        self.fps = np.concatenate([index.fps for index in self.shards])
+        self.first_rows = np.cumsum(self.lengths) - self.lengths
+        num_episodes = [len(index.lengths) for index in self.shards]
+        self.first_episodes = (np.cumsum(num_episodes) - num_episodes).tolist()  # of each shard
+        digests = b"".join(index.digest for index in self.shards)
+        self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
+
+    def read(self, episode: int, indices: Sequence[int]) -> dict:
+        name = self.place(episode)
+        frames = [
+            decode(data, f"{name}, frame {index}")
+            for index, data in zip(indices, self.encoded(episode, indices), strict=True)
+        ]
+        if any(frame.shape != frames[0].shape for frame in frames):
+            raise ValueError(f"{name}: frames of several sizes, {sorted({(*f.shape[1:],) for f in frames})}")
+        frames = torch.stack([frame.permute(1, 2, 0) for frame in frames])  # t h w c: so the decoder left them
+        return {"frames": frames.permute(0, 3, 1, 2)} | self.about(episode, indices)
+
+    def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
+        """The frames as they lie in the TAR."""
+        shard, row = self._locate(episode)
+        length = int(self.lengths[episode])
+        indices = [int(index) for index in indices]
+        low, high = min(indices), max(indices)
+        if low < 0 or high >= length:
+            raise ValueError(f"{self.place(episode)}: frames {low} to {high} of {length}")
+        first = int(self.first_rows[episode] - self.first_rows[episode - row])
+        rows = shard.rows("frames", first + low, first + high + 1)
+        rows = [rows[index - low] for index in indices]
+        data = shard.read(rows, lambda row: f"frame {indices[rows.index(row)]} of episode {episode}")
+        return [data[row] for row in rows]
+
+    def about(self, episode: int, indices: Sequence[int]) -> dict:
+        """What read() gives, without the frames."""
+        wanted = [name for name in self.columns if name not in NOT_READ]
+        members = self._members(episode, ["json", "txt", *(f"{name}.npy" for name in wanted)])
+        place = self.place(episode)
+        header = to_object(members["json"], f"{place}, json") if "json" in members else {}
+        read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
+        for name in wanted:
+            read[name] = self._rows(members, episode, name, indices)
+        return read | header.get("facts", {})
+
+    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+        return self._rows(self._members(episode, ["action.npy"]), episode, "action", indices)
+
+    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+        return self._rows(self._members(episode, ["state.npy"]), episode, "state", indices)
+
+    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        names = [name for name in LABELS if name in self.columns]
+        members = self._members(episode, [f"{name}.npy" for name in names])
+        return {name: self._rows(members, episode, name, indices) for name in names}
+
+    def statistics(self, name: str) -> dict[str, np.ndarray]:
+        """Of "state" or "action", over all frames: float64 (n,) each of count, mean, std, min, max, q01, q99."""
+        return merge_statistics(
+            [{key: index.table(f"{name}.{key}") for key in STATISTICS} for index in self.shards]
+        )
+
+    def idle_scores(self, span: float) -> dict[str, np.ndarray] | None:
+        """What `hlrp.idle.episode_scores` gives for all frames, in their order; None where a shard lacks this span."""
+        if any(index.facts.get("idle_span") != span for index in self.shards):
+            return None
+        names = [name for name in self.shards[0].tables if name.startswith("idle.")]
+        return {
+            name.removeprefix("idle."): np.concatenate([index.table(name) for index in self.shards])
+            for name in names
+        }
+
+    def place(self, episode: int) -> str:
+        shard, row = self._locate(episode)
+        return f"{shard.tar}, episode {row} in it"
+
+    def _locate(self, episode: int) -> tuple[Index, int]:
+        """The shard of an episode, and the place of the episode in it."""
+        number = bisect_right(self.first_episodes, episode) - 1
+        return self.shards[number], int(episode) - self.first_episodes[number]
+
+    def _members(self, episode: int, kinds: Sequence[str]) -> dict[str, bytes]:
+        """Those of an episode that are no frames, of these kinds, as far as it has them."""
+        shard, row = self._locate(episode)
+        rows: dict[str, Row] = dict(
+            zip(shard.facts["kinds"], shard.rows("members", row, row + 1), strict=True)
+        )
+        rows = {kind: rows[kind] for kind in kinds if rows.get(kind, ABSENT) != ABSENT}
+        names = {row: kind for kind, row in rows.items()}
+        data = shard.read(list(names), lambda row: f"{names[row]} of episode {episode}")
+        return {kind: data[row] for kind, row in rows.items()}
+
+    def _rows(self, members: dict[str, bytes], episode: int, name: str, indices: Sequence[int]) -> Tensor:
+        place = f"{self.place(episode)}, {name}.npy"
+        array = as_column(name, to_array(members[f"{name}.npy"], place))
+        return torch.from_numpy(array[np.asarray(indices)])
+
+
+def open_indexes(tars: Sequence[Path]) -> tuple[list[Index], list[str]]:
+    """The indexes beside TARs, and what is wrong with those that have none or a broken one."""
+
+    def index_or_error(tar: Path) -> Index | str:
+        path = tar.with_suffix(SUFFIX)
+        if not path.is_file():
+            fits = f"python -m hlrp.shards --index --output-dir {tar.parent} makes it"
+            return f"{tar}: no {path.name} beside it; {fits}" if tar.is_file() else f"{tar}: no such file"
+        try:
+            return read_index(path)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
+        found = list(threads.map(index_or_error, tars))
+    return [i for i in found if isinstance(i, Index)], [error for error in found if isinstance(error, str)]
+
+
+def missing_shards(folder: Path, tars: Sequence[Path]) -> list[str]:
+    """What a folder lacks by the plan of hlrp.shards, where it has one."""
+    if not (folder / PLAN).is_file():
+        return []
+    planned = [folder / f"{number:06d}.tar" for number in range(len(read_plan(folder)["shards"]))]
+    fits = "the same python -m hlrp.shards once more writes it"
+    return [f"{tar} is not there yet; {fits}" for tar in planned if tar not in set(tars)]
+
+
+def read_plan(folder: Path) -> dict:
+    try:
+        return json.loads((folder / PLAN).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN}: not readable as JSON: {error}") from error
+
+
+def check_alike(uri: str, shards: Sequence[Index]) -> None:
+    """Raises ValueError, naming the data sets, where shards differ in what an episode holds."""
+    kinds: dict[str, str] = {}
+    for index in shards:
+        facts = index.facts
+        what = json.dumps([facts["columns"], facts.get("camera"), facts.get("latent_space")])
+        dataset = facts.get("dataset") or index.tar.name
+        kinds.setdefault(
+            what, f"{dataset} (arrays {facts['columns']}, camera {facts.get('camera') or 'unnamed'})"
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{uri}: data sets that differ: {', '.join(kinds.values())}; ?dataset=NAME picks one"
+        )
+
+
+class ShardStream:
+    """Episodes in TARs without indexes, also from pipe:, http(s):, s3:, gs: URLs: a stream, see `hlrp.streams`.
+
+    fps: of episodes whose JSON and time stamps do not tell. ignore: extensions of members to leave out, by commas.
+    Raises ValueError, naming file and member, for what is broken, cut off, a pickle, or unknown.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        uri: str | None = None,
+        fps: float | None = None,
+        ignore: str = "",
+        skip_broken: bool = False,
+    ):
+        self.uri, self.urls, self.skip_broken = uri or f"shards:{location}", find_tars(location), skip_broken
+        self.default_fps, self.ignore = fps, tuple(filter(None, ignore.split(",")))
+        self.num_shards = len(self.urls)
+        self.name = f"shards-{Path(self.urls[0]).absolute().parent.name}"
+        first = next(self._samples(0))
+        episode = to_episode(first, fps)
+        self.fps, self.camera = episode.fps, first.header.get("camera") or ""
+        self.state_dim, self.action_dim = map(width, (episode.state, episode.action))
+        sizes = [None if is_url(url) else Path(url).expanduser().stat().st_size for url in self.urls]
+        what = repr(([Path(url).name for url in self.urls], sizes, self.fps, self.state_dim, self.action_dim))
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def episodes(self, shard: int) -> Iterator[Episode]:
+        """Raises ValueError at an episode that is no such; next() then gives the one behind it, if the TAR is whole."""
+        return map(self._episode, self._samples(shard))
+
+    def _episode(self, sample: Sample) -> Episode:
+        episode = to_episode(sample, self.default_fps)
+        for name, column in (("state", episode.state), ("action", episode.action)):
+            if width(column) != getattr(self, f"{name}_dim"):
+                raise ValueError(
+                    f"{episode.name}: {name} of {width(column)} numbers, {getattr(self, f'{name}_dim')} in the first "
+                    "episode; episodes of one kind fit"
+                )
+        if (camera := sample.header.get("camera") or "") != self.camera:
+            raise ValueError(
+                f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; one fits"
+            )
+        return episode
+
+    def _samples(self, shard: int) -> Iterator[Sample]:
+        url = self.urls[shard]
+        file = open_url(url)
+        yield from read_samples(file, url, self.ignore, mode="r|*")
+        try:
+            file.close()
+        except OSError as error:  # the command of a pipe failed
+            raise ValueError(f"{url}: {error}") from error
+
+
+def width(column: np.ndarray | None) -> int:
+    return 0 if column is None else column.shape[1]
+
+
+def open_url(url: str) -> BinaryIO:
+    """A path or a URL, opened by webdataset. Raises ValueError that names it."""
+    from webdataset.gopen import gopen
+
+    try:
+        return gopen(url if is_url(url) else str(Path(url).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url}: cannot be opened: {error}") from error
+
+
+def to_episode(sample: Sample, fps: float | None) -> Episode:
+    return Episode(
+        f"{sample.path}: {sample.key}",
+        [member.data for member in sample.frames()],
+        sample.fps(fps),
+        sample.task,
+        sample.columns.get("state"),
+        sample.columns.get("action"),
+        sample.header.get("facts", {}),
+    )

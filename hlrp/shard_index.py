@@ -1,0 +1,300 @@
+"""The index beside a TAR of episodes: where each member lies, and its checksum. A safetensors file, without a pickle.
+
+    header       __metadata__["hlrp"]: facts of the TAR as JSON, and the checksum of each table
+    checksum     uint32 (1,): of the header, so that it stands for all of the index and, by it, of the TAR
+    lengths, fps      int64 and float64 (episodes,)
+    members      uint8 (episodes, kinds * 16): a ROW for each member that is no frame, in the order of facts["kinds"]
+    frames       uint8 (frames, 16): a ROW for each frame
+    state.*, action.*   float64 (n,): count, mean, std, min, max, q01, q99 over all frames of the TAR
+    idle.*       float32 (frames, ...): what `hlrp.idle.episode_scores` gives, where it was asked for
+
+Opening reads the header and the first tables, checked; the rest is read where it is needed. A row is not checked: a
+wrong one leads to data that fail their checksum. All checksums are CRC32C.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from hlrp.tars import read_samples
+
+SUFFIX = ".index"
+FORMAT = 1
+ROW = np.dtype([("start", "<i8"), ("size", "<u4"), ("checksum", "<u4")])
+ABSENT = (-1, 0, 1)  # an episode without this member; a row of zeros is none that could be meant
+DTYPES = {"U8": "uint8", "U32": "uint32", "I64": "int64", "F32": "float32", "F64": "float64"}
+HEAD_SIZE = 2**16  # read at once when an index is opened [byte]
+GAP = 4 * tarfile.BLOCKSIZE  # between members that are read together: up to padding and extended headers
+NUM_OPEN = 512  # files that a process keeps open
+STATISTICS = ("count", "mean", "std", "min", "max", "q01", "q99")
+
+Row = tuple[int, int, int]  # start, size [byte], checksum
+
+
+class Table(NamedTuple):
+    start: int  # in the index [byte]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Index(NamedTuple):
+    path: Path
+    tar: Path
+    facts: dict
+    tables: dict[str, Table]
+    lengths: np.ndarray
+    fps: np.ndarray
+    digest: bytes  # of the header, and so of all
+    versions: tuple[int, int]  # of the index and the TAR when they were opened: a new file is opened anew
+
+    def file(self) -> "File":
+        return open_file(str(self.path), self.versions[0])
+
+    def tar_file(self) -> "File":
+        return open_file(str(self.tar), self.versions[1])
+
+    def table(self, name: str) -> np.ndarray:
+        """A whole table, its checksum checked."""
+        start, dtype, shape = self.tables[name]
+        data = self.file().read(start, prod(shape) * np.dtype(dtype).itemsize)
+        if google_crc32c.value(data) != self.facts["checksums"][name]:
+            raise ValueError(f"{self.path}: checksum of its table {name} differs; the file is damaged")
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> list[Row]:
+        """Those of the frames, or of the members of the episodes, from start to stop."""
+        table = self.tables[name]
+        data = self.file().read(table.start + start * table.shape[1], (stop - start) * table.shape[1])
+        return np.frombuffer(data, ROW).tolist()
+
+    def read(self, rows: Sequence[Row], what: Callable[[Row], str]) -> dict[Row, bytes]:
+        """The data at these rows, adjacent ones in one go, each checked. what: names a row for an error."""
+        found = {}
+        tar, tar_size = self.tar_file(), self.facts["tar_size"]
+        for run in runs(sorted(set(rows))):
+            start, (last, size, _) = run[0][0], run[-1]
+            if start < 0 or last + size > tar_size or not all(row[1] for row in run):
+                raise ValueError(f"{self.path}: its row of {what(run[-1])} is no place in {self.tar.name}")
+            block = tar.read(start, last + size - start)
+            for row in run:
+                data = block[row[0] - start : row[0] - start + row[1]]
+                if google_crc32c.value(data) != row[2]:
+                    self.table("frames"), self.table("members")  # is the row itself damaged?
+                    name = self.name_of(row) or what(row)
+                    raise ValueError(f"{self.tar}: {name}: checksum differs; the file is damaged")
+                found[row] = data
+        return found
+
+    def name_of(self, row: Row) -> str:
+        """The name of a member, as its header in the TAR has it; "" where no header is."""
+        try:
+            header = self.tar_file().read(row[0] - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (ValueError, tarfile.HeaderError):
+            return ""
+
+
+def runs(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Sorted rows, in groups that lie side by side."""
+    run, end = [], 0
+    for row in rows:
+        if run and not 0 <= row[0] - end <= GAP:
+            yield run
+            run = []
+        run.append(row)
+        end = row[0] + row[1]
+    if run:
+        yield run
+
+
+class File:
+    """An open file. No position is kept, so that forked processes and threads may share it."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read(self, start: int, size: int) -> bytes:
+        try:
+            data = os.pread(self.descriptor, size, start)
+            while len(data) < size:  # a network drive may give less
+                more = os.pread(self.descriptor, size - len(data), start + len(data))
+                if not more:
+                    raise ValueError(f"{self.path}: no byte {start + len(data)} in it; is it cut off?")
+                data += more
+        except OSError as error:
+            raise ValueError(f"{self.path}: not readable at byte {start}: {error.strerror}") from error
+        return data
+
+
+@lru_cache(maxsize=NUM_OPEN)
+def open_file(path: str, version: int) -> File:
+    return File(path)
+
+
+def read_index(path: Path) -> Index:
+    """Raises ValueError, naming the file, where the index is damaged, or the TAR beside it not of its size."""
+    file, tar = File(str(path)), path.with_suffix(".tar")
+    stat = os.fstat(file.descriptor)
+    size = stat.st_size
+    head = file.read(0, min(size, HEAD_SIZE))
+    data_start = 8 + int.from_bytes(head[:8], "little")  # as safetensors has it
+    if len(head) < 8 or data_start + 4 > size:
+        raise ValueError(
+            f"{path}: {size} bytes, no whole index; python -m hlrp.shards makes it anew without it"
+        )
+    if len(head) < data_start + 4:
+        head = file.read(0, data_start + 4)
+    checksum = int.from_bytes(head[data_start : data_start + 4], "little")
+    if google_crc32c.value(head[:data_start]) != checksum:
+        raise ValueError(f"{path}: checksum of its header differs; it is damaged, or no index of hlrp.shards")
+
+    header = json.loads(head[8:data_start])
+    facts = json.loads(header.pop("__metadata__")["hlrp"])
+    if facts["format"] != FORMAT:
+        raise ValueError(
+            f"{path}: of format {facts['format']}; {FORMAT} fits, as python -m hlrp.shards writes it"
+        )
+    end = data_start + max(entry["data_offsets"][1] for entry in header.values())
+    if size != end:
+        raise ValueError(f"{path}: {size} bytes, expected {end}; is it cut off?")
+    tables = {
+        name: Table(data_start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+    parts = []
+    for name in ("lengths", "fps"):
+        start, dtype, (num_episodes,) = tables[name]
+        stop = start + 8 * num_episodes
+        data = head[start:stop] if stop <= len(head) else file.read(start, stop - start)
+        if google_crc32c.value(data) != facts["checksums"][name]:
+            raise ValueError(f"{path}: checksum of its table {name} differs; the file is damaged")
+        parts.append(np.frombuffer(data, dtype))
+
+    try:
+        tar_stat = os.stat(tar)
+    except OSError as error:
+        raise ValueError(f"{tar}: {error.strerror}, but its index is there") from error
+    if tar_stat.st_size != facts["tar_size"]:
+        raise ValueError(
+            f"{tar}: {tar_stat.st_size} bytes, but {facts['tar_size']} by its index; is it cut off?"
+        )
+    versions = stat.st_mtime_ns, tar_stat.st_mtime_ns
+    return Index(path, tar, facts, tables, *parts, hashlib.sha256(head[:data_start]).digest(), versions)
+
+
+def index_tar(
+    tar: Path,
+    fps: float | None = None,
+    ignore: Sequence[str] = (),
+    facts: dict | None = None,
+    scores: dict[str, np.ndarray] | None = None,
+) -> bytes:
+    """The index of a TAR of episodes (see `hlrp.tars`), whoever wrote it.
+
+    fps: where neither JSON nor time stamps tell. facts, scores: more to record.
+    Raises ValueError, naming the member, where the TAR or an episode is broken, or episodes differ in their arrays.
+    """
+    lengths, rates, frames, members, kinds = [], [], [], [], []
+    columns: dict[str, list[np.ndarray]] = {}
+    first, same = None, {}
+    with open(tar, "rb") as file:
+        for sample in read_samples(file, str(tar), ignore):
+            images = sample.frames()
+            shapes = {name: list(column.shape[1:]) for name, column in sorted(sample.columns.items())}
+            first = first or (sample.key, shapes)
+            if shapes != first[1]:
+                raise ValueError(
+                    f"{tar}: {sample.key} has arrays {shapes}, but {first[0]} {first[1]}; one kind of episode fits"
+                )
+            lengths.append(len(images))
+            rates.append(sample.fps(fps))
+            frames += [row_of(member) for member in images]
+            shown = {member.name for member in images}
+            others = {suffix: m for suffix, m in sample.members.items() if m.name not in shown}
+            kinds += [suffix for suffix in others if suffix not in kinds]
+            members.append({suffix: row_of(member) for suffix, member in others.items()})
+            for name in ("state", "action"):
+                if name in sample.columns:
+                    columns.setdefault(name, []).append(sample.columns[name])
+            for name in ("dataset", "camera", "latent_space"):
+                same.setdefault(name, []).append(sample.header.get(name))
+
+    tables = {"lengths": np.array(lengths, dtype=np.int64), "fps": np.array(rates, dtype=np.float64)}
+    rows = [[member.get(kind, ABSENT) for kind in kinds] for member in members]
+    tables["members"] = np.array(rows, dtype=ROW).view(np.uint8).reshape(len(lengths), -1)
+    tables["frames"] = np.array(frames, dtype=ROW).view(np.uint8).reshape(-1, ROW.itemsize)
+    for name, parts in columns.items():
+        for key, value in zip(STATISTICS, statistics(np.concatenate(parts)), strict=True):
+            tables[f"{name}.{key}"] = value
+    tables |= {f"idle.{name}": score for name, score in (scores or {}).items()}
+    size, checksum = file_checksum(tar)
+    if any(space != same["latent_space"][0] for space in same["latent_space"]):
+        raise ValueError(f"{tar}: episodes with latent actions of several kinds; those of one LAQ fit")
+    everywhere = {name: values[0] for name, values in same.items() if all(v == values[0] for v in values)}
+    known = {"format": FORMAT, "tar_size": size, "tar_checksum": checksum}
+    known |= {"kinds": kinds, "columns": first[1]} | everywhere
+    return to_safetensors(tables, known | (facts or {}))
+
+
+def row_of(member) -> Row:
+    return member.start, len(member.data), google_crc32c.value(member.data)
+
+
+def statistics(values: np.ndarray) -> list[np.ndarray]:
+    """values (frames, n) -> float64 (n,) each of `STATISTICS`."""
+    values = values.astype(np.float64)
+    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
+    count = np.full(values.shape[1], float(len(values)))
+    return [count, values.mean(axis=0), values.std(axis=0), values.min(axis=0), values.max(axis=0), q01, q99]
+
+
+def merge_statistics(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Those of several shards together; the quantiles as the mean of theirs, which is near, and the rest exactly."""
+    each = {name: np.stack([part[name] for part in parts]) for name in STATISTICS}  # shards n
+    weight = each["count"] / each["count"].sum(axis=0)
+    merged = {name: (weight * each[name]).sum(axis=0) for name in ("mean", "q01", "q99")}
+    variance = (weight * (each["std"] ** 2 + (each["mean"] - merged["mean"]) ** 2)).sum(axis=0)
+    merged |= {"count": each["count"].sum(axis=0), "std": np.sqrt(variance)}
+    return merged | {"min": each["min"].min(axis=0), "max": each["max"].max(axis=0)}
+
+
+def file_checksum(path: Path) -> tuple[int, int]:
+    """Size, and CRC32C of all of a file."""
+    size, checksum = 0, 0
+    with open(path, "rb") as file:
+        while data := file.read(2**20):
+            size, checksum = size + len(data), google_crc32c.extend(checksum, data)
+    return size, checksum
+
+
+def to_safetensors(tables: dict[str, np.ndarray], facts: dict) -> bytes:
+    """A safetensors file with the checksum of its header as the first tensor."""
+    tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
+    facts = facts | {"checksums": {name: google_crc32c.value(t.tobytes()) for name, t in tables.items()}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"hlrp": json.dumps(facts)}}, 0
+    for name, table in ({"checksum": np.zeros(1, np.uint32)} | tables).items():
+        offsets = [end, end := end + table.nbytes]
+        header[name] = {"dtype": names[str(table.dtype)], "shape": list(table.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    checksum = google_crc32c.value(head).to_bytes(4, "little")
+    return head + checksum + b"".join(table.tobytes() for table in tables.values())

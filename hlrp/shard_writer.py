@@ -1,0 +1,277 @@
+"""One shard: episodes of any source as a TAR and its index. What is in it follows from the source and the settings."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import encode_jpeg, encode_png
+
+from hlrp.checkpoints import sync
+from hlrp.clips import is_stream
+from hlrp.idle import episode_scores
+from hlrp.images import JPEG, NPY, PNG
+from hlrp.shard_index import SUFFIX, index_tar
+from hlrp.sources import open_source
+from hlrp.streams import Episode
+from hlrp.tars import END, array_bytes, member_bytes
+from hlrp.transforms import fit
+
+logger = logging.getLogger(__name__)
+Codec = Literal["jpeg", "png", "yuv420"]
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "yuv420": "yuv.npy"}
+FIRST_BYTES = {"jpeg": JPEG, "png": PNG, "yuv420": NPY}
+CHUNK = 64  # frames decoded together
+SAME_RATE = 0.001  # share by which frame rates may differ and still be the same
+IDLE_SIZE = 64  # at which `hlrp.idle` measures motion [pixel]
+
+
+@dataclass
+class Settings:
+    """What a shard follows from, beside its source; `hlrp.shards.Args` says what each means."""
+
+    image_size: int | None
+    fps: float | None
+    drop_actions: bool
+    instruction: str | None
+    codec: Codec
+    quality: int
+    idle_span: float | None
+
+
+class Job(NamedTuple):
+    """Episodes start to stop of a source; of a stream, its shard `start`."""
+
+    path: Path  # of the TAR
+    uri: str
+    start: int
+    stop: int
+
+
+@dataclass
+class View:
+    """One episode of a source or of a stream, with the methods of a source but without its number."""
+
+    length: int
+    fps: float
+    read: Callable[[Sequence[int]], dict]
+    actions: Callable[[Sequence[int]], Tensor] | None
+    labels: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
+    encoded: Callable[[Sequence[int]], list[bytes]] | None = None
+
+
+@lru_cache
+def opened(uri: str, skip_broken: bool):
+    """A source, opened once in each process."""
+    return open_source(uri, skip_broken)
+
+
+def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
+    """Writes the TAR and its index: whole, or not at all. Returns how many episodes are left out.
+
+    A process killed leaves `.partial` files, written over later.
+
+    With `skip_broken`, episodes that cannot be read are left out, logged, and listed in the index.
+    Raises ValueError naming the episode, and OSError naming the file that the disk does not take.
+    """
+    source = opened(job.uri, skip_broken)
+    index = job.path.with_suffix(SUFFIX)
+    partial_tar, partial_index = (path.with_name(path.name + ".partial") for path in (job.path, index))
+    skipped, scores = {}, []
+    try:
+        with naming(job.path), open(partial_tar, "wb") as tar:
+            for number, view in views(source, job):
+                key = f"{job.path.stem}_{number:06d}"
+                try:
+                    if isinstance(view, Exception):
+                        raise view
+                    members, score = record(source, number, view, settings)
+                except (ValueError, OSError) as error:
+                    message = f"{job.uri}, episode {number}: {error}"
+                    if not skip_broken:
+                        raise ValueError(message) from error
+                    logger.warning("skipped %s", message)
+                    skipped[number] = str(error)
+                    continue
+                scores.append(score)
+                for suffix, data in members.items():
+                    tar.write(member_bytes(f"{key}.{suffix}", data))
+            if not scores:
+                raise ValueError(f"{job.uri}, episodes from {job.start} on: none can be read: {skipped}")
+            tar.write(END)
+        sync(partial_tar)
+        facts = {"skipped": skipped}
+        if settings.idle_span is not None:
+            facts["idle_span"] = settings.idle_span
+        columns = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
+        content = index_tar(partial_tar, facts=facts, scores=columns)
+        with naming(index):
+            partial_index.write_bytes(content)
+        sync(partial_index)
+        partial_tar.replace(job.path)
+        partial_index.replace(index)
+        sync(job.path.parent)
+        return len(skipped)
+    except BaseException:
+        partial_tar.unlink(missing_ok=True)
+        partial_index.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a disk says, "No space left on device", with the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def views(source, job: Job) -> Iterator[tuple[int, View | Exception]]:
+    """The episodes of a job by number; an error in place of one that a stream cannot give."""
+    if not is_stream(source):
+        for number in range(job.start, job.stop):
+            yield number, view_of(source, number)
+        return
+    passing = iter(source.episodes(job.start))
+    for number in count():
+        try:
+            view = view_passing(next(passing))
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:
+            view = error
+        yield number, view
+
+
+def view_of(source, number: int) -> View:
+    latent_space = getattr(source, "latent_space", None)
+    return View(
+        int(source.lengths[number]),
+        float(source.fps[number]),
+        partial(source.read, number),
+        partial(source.actions, number) if source.action_dim else None,
+        partial(source.labels, number) if latent_space is not None else None,
+        partial(source.encoded, number) if hasattr(source, "encoded") else None,
+    )
+
+
+def view_passing(episode: Episode) -> View:
+    return View(
+        len(episode.frames),
+        episode.fps,
+        episode.read,
+        None if episode.action is None else episode.actions,
+        encoded=lambda indices: [episode.frames[i] for i in indices],
+    )
+
+
+def record(
+    source, number: int, view: View, settings: Settings
+) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
+    """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
+    fps = view.fps if settings.fps is None else settings.fps
+    indices = frame_numbers(view, settings)
+    encoded, small, facts = [], [], {}
+    parts: dict[str, list[Tensor]] = {}
+    for chunk in np.split(indices, range(CHUNK, len(indices), CHUNK)):
+        read = view.read(chunk)
+        native = read.pop("frames")
+        frames = native if settings.image_size is None else fit(native, settings.image_size)
+        data = view.encoded(chunk) if view.encoded and frames is native else []
+        if not data or not all(d.startswith(FIRST_BYTES[settings.codec]) for d in data):
+            data = [encode(frame, settings.codec, settings.quality) for frame in frames]
+        encoded += data
+        if settings.idle_span is not None:
+            small.append(fit(native, IDLE_SIZE))
+        for name, value in read.items():
+            if isinstance(value, Tensor):
+                parts.setdefault(name, []).append(value)
+            else:
+                facts.setdefault(name, value)
+
+    columns = {name: torch.cat(part) for name, part in parts.items()}
+    header = {"task": facts.pop("task"), "fps": fps, "dataset": source.name, "episode": number}
+    header |= {"camera": source.camera, "source": source.uri}
+    if settings.instruction is not None:
+        if settings.instruction not in facts:
+            raise ValueError(
+                f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}"
+            )
+        header["task"] = str(facts[settings.instruction])
+    if view.actions and not settings.drop_actions:
+        columns["action"] = view.actions(indices)
+    if view.labels and not settings.drop_actions:
+        columns |= view.labels(indices)
+        header["latent_space"] = source.latent_space
+    header["facts"] = {name: v.item() if isinstance(v, np.generic) else v for name, v in facts.items()}
+    columns["timestamp"] = torch.from_numpy(indices / view.fps)  # float64 [s]
+
+    members = {"json": json.dumps(header).encode()}
+    for name in sorted(
+        columns, key=lambda name: (name != "state", name != "action", name != "timestamp", name)
+    ):
+        members[f"{name}.npy"] = array_bytes(columns[name].numpy())
+    for i, data in enumerate(encoded):
+        members[f"{i:06d}.{EXTENSIONS[settings.codec]}"] = data
+    return members, idle_scores(small, fps, columns.get("action"), settings.idle_span)
+
+
+def frame_numbers(view: View, settings: Settings) -> np.ndarray:
+    """The frames that are written: all, or those nearest to a grid of another rate.
+
+    Raises ValueError where these would repeat, or would leave out actions that the user did not drop.
+    """
+    fps = settings.fps
+    if fps is None or abs(view.fps / fps - 1) <= SAME_RATE:
+        return np.arange(view.length)
+    if fps > view.fps:
+        raise ValueError(f"fps={fps:g}, but it has {view.fps:g} fps; no more than that fits")
+    if (view.actions or view.labels) and not settings.drop_actions:
+        raise ValueError(
+            f"fps={fps:g}, but it has actions, one for each of its frames at {view.fps:g} fps, and no rule makes "
+            "one of several; --drop-actions writes the video alone"
+        )
+    num_frames = int((view.length - 1) * fps / view.fps + 1e-6) + 1
+    return np.rint(np.arange(num_frames) * view.fps / fps).astype(np.int64).clip(max=view.length - 1)
+
+
+def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
+    """frame: uint8 (c, h, w)."""
+    if codec == "jpeg":
+        return encode_jpeg(frame.contiguous(), quality).numpy().tobytes()
+    if codec == "png":
+        return encode_png(frame.contiguous()).numpy().tobytes()
+    import av
+
+    height, width = frame.shape[1:]
+    if height % 2 or width % 2:
+        raise ValueError(f"codec=yuv420, but its frames are of {width} x {height} pixels; even sizes fit")
+    image = frame.permute(1, 2, 0).contiguous().numpy()
+    return array_bytes(av.VideoFrame.from_ndarray(image, "rgb24").to_ndarray(format="yuv420p"))
+
+
+def idle_scores(
+    small: list[Tensor], fps: float, actions: Tensor | None, span: float | None
+) -> dict[str, np.ndarray]:
+    """Those of `hlrp.idle`, from frames that are decoded already and as small as it wants them."""
+    if span is None:
+        return {}
+    frames = torch.cat(small)
+    episode = SimpleNamespace(
+        lengths=[len(frames)],
+        fps=[fps],
+        action_dim=0 if actions is None else actions.shape[1],
+        read=lambda _, indices: {"frames": frames[list(indices)]},
+        actions=lambda _, indices: actions[list(indices)],
+    )
+    return episode_scores(episode, 0, span)

@@ -1,0 +1,255 @@
+"""TAR files as `webdataset` has them: members that share a name up to its first dot are a sample, here one episode.
+
+Members of an episode, by what follows the dot; any part but the frames may be missing:
+    json              an object: fps; task, or instruction, or text; facts, an object of whatever else is known
+    txt               the task, where the JSON has none
+    NAME.npy          state and action (t, n), timestamp (t,) [s], or any other array (t, ...)
+    *.jpg, *.png, *.yuv.npy   the frames, in the order of the numbers in their names; YUV 4:2:0 as in `hlrp.images`
+Data alone are read: a pickle, also inside an NPY, is refused. So is what is no such member, unless it is to be ignored.
+"""
+
+import io
+import json
+import re
+import tarfile
+import tokenize
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+END = bytes(2 * tarfile.BLOCKSIZE)  # of a TAR
+PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")  # what webdataset would unpickle
+IMAGES = ("jpg", "jpeg", "png")
+YUV = "yuv.npy"
+
+
+class Member(NamedTuple):
+    name: str
+    start: int  # of its data in the file [byte]
+    data: bytes
+
+
+@dataclass
+class Sample:
+    """One episode as it lies in a file."""
+
+    path: str
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)  # by what follows the key and a dot
+
+    def frames(self) -> list[Member]:
+        """The images by number: 10 comes after 9. Raises ValueError where they are of more than one kind."""
+        suffixes = [suffix for suffix in self.members if is_image(suffix)]
+        kinds = sorted({re.sub(r"\d+", "#", suffix) for suffix in suffixes})
+        if not suffixes:
+            raise ValueError(f"{self.path}: {self.key}: an episode without frames; .jpg, .png or .{YUV} fit")
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.path}: {self.key}: images of several kinds, {', '.join(kinds)}; one fits"
+            )
+        numbers = {suffix: [int(number) for number in re.findall(r"\d+", suffix)] for suffix in suffixes}
+        return [self.members[suffix] for suffix in sorted(suffixes, key=lambda suffix: numbers[suffix])]
+
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays (t, ...) by name; state and action as float32 (t, n)."""
+        num_frames = sum(is_image(suffix) for suffix in self.members)
+        columns = {}
+        for suffix, member in self.members.items():
+            if is_image(suffix) or not suffix.endswith(".npy"):
+                continue
+            name, place = suffix.removesuffix(".npy"), f"{self.path}: {member.name}"
+            array = to_array(member.data, place)
+            if array.ndim == 0 or len(array) != num_frames:
+                raise ValueError(f"{place}: of shape {array.shape}, but the episode has {num_frames} frames")
+            columns[name] = as_column(name, array)
+        return columns
+
+    @cached_property
+    def header(self) -> dict:
+        """The JSON member, an object."""
+        if "json" not in self.members:
+            return {}
+        return to_object(self.members["json"].data, f"{self.path}: {self.members['json'].name}")
+
+    @property
+    def task(self) -> str:
+        text = self.members.get("txt", Member("", 0, b""))
+        return task_of(self.header, text.data, f"{self.path}: {text.name}")
+
+    def fps(self, default: float | None = None) -> float:
+        """That of the JSON; else that of the time stamps, which must be regular to half a frame; else the default."""
+        fps, times = self.header.get("fps"), self.columns.get("timestamp", [])
+        if fps is None and len(times) > 1:
+            place = f"{self.path}: {self.members['timestamp.npy'].name}"
+            fps = (len(times) - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else 1.0
+            if np.abs(times - times[0] - np.arange(len(times)) / fps).max() > 0.5 / fps:
+                raise ValueError(f"{place}: not the times of a regular frame rate; fps in the JSON fits")
+        fps = default if fps is None else fps
+        if type(fps) not in (int, float) or not 0 < fps < float("inf"):
+            name = self.members["json"].name if "json" in self.members else f"{self.key}.json"
+            found = "without a frame rate" if fps is None else f"fps={fps!r}"
+            raise ValueError(
+                f"{self.path}: {name}: {found}; fps there, {self.key}.timestamp.npy or ?fps=10 fits"
+            )
+        return float(fps)
+
+
+def is_image(suffix: str) -> bool:
+    return suffix.endswith((*IMAGES, YUV))
+
+
+def as_column(name: str, array: np.ndarray) -> np.ndarray:
+    if name in ("state", "action"):
+        return array.reshape(len(array), -1).astype(np.float32, copy=False)
+    return array
+
+
+def to_object(data: bytes, name: str) -> dict:
+    """A JSON object. Raises ValueError that begins with `name`."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: a JSON {type(content).__name__}; an object fits")
+    return content
+
+
+def task_of(header: dict, text: bytes, name: str) -> str:
+    """The instruction by the JSON, or by the text member `name`; "" where there is none."""
+    for key in ("task", "instruction", "text"):
+        if isinstance(header.get(key), str):
+            return header[key]
+    try:
+        return text.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not a text in UTF-8: {error}") from error
+
+
+def to_array(data: bytes, name: str) -> np.ndarray:
+    """An NPY array, read-only. Raises ValueError that begins with `name`, also where it holds Python objects."""
+    size = 10 + int.from_bytes(data[8:10], "little")
+    if not data.startswith(b"\x93NUMPY\x01") or len(data) < size:
+        raise ValueError(f"{name}: not an NPY array of version 1")
+    try:
+        shape, order, dtype = _npy_header(data[:size])
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+            what = (
+                "Python objects, a pickle, which can run any code" if dtype.hasobject else f"{dtype} values"
+            )
+            raise ValueError(f"it holds {what}; numbers fit")
+        count = int(np.prod(shape, dtype=object))
+        if len(data) != size + count * dtype.itemsize:
+            raise ValueError(f"{len(data) - size} bytes, but {dtype} {shape} has {count * dtype.itemsize}")
+        array = np.frombuffer(data, dtype, count, size).reshape(shape, order=order)
+    except (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"{name}: not a readable NPY array: {error}") from error
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], str, np.dtype]:
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, "F" if is_fortran else "C", dtype
+
+
+def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: str = "r:") -> Iterator[Sample]:
+    """The episodes of a TAR, in their order.
+
+    ignore: extensions of members to leave out. mode: of `tarfile`; "r|*" for a stream, also a compressed one.
+    Raises ValueError, naming file and member, for what is unknown, a pickle, or there twice.
+    """
+    sample, keys = None, set()
+    for member in read_members(file, path, mode):
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        extension = suffix.rpartition(".")[2]
+        if extension.lower() in PICKLES:
+            raise ValueError(f"{path}: {member.name} is a pickle, which can run any code; NPY or JSON fits")
+        if extension in ignore or (stem.startswith("__") and stem.endswith("__")):  # webdataset's own notes
+            continue
+        if not stem or extension not in (*IMAGES, "json", "txt", "npy"):
+            raise ValueError(
+                f"{path}: {member.name} is no part of an episode; ?ignore={extension} leaves it out"
+            )
+        key = folder + slash + stem
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in keys:
+                raise ValueError(f"{path}: {member.name}: the members of {key} are not together")
+            keys.add(key)
+            sample = Sample(path, key)
+        if suffix in sample.members:
+            raise ValueError(f"{path}: {member.name} is there twice")
+        sample.members[suffix] = member
+    if sample is None:
+        raise ValueError(f"{path}: no episode in it")
+    yield sample
+
+
+def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member]:
+    """The files in a TAR. `tarfile` itself would take a broken header, or the end of the file, for the end of the TAR.
+
+    Raises ValueError, naming file and byte, where the TAR is broken, cut off, or goes on past its end.
+    """
+    offset = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode=mode, bufsize=2**20)
+        info = tar.firstmember
+        while info is not None:
+            offset = info.offset
+            if not info.isdir():
+                if not info.isreg() or info.issparse() or info.size < 0:
+                    raise ValueError(f"{path}: {info.name} is no plain file; a TAR of plain files fits")
+                tar.fileobj.seek(info.offset_data)
+                data = tar.fileobj.read(info.size)
+                if len(data) < info.size:
+                    raise ValueError(
+                        f"{path}: cut off in {info.name}, at byte {info.offset_data + len(data)}"
+                    )
+                yield Member(info.name, info.offset_data, data)
+            offset = tar.offset
+            tar.fileobj.seek(offset)
+            info = next_member(tar)
+        while rest := tar.fileobj.read(2**20):
+            if rest.count(0) < len(rest):
+                at = tar.fileobj.tell() - len(rest)
+                raise ValueError(f"{path}: goes on past the end of the TAR, at byte {at}")
+    except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+        raise ValueError(
+            f"{path}: cut off at byte {offset}, where the next member or the end should be"
+        ) from error
+    except (tarfile.TarError, OSError, EOFError, zlib.error, OverflowError) as error:
+        raise ValueError(f"{path}: not a readable TAR at byte {offset}: {error}") from error
+
+
+def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """None at the block of zeros that ends a TAR."""
+    try:
+        return tar.tarinfo.fromtarfile(tar)
+    except tarfile.EOFHeaderError:
+        return None
+    except (ValueError, IndexError) as error:  # of extended headers
+        raise tarfile.ReadError(str(error)) from error
+
+
+def member_bytes(name: str, data: bytes) -> bytes:
+    """A member as it lies in a TAR: header, data, and zeros up to a whole number of blocks."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An NPY file."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
