@@ -60,7 +60,7 @@ class Args:
 def main(args: Args) -> None:
     from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
     from hlrp.data import Mixture, loader
-    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.plots import save_grids
     from hlrp.sharding import distribute, gathered
@@ -78,7 +78,7 @@ def main(args: Args) -> None:
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
     # data: pairs of frames, from other episodes in training and validation
-    with accelerator.main_process_first():  # which renders what is not there yet
+    with first_alone():  # which renders what is not there yet
         sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
@@ -175,11 +175,11 @@ def summary(output_dir: Path, report: dict) -> str:
     lines = [f"\nLAQ            {folder}", f"pictures       {output_dir / 'grids'}"]
     for name, figures in report.items():
         for target, ratio in figures["true_over_copy"].items():
-            shuffled = figures["shuffled_over_true"][target]
-            lines.append(
-                f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better), "
-                f"error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)"
-            )
+            line = f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better)"
+            if figures["shuffled_over_true"] is not None:
+                shuffled = figures["shuffled_over_true"][target]
+                line += f", error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)"
+            lines.append(line)
         if figures.get("action_r2") is not None:
             lines.append(
                 f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "

@@ -26,6 +26,11 @@ class Context(NamedTuple):
     keys_values: list[tuple[Tensor, Tensor]]  # of each block, (b, heads, n, head_dim)
     bias: Tensor  # (b, 1, 1, n): -inf at padding
 
+    def repeat(self, times: int) -> "Context":
+        """That of a batch which is there several times, one after another."""
+        keys_values = [tuple(x.repeat(times, 1, 1, 1) for x in pair) for pair in self.keys_values]
+        return Context(keys_values, self.bias.repeat(times, 1, 1, 1))
+
 
 def sinusoids(x: Tensor, dim: int, longest: float) -> Tensor:
     """Features (..., dim) of numbers x (...), with wavelengths from 2 pi / longest to 2 pi."""
@@ -123,20 +128,41 @@ class ActionExpert(nn.Module):
             hidden = block(hidden, time, keys_values, context.bias)
         return self.to_space[space](norm(hidden)).float()
 
-    def errors(self, space: str, actions: Tensor, context: Context, is_pad: Tensor | None = None) -> Tensor:
+    def errors(
+        self,
+        space: str,
+        actions: Tensor,
+        context: Context,
+        is_pad: Tensor | None = None,
+        num_draws: int = 1,
+    ) -> Tensor:
         """The flow-matching loss (b,) of actions (b, t, a), over the steps that is_pad (b, t) does not mark.
 
-        Times are drawn from pi0's beta distribution, which prefers noise (its Appendix B).
+        Times are drawn from pi0's beta distribution, which prefers noise (its Appendix B). num_draws: times, spread
+        evenly over it, and noises of each sample, of which the loss is the mean: the context is computed once for all
+        of them (CogACT, arXiv:2411.19650, Sec. 3.3).
         """
-        b, device = len(actions), actions.device
-        u = torch.rand(b, device=device)
-        time = LAST_TIME * (1 - u ** (1 / 1.5))  # u^(1/1.5) is Beta(1.5, 1)
-        noise = torch.randn_like(actions)
+        (b, *shape), device = actions.shape, actions.device
+        u = (
+            torch.arange(num_draws, device=device)[:, None] + torch.rand(num_draws, b, device=device)
+        ) / num_draws
+        time = LAST_TIME * (1 - u ** (1 / 1.5)).flatten()  # u^(1/1.5) is Beta(1.5, 1)
+        noise = torch.randn(num_draws * b, *shape, device=device)
         if is_pad is not None:
             actions = actions.masked_fill(is_pad[..., None], 0.0)
+        actions = actions.repeat(num_draws, 1, 1)
         s = time[:, None, None]
-        predicted = self.velocity(space, s * actions + (1 - s) * noise, time, context)
-        return mean_over_steps((predicted - (actions - noise)).square().mean(-1), is_pad)
+        repeated = context.repeat(num_draws) if num_draws > 1 else context
+        predicted = self.velocity(space, s * actions + (1 - s) * noise, time, repeated)
+        errors = (predicted - (actions - noise)).square().mean(-1).view(num_draws, b, -1).mean(0)
+        return mean_over_steps(errors, is_pad)
+
+    @torch.no_grad()
+    def mean(self, space: str, shape: tuple[int, ...], context: Context) -> Tensor:
+        """The mean of the actions (b, t, a) that may be sampled, in one pass: at time 0 the velocity is what leads from
+        the noise to an action, on average over them, and the noise taken here is zero."""
+        nothing = torch.zeros(shape, device=context.bias.device)
+        return self.velocity(space, nothing, torch.zeros(len(nothing), device=nothing.device), context)
 
     def regress(self, space: str, length: int, context: Context) -> Tensor:
         """What the trunk says of a chunk in one pass, given nothing: (b, length, out_size)."""

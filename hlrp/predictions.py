@@ -33,6 +33,7 @@ class Predictions(NamedTuple):
     indices: Tensor | None  # int64 (b, c, t, m)
     vectors: Tensor | None  # (b, c, t, e)
     probabilities: Tensor | None  # (b, t, m, k), of the first condition, where codes are predicted
+    mean: Tensor | None  # (b, t, e), of the first condition, where vectors are
     errors: Tensor | None  # (b, c): the head's loss, where it was asked for
     episodes: Tensor  # int64 (b,)
     actions: Tensor | None  # (b, a), mean over the span
@@ -63,7 +64,7 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
 
     A flow's vector stands for the nearest code.
     """
-    indices, vectors, _ = predicted
+    indices, vectors = predicted[:2]
     num_tokens = laq.config.num_tokens
     if vectors is None:
         per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
@@ -117,7 +118,7 @@ def evaluate(
         majority, majority_by_position                 accuracy of the set's own most frequent code at each position
         unique_sequences, perplexity, usage            of the predicted codes, possible_sequences their bound
         action_r2, action_r2_random                    ridge probe of the mean action, fitted on true latent actions,
-                                                       from predicted ones: how likely each code is, the flow's vector
+                                                       from predicted ones: how likely each code is, the flow's mean
         action_r2_true                                 from the true latent actions: what can be reached
     """
     share = Share(rank, num_ranks, batch_size, num_workers, next(laq.parameters()).device)
@@ -165,13 +166,13 @@ def predict_all(
     for _, batch in share.batches(dataset):
         if "latent_vectors" not in batch:
             batch |= label(laq, batch["frames"])
-        rows, errors, probabilities = [], [], None
+        rows, errors, probabilities, mean = [], [], None, None
         for condition in conditions:
             seen = under(condition, batch, tasks, seed)
             predicted = vla.generate(seen["images"], seen["task"])
             rows.append(complete(laq, predicted))
             if not condition:
-                probabilities = predicted.probabilities
+                probabilities, mean = predicted.probabilities, predicted.mean
             if with_errors:
                 torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
                 errors.append(vla.score(seen))
@@ -186,6 +187,7 @@ def predict_all(
                 None if indices[0] is None else torch.stack(indices, dim=1),
                 None if vectors[0] is None else torch.stack(vectors, dim=1),
                 probabilities,
+                mean,
                 torch.stack(errors, dim=1) if with_errors else None,
                 batch["episode"],
                 actions,
@@ -213,7 +215,7 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
     """Ridge probes from latent actions to the mean action, scored on validation episodes.
 
     They are fitted on true latent actions, and read predicted ones by the same weights: of codes how likely each is,
-    of a flow its vector. A probe fitted on predictions would also find what is no latent action in them.
+    of a flow the mean of its vectors. A probe fitted on predictions would also find what is no latent action in them.
     """
     sides = [found] if fit is None else [fit, found]
     is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
@@ -236,7 +238,7 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
         ]
 
     are_codes = found.probabilities is not None
-    said = (found.probabilities if are_codes else found.vectors[:, 0]).flatten(1)[found.has_action]
+    said = (found.probabilities if are_codes else found.mean).flatten(1)[found.has_action]
     known = true_features(are_codes)
     read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], said]))
     predicted = probe_r2(read, actions, episodes, is_fit, seed)

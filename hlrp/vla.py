@@ -49,6 +49,7 @@ class VLAConfig:
     expert_dim: int = 256  # width of the flow head's expert
     expert_depth: int = 4  # and its blocks
     num_inference_steps: int = 10  # of the flow's integration
+    flow_draws: int = 4  # times and noises of the flow that a sample trains with in a step
 
     # weight of what the LAQ sees in the image, told by the image tokens; by default 1 for a tiny vlm, 0 for others
     feature_weight: float | None = None
@@ -74,6 +75,7 @@ class Predicted(NamedTuple):
     probabilities: Tensor | None = (
         None  # (b, t, m, k): of every code at its place, given the indices before it
     )
+    mean: Tensor | None = None  # (b, t, e): of all vectors that a flow may give
 
 
 class Scored(NamedTuple):
@@ -194,6 +196,7 @@ class FlowHead(nn.Module):
     def __init__(self, dim: int, space: LatentSpace, config: VLAConfig):
         super().__init__()
         self.size, self.num_steps = (config.chunk_size, space.vector_dim), config.num_inference_steps
+        self.num_draws = config.flow_draws
         self.norm = RunningNorm(space.vector_dim)
         self.expert = ActionExpert({"latent": space.vector_dim}, dim, config.expert_dim, config.expert_depth)
 
@@ -202,16 +205,17 @@ class FlowHead(nn.Module):
     ) -> Scored:
         targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
         encoded = vlm(images, tasks)
-        errors = self.expert.errors("latent", targets, self.expert.read(encoded.hidden, encoded.mask), is_pad)
+        context = self.expert.read(encoded.hidden, encoded.mask)
+        errors = self.expert.errors("latent", targets, context, is_pad, self.num_draws)
         return Scored(errors, encoded, {})
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         encoded = vlm(images, tasks)
         noise = temperature * torch.randn(len(images), *self.size, device=encoded.hidden.device)
         context = self.expert.read(encoded.hidden, encoded.mask)
-        return Predicted(
-            None, self.norm.inverse(self.expert.sample("latent", noise, context, self.num_steps))
-        )
+        sample = self.expert.sample("latent", noise, context, self.num_steps)
+        mean = self.expert.mean("latent", noise.shape, context)
+        return Predicted(None, self.norm.inverse(sample), mean=self.norm.inverse(mean))
 
 
 def draw(logits: Tensor, temperature: float) -> Tensor:
@@ -322,7 +326,7 @@ def check(config: VLAConfig) -> None:
         raise ValueError(f"token_rows={config.token_rows!r}; expected one of codes, vocabulary")
     if config.token_rows == "vocabulary" and config.head != "tokens":
         raise ValueError(f"token_rows='vocabulary' is a form of head=tokens; head={config.head} has none")
-    for name in ("chunk_size", "num_inference_steps", "expert_dim", "expert_depth"):
+    for name in ("chunk_size", "num_inference_steps", "flow_draws", "expert_dim", "expert_depth"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
     if config.expert_dim % 4:

@@ -38,7 +38,24 @@ def test_sampling_turns_noise_into_the_actions_that_the_context_calls_for():
     samples = model.sample("action", torch.randn(128, 3, 2), context)
     for i in range(2):
         torch.testing.assert_close(samples[which == i].mean((0, 1)), wanted[i], atol=0.15, rtol=0)
+        mean = model.mean("action", (128, 3, 2), context)[which == i]
+        torch.testing.assert_close(mean.mean((0, 1)), wanted[i], atol=0.15, rtol=0)
+        assert mean.std(0).max() < 1e-5  # no noise in it
     assert 0.05 < samples[which == 0].std(0).mean() < 0.3
+
+
+def test_several_draws_have_the_same_mean_and_less_noise():
+    torch.manual_seed(0)
+    model, (hidden, mask) = nudged(expert()), seen()
+    actions, context = torch.randn(4, 3, 2), model.read(hidden, mask)
+    is_pad = torch.zeros(4, 3, dtype=torch.bool)
+    is_pad[1, 2] = True
+    one, eight = (
+        torch.stack([model.errors("action", actions, context, is_pad, n) for _ in range(800 // n)])
+        for n in (1, 8)
+    )
+    torch.testing.assert_close(eight.mean(0), one.mean(0), rtol=0.1, atol=0)
+    assert (eight.std(0) < 0.6 * one.std(0)).all()
 
 
 def test_padding_of_the_context_changes_nothing():

@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -201,10 +202,32 @@ def test_workers_ranks_and_a_resume_see_one_stream():
 
     alone = stream(12, batch_size=8)
     assert len(set(alone)) > 40
-    assert stream(12, batch_size=8, num_workers=2) == alone
+    assert stream(12, batch_size=8, num_workers=2) == stream(12, batch_size=8, num_workers=4) == alone
     assert stream(5, batch_size=8, start=7 * 8) == alone[7 * 8 :]
     ranks = [stream(6, batch_size=8, rank=r, num_ranks=2) for r in range(2)]
     assert [x for step in range(6) for r in range(2) for x in ranks[r][8 * step : 8 * step + 8]] == alone
+
+
+def test_a_position_is_restored_at_once_however_far_it_is():
+    clips = clips_of(Counting([105] * 10_000))  # a million
+    long = Mixture([clips, two_sources().clips[0]], weights=[1, 1])
+    long.locate([0])
+    for step in (1, 10**6, 10**10):
+        start = time.process_time()
+        numbers = np.arange(64 * step, 64 * step + 64)
+        where = long.locate(numbers)
+        assert time.process_time() - start < 0.02
+        assert np.array_equal(np.stack(where)[:, 40:], np.stack(Mixture(long.clips).locate(numbers[40:])))
+
+
+def test_the_ranks_together_see_every_clip_of_an_epoch_once():
+    clips = clips_of(Counting([25, 15, 45], name="a"))  # 70 clips
+    seen = [
+        clip
+        for rank in range(2)
+        for clip in ids(itertools.islice(loader(Mixture([clips]), 5, rank=rank, num_ranks=2), 7))
+    ]
+    assert len(seen) == len(set(seen)) == len(clips) == 70
 
 
 def test_reading_leaves_the_global_random_state_alone():
