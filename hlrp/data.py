@@ -75,6 +75,7 @@ class Mixture(Dataset):
         """weights: how often each source is drawn, whatever its size, relative to their sum; else equal.
         temperature: multiplies the weights by the number of clips to the power of 1 / temperature; 1 is by size."""
         self.clips, self.seed, self.skip_broken = list(clips), seed, skip_broken
+        self.located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.streams = [c for c in self.clips if isinstance(c, StreamClips)]
         if not self.clips:
             raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
@@ -124,22 +125,27 @@ class Mixture(Dataset):
     def locate(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Source number, and index of the clip in that source, of the samples with these global numbers."""
         blocks, slots = np.divmod(np.asarray(numbers, dtype=np.int64), BLOCK_SIZE)
-        source, turn = np.empty_like(slots), np.empty_like(slots)
-        for block in np.unique(blocks):
+        source, index = np.empty_like(slots), np.empty_like(slots)
+        for block in np.unique(blocks).tolist():
             here = blocks == block
-            block_source, block_turn = _shuffled_block(self.seed, int(block), self.counts)
-            source[here], turn[here] = block_source[slots[here]], block_turn[slots[here]]
-
-        index = np.empty_like(slots)
-        for i in np.unique(source):
-            here = source == i
-            if self.clips[i] in self.streams:
-                index[here] = -1  # what comes next
-                continue
-            size = len(self.clips[i])
-            epoch, position = np.divmod(turn[here], size)
-            index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
+            block_source, block_index = self._block(block)
+            source[here], index[here] = block_source[slots[here]], block_index[slots[here]]
         return source, index
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `locate`, of all samples in a block; of a stream, which gives what comes next, the index is -1."""
+        if block not in self.located:
+            source, turn = _shuffled_block(self.seed, block, self.counts)
+            index = np.full_like(turn, -1)
+            for i, clips in enumerate(self.clips):
+                if clips not in self.streams:
+                    here, size = source == i, len(clips)
+                    epoch, position = np.divmod(turn[here], size)
+                    index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
+            self.located = {
+                block: (source, index)
+            }  # the last one alone: samples are asked for in their order
+        return self.located[block]
 
     def consumed(self, start: int, stop: int) -> np.ndarray:
         """How many of the samples start, ..., stop - 1 come from each source; int64 (sources,)."""
@@ -195,8 +201,12 @@ class Mixture(Dataset):
 def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Of each sample in a block: its source, and how many samples of that source come before it."""
     jitter = hash_integers(seed, 0, block, np.arange(BLOCK_SIZE)) / 2**64
-    places = np.concatenate([np.arange(count) / count for count in counts])  # evenly spread, and then moved by less
-    order = np.argsort(places + jitter / np.repeat(counts, counts), kind="stable")  # than the distance to the next
+    places = np.concatenate(
+        [np.arange(count) / count for count in counts]
+    )  # evenly spread, and then moved by less
+    order = np.argsort(
+        places + jitter / np.repeat(counts, counts), kind="stable"
+    )  # than the distance to the next
     source = np.repeat(np.arange(len(counts)), counts)[order]
     turn = np.empty_like(source)
     for i, count in enumerate(counts):
@@ -224,7 +234,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
             continue
         values = [s[key] for s in samples]
         if isinstance(value, Tensor):
-            batch[key] = torch.stack(values)
+            batch[key] = stacked(values)
         else:
             batch[key] = values if isinstance(value, str) else torch.tensor(values)
     if sizes.state:
@@ -233,6 +243,13 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
         batch["action"] = _filled(samples, "action", (sizes.chunk, sizes.action), 0.0)
         batch["action_is_pad"] = _filled(samples, "action_is_pad", (sizes.chunk,), True)
     return batch
+
+
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """torch.stack, which leaves the memory of pictures (t, c, h, w) in the order t h w c where decoders made it so."""
+    if values[0].ndim == 4 and values[0].stride(1) == 1:
+        return torch.stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
+    return torch.stack(values)
 
 
 def _filled(samples: Sequence[dict], key: str, shape: tuple[int, ...], value: float | bool) -> Tensor:

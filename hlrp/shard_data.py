@@ -96,6 +96,7 @@ class Shards:
         self.first_rows = np.cumsum(self.lengths) - self.lengths
         num_episodes = [len(index.lengths) for index in self.shards]
         self.first_episodes = (np.cumsum(num_episodes) - num_episodes).tolist()  # of each shard
+        self._last: tuple[int, dict[str, bytes]] = -1, {}
         digests = b"".join(index.digest for index in self.shards)
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
@@ -107,7 +108,9 @@ class Shards:
         ]
         if any(frame.shape != frames[0].shape for frame in frames):
             raise ValueError(f"{name}: frames of several sizes, {sorted({(*f.shape[1:],) for f in frames})}")
-        frames = torch.stack([frame.permute(1, 2, 0) for frame in frames])  # t h w c: so the decoder left them
+        frames = torch.stack(
+            [frame.permute(1, 2, 0) for frame in frames]
+        )  # t h w c: so the decoder left them
         return {"frames": frames.permute(0, 3, 1, 2)} | self.about(episode, indices)
 
     def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
@@ -127,7 +130,7 @@ class Shards:
     def about(self, episode: int, indices: Sequence[int]) -> dict:
         """What read() gives, without the frames."""
         wanted = [name for name in self.columns if name not in NOT_READ]
-        members = self._members(episode, ["json", "txt", *(f"{name}.npy" for name in wanted)])
+        members = self._members(episode)
         place = self.place(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
@@ -136,14 +139,14 @@ class Shards:
         return read | header.get("facts", {})
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
-        return self._rows(self._members(episode, ["action.npy"]), episode, "action", indices)
+        return self._rows(self._members(episode), episode, "action", indices)
 
     def states(self, episode: int, indices: Sequence[int]) -> Tensor:
-        return self._rows(self._members(episode, ["state.npy"]), episode, "state", indices)
+        return self._rows(self._members(episode), episode, "state", indices)
 
     def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
         names = [name for name in LABELS if name in self.columns]
-        members = self._members(episode, [f"{name}.npy" for name in names])
+        members = self._members(episode)
         return {name: self._rows(members, episode, name, indices) for name in names}
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
@@ -171,16 +174,15 @@ class Shards:
         number = bisect_right(self.first_episodes, episode) - 1
         return self.shards[number], int(episode) - self.first_episodes[number]
 
-    def _members(self, episode: int, kinds: Sequence[str]) -> dict[str, bytes]:
-        """Those of an episode that are no frames, of these kinds, as far as it has them."""
-        shard, row = self._locate(episode)
-        rows: dict[str, Row] = dict(
-            zip(shard.facts["kinds"], shard.rows("members", row, row + 1), strict=True)
-        )
-        rows = {kind: rows[kind] for kind in kinds if rows.get(kind, ABSENT) != ABSENT}
-        names = {row: kind for kind, row in rows.items()}
-        data = shard.read(list(names), lambda row: f"{names[row]} of episode {episode}")
-        return {kind: data[row] for kind, row in rows.items()}
+    def _members(self, episode: int) -> dict[str, bytes]:
+        """Those of an episode that are no frames, by kind; of the last episode they are still there."""
+        if self._last[0] != episode:
+            shard, row = self._locate(episode)
+            rows: list[Row] = shard.rows("members", row, row + 1)
+            kinds = {row: kind for row, kind in zip(rows, shard.facts["kinds"], strict=True) if row != ABSENT}
+            data = shard.read(list(kinds), lambda row: f"{kinds[row]} of episode {episode}")
+            self._last = episode, {kind: data[row] for row, kind in kinds.items()}
+        return self._last[1]
 
     def _rows(self, members: dict[str, bytes], episode: int, name: str, indices: Sequence[int]) -> Tensor:
         place = f"{self.place(episode)}, {name}.npy"
@@ -315,5 +317,6 @@ def to_episode(sample: Sample, fps: float | None) -> Episode:
         sample.task,
         sample.columns.get("state"),
         sample.columns.get("action"),
+        {name: column for name, column in sample.columns.items() if name not in ("state", *NOT_READ)},
         sample.header.get("facts", {}),
     )

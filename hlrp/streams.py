@@ -38,6 +38,7 @@ class Episode:
     task: str = ""
     state: np.ndarray | None = None  # float32 (t, s)
     action: np.ndarray | None = None  # float32 (t, a)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # of whatever else is known of each frame, (t, ...)
     facts: dict = field(default_factory=dict)  # whatever else is known: one JSON value for the episode each
 
     def __post_init__(self):
@@ -61,6 +62,8 @@ class Episode:
         read = {"frames": torch.stack(frames), "task": self.task}
         if self.state is not None:
             read["state"] = self.states(indices)
+        for name, column in self.columns.items():
+            read[name] = torch.from_numpy(column[np.asarray(indices)])
         return read | self.facts
 
     def actions(self, indices: Sequence[int]) -> Tensor:
