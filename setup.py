@@ -27,6 +27,7 @@ setup(
         "google-crc32c>=1.5,<2",
         "einops>=0.8,<0.9",
         "safetensors>=0.5,<1",
+        "simplejpeg>=1.8,<2",
         "matplotlib>=3.9,<4",
         "tqdm>=4.66,<5",
     ],

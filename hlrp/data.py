@@ -253,6 +253,8 @@ def stacked(values: Sequence[Tensor]) -> Tensor:
 
 
 def _filled(samples: Sequence[dict], key: str, shape: tuple[int, ...], value: float | bool) -> Tensor:
+    if all(key in sample and sample[key].shape == shape for sample in samples):
+        return torch.stack([sample[key] for sample in samples])
     batch = torch.full((len(samples), *shape), value)
     for row, sample in zip(batch, samples, strict=True):
         if key in sample:

@@ -18,7 +18,7 @@ import torch
 from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
-from hlrp.images import decode
+from hlrp.images import decode_all
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
 from hlrp.tars import Sample, as_column, read_samples, task_of, to_array, to_object
@@ -102,16 +102,8 @@ class Shards:
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         name = self.place(episode)
-        frames = [
-            decode(data, f"{name}, frame {index}")
-            for index, data in zip(indices, self.encoded(episode, indices), strict=True)
-        ]
-        if any(frame.shape != frames[0].shape for frame in frames):
-            raise ValueError(f"{name}: frames of several sizes, {sorted({(*f.shape[1:],) for f in frames})}")
-        frames = torch.stack(
-            [frame.permute(1, 2, 0) for frame in frames]
-        )  # t h w c: so the decoder left them
-        return {"frames": frames.permute(0, 3, 1, 2)} | self.about(episode, indices)
+        frames = decode_all(self.encoded(episode, indices), [f"{name}, frame {index}" for index in indices])
+        return {"frames": frames} | self.about(episode, indices)
 
     def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
         """The frames as they lie in the TAR."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hlrp.clips import Clips, EpisodeRange, Sizes
-from hlrp.images import decode
+from hlrp.images import decode_all
 from hlrp.permutation import hash_integers, permute
 
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
@@ -38,7 +38,9 @@ class Episode:
     task: str = ""
     state: np.ndarray | None = None  # float32 (t, s)
     action: np.ndarray | None = None  # float32 (t, a)
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # of whatever else is known of each frame, (t, ...)
+    columns: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of whatever else is known of each frame, (t, ...)
     facts: dict = field(default_factory=dict)  # whatever else is known: one JSON value for the episode each
 
     def __post_init__(self):
@@ -55,11 +57,8 @@ class Episode:
         return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
-        frames = [decode(self.frames[i], f"{self.name}, frame {i}") for i in indices]
-        sizes = {tuple(frame.shape[1:]) for frame in frames}
-        if len(sizes) > 1:
-            raise ValueError(f"{self.name}: frames of several sizes, {sorted(sizes)}")
-        read = {"frames": torch.stack(frames), "task": self.task}
+        frames = decode_all([self.frames[i] for i in indices], [f"{self.name}, frame {i}" for i in indices])
+        read = {"frames": frames, "task": self.task}
         if self.state is not None:
             read["state"] = self.states(indices)
         for name, column in self.columns.items():
