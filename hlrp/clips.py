@@ -100,7 +100,7 @@ class Clips(Dataset):
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
-        self.episode_numbers = getattr(source, "episode_numbers", None)  # of episodes that a stream has passed on
+        self.episode_numbers = getattr(source, "episode_numbers", None)  # in a stream
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
         self.min_times = len(times) if min_times is None else min_times

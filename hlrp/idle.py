@@ -42,7 +42,7 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
         episodes = tqdm(
             range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None
         )
-        found = source.idle_scores(span) if hasattr(source, "idle_scores") else None  # hlrp.shards --idle-span
+        found = source.idle_scores(span) if hasattr(source, "idle_scores") else None
         if found is None:
             parts = [episode_scores(source, episode, span) for episode in episodes]
             found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

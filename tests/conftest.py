@@ -4,7 +4,8 @@ import signal
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each on a core of its own: threads that spin would slow the other one down
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # each on a core of its own: threads that spin would slow the other one down
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
     torch.set_num_threads(1)

@@ -403,7 +403,10 @@ def test_an_episode_that_cannot_be_read_is_named_or_left_out_and_listed_up_to_a_
     tmp_path, passing, caplog
 ):
     passing.broken = b"no image"
-    with pytest.raises(ValueError, match="episode 1: 1.tfrecord, 1, frame 2: not a readable image: it begins with b'no image'"):
+    with pytest.raises(
+        ValueError,
+        match="episode 1: 1.tfrecord, 1, frame 2: not a readable image: it begins with b'no image'",
+    ):
         write(tmp_path, codec="jpeg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.index", "000000.tar", "shards.json"]
     with pytest.raises(ValueError, match="1 episodes cannot be read; max_broken=0"):
