@@ -112,7 +112,7 @@ def main(args: Args) -> None:
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     config.device = accelerator.device.type
 
     # demonstrations, and other video
-    with accelerator.main_process_first():  # which renders what is not there yet
+    with first_alone():  # which renders what is not there yet
         sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
     splits = [split_episodes(source, args.val_fraction, args.seed) for source in sources]
     if args.episodes is None:
@@ -220,7 +220,7 @@ def main(args: Args) -> None:
             run.report = (run.report or {}) | {"environment": result}
             rates = {name: row["success"] for name, row in (result["tasks"] | {"all": result["all"]}).items()}
             run.log("env", {f"success/{name}": rate for name, rate in rates.items()}, run.step)
-        accelerator.wait_for_everyone()
+        wait_for_all()
 
     def write(folder: Path, weights: dict, **provenance) -> None:
         policy.save_pretrained(folder, state_dict=weights)

@@ -1,12 +1,20 @@
 """What the training scripts do before a run: settings are checked, processes and device are set up by accelerate."""
 
 import ctypes
+import itertools
 import os
 import signal
+import socket
 import sys
+import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+
+COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, or the run ends
+WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
 
 
 def check_loop(args) -> None:
@@ -57,7 +65,7 @@ def make_accelerator(args):
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"
     torch.set_float32_matmul_precision("high")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=args.grad_accumulation,
@@ -65,8 +73,50 @@ def make_accelerator(args):
         project_dir=args.output_dir,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(
-                timeout=timedelta(hours=2)
-            ),  # ranks wait for one that renders or rolls out
+            InitProcessGroupKwargs(timeout=COLLECTIVE),
         ],
     )
+    if accelerator.num_processes > 1:
+        sys.excepthook = tell_failure
+    return accelerator
+
+
+_waits = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Returns once every rank is here. It waits on the host, so that the work of one may outlast any collective."""
+    if dist.is_initialized():
+        store, name = dist.distributed_c10d._get_default_store(), f"hlrp/wait/{next(_waits)}"
+        if store.add(name, 1) == dist.get_world_size():
+            store.set(f"{name}/over", "")
+        store.wait([f"{name}/over"], WAIT)
+
+
+@contextmanager
+def first_alone():
+    """The body runs on the first rank, and then on the others."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if not is_first:
+        wait_for_all()
+    yield
+    if is_first:
+        wait_for_all()
+
+
+def tell_failure(kind, error, trace) -> None:
+    """In place of sys.excepthook: the first rank that fails says why, the others, which then fail too, just that."""
+    name = f"rank {dist.get_rank()} on {socket.gethostname()}" if dist.is_initialized() else "a rank"
+    try:
+        is_first = dist.distributed_c10d._get_default_store().add("hlrp/failures", 1) == 1
+    except (RuntimeError, ValueError):  # it went with the first rank's machine, or there is none yet
+        is_first = True
+    reason = traceback.format_exception_only(error)[-1].strip()
+    if not is_first:
+        text = f"{name} stops, since another one has failed ({reason[:80]})"
+    elif isinstance(error, dist.DistError) or any(word in reason for word in ("by peer", "gloo", "NCCL")):
+        text = f"{name} has lost another one, which failed, or was killed, most often for want of memory: see its lines"
+        text += f" and those of its launcher ({reason})"
+    else:
+        text = f"{name} failed first:\n{''.join(traceback.format_exception(error))}"
+    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hlrp.launch import wait_for_all
 from hlrp.running import Codebook
 
 
@@ -43,6 +44,7 @@ def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> n
     torch shards, since accelerate does so on GPUs alone, and its bf16 rounds activations, gradients and loss.
     """
     plugin = sharding()
+    wait_for_all()  # a model loads slowly on some nodes, and what follows has little patience
     if plugin is None:
         return accelerator.prepare_model(model)
     if any(isinstance(module, Codebook) and not module.ema for module in model.modules()):

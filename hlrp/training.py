@@ -44,12 +44,14 @@ from hlrp.checkpoints import (
     write_json,
     write_text,
 )
-from hlrp.launch import keep_freed_memory
+from hlrp.launch import keep_freed_memory, wait_for_all
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.sharding import full, full_copies, sharding
+from hlrp.watchdog import Stopwatch, Watchdog, stragglers
 
 logger = logging.getLogger(__name__)
-INTERRUPTED = os.EX_TEMPFAIL  # exit code 75: saved and stopped by a signal; the same command goes on
+# exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
+INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
     *(
         "output_dir",
@@ -95,9 +97,10 @@ class Run:
         self.check_freq = (
             1 if accelerator.device.type == "cpu" else 10
         )  # what waits for the device [optimizer step]
+        self.watchdog, self.stopwatch = Watchdog(accelerator.process_index), None
         if accelerator.is_main_process:
             self.lock = lock(output_dir)
-        accelerator.wait_for_everyone()
+        wait_for_all()
         self.checkpoint = last_checkpoint(output_dir)
         record = output_dir / "run.json"
         self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
@@ -117,7 +120,7 @@ class Run:
         self.bar = None
         if accelerator.is_main_process:
             self.start_log(fingerprint)
-        accelerator.wait_for_everyone()
+        wait_for_all()
 
     def refuse_other_settings(self, fingerprint: str) -> None:
         if self.before is None:
@@ -168,6 +171,8 @@ class Run:
 
     def load(self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None = None) -> None:
         """Continues from the last checkpoint, if there is one."""
+        if dist.is_initialized():
+            self.stopwatch = Stopwatch(model, self.accelerator.device)
         if self.checkpoint:
             model, saved = self.accelerator.unwrap_model(model), self.checkpoint / "pretrained_model"
             if average is not None:
@@ -194,7 +199,9 @@ class Run:
         iterator, accumulation = iter(loader), self.accelerator.gradient_accumulation_steps
         while self.step < self.steps:
             before = time.monotonic()
+            self.watchdog.begins(f"waits for data of step {self.step + 1}")
             batches = [next(iterator) for _ in range(accumulation)]
+            self.watchdog.begins(f"computes step {self.step + 1}")
             self.waited += time.monotonic() - before
             labelled = self.share_of_labelled(batches)
             for i, batch in enumerate(batches):
@@ -256,6 +263,7 @@ class Run:
         """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
         gradient, naming the step and what the batch was made of."""
         self.step += 1
+        self.watchdog.begins(f"has done step {self.step}, and no other")
         sound = torch.isfinite(loss.detach() + full(grad_norm))
         self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
         if self.bar is not None:
@@ -302,6 +310,7 @@ class Run:
             names = [name for name, value in values.items() if torch.is_tensor(value)]
             means = torch.stack([full(values[name]).detach().float() for name in names])
             means = self.accelerator.reduce(means, "mean").tolist()
+            self.tell_stragglers()
             values = values | dict(zip(names, means, strict=True)) | self.speed(step)
             if self.num_broken:
                 values["broken"] = self.num_broken
@@ -331,9 +340,19 @@ class Run:
         self.restart_clock()
         return speed
 
+    def tell_stragglers(self) -> None:
+        """Names the ranks that others wait for, by what each needs in a step before they meet."""
+        if self.stopwatch is not None:
+            steps = self.samples * self.accelerator.num_processes / self.samples_per_step
+            mine = torch.tensor([[self.waited, self.stopwatch.read()]], device=self.accelerator.device)
+            if line := stragglers(self.accelerator.gather(mine).cpu() / steps):
+                self.print(line)
+
     def restart_clock(self) -> None:
         """Speed counts from here: what came before was no training."""
         self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
+        if self.stopwatch is not None:
+            self.stopwatch.spans.clear()
 
     @property
     def samples_per_step(self) -> int:
@@ -373,7 +392,7 @@ class Run:
                 step = {"step": self.step, "report": self.report, "turns": turns}
                 write_json(partial / "training_state" / "training_step.json", step)
             link_last(folder)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def interrupt(self) -> None:
         """Ends the process with the exit code that asks for the same command again."""
@@ -382,6 +401,9 @@ class Run:
         sys.exit(INTERRUPTED)
 
     def finish(self, state: str = "done") -> None:
+        self.watchdog.stopped.set()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # a further warning is not to kill what is about to end
         if self.accelerator.is_main_process:
             write_json(self.output_dir / "run.json", self.record | {"state": state, "step": self.step})
             self.metrics.close()

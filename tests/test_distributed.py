@@ -25,7 +25,7 @@ from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
 
 ROOT = Path(train_vla.__file__).parent
-DATA = ("world:clean?episodes=6", "world:human?episodes=6")  # with and without actions
+DATA = ("world:clean?episodes=6", "world:human?episodes=6@0.6")  # with and without actions
 
 
 def train(folder, name, batch_size):
