@@ -23,7 +23,7 @@ from hlrp.vlm import VLM
 @dataclass
 class Args:
     laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1
-    accept_failed_laq: bool = False  # also one whose report says that its codes are no latent actions
+    accept_failed_laq: bool = False  # also one whose report or probe card says that its codes mean nothing
     # sources, each with @WEIGHT behind it or 1, as for train_laq.py; by default those that the LAQ learned from
     data: tuple[str, ...] = ()
     temperature: float | None = (
@@ -67,7 +67,7 @@ def main(args: Args) -> None:
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, make_accelerator
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
     from hlrp.sharding import distribute, gathered
@@ -77,12 +77,13 @@ def main(args: Args) -> None:
     from hlrp.transforms import regrid
     from hlrp.validation import alarms as laq_alarms
     from hlrp.validation import scalars
+    from hlrp.verdict import faults as card_faults
 
     die_with_launcher()
     check_loop(args)
     check(args.model)
     stage1 = load_config(args.laq, "laq")
-    faults = laq_alarms(stage1["report"] or {})
+    faults = laq_alarms(stage1["report"] or {}) + card_faults(args.laq)
     if faults and not args.accept_failed_laq:
         raise ValueError(
             f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same"
@@ -96,7 +97,7 @@ def main(args: Args) -> None:
     space = latent_space(laq)
 
     # model and data: an image and the frames that follow it, from other episodes in training and validation
-    with accelerator.main_process_first():  # which renders what is not there yet
+    with first_alone():  # which renders what is not there yet
         sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
     if args.model.vlm.vlm == "tiny" and args.model.vlm.image_size is None:
         args.model.vlm.image_size = space.image_size

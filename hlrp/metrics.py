@@ -41,6 +41,27 @@ def code_health(indices: Tensor, codebook_size: int) -> dict:
     }
 
 
+def mutual_information(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Of two labellings int64 (b,): [nat], and as a share of the mean of their entropies."""
+    size = int(b.max()) + 1
+    table = (a * size + b).bincount(minlength=(int(a.max()) + 1) * size).reshape(-1, size)
+    of_a, of_b = entropy(table.sum(dim=1)), entropy(table.sum(dim=0))
+    mi = float(of_a + of_b - entropy(table.flatten()))
+    return mi, mi / max(float(of_a + of_b) / 2, 1e-12)
+
+
+def k_means(x: Tensor, num_bins: int, seed: int = 0, num_steps: int = 20) -> Tensor:
+    """The nearest of `num_bins` centres (Lloyd's algorithm) of each row (b, d), standardised: int64 (b,)."""
+    x = (x - x.mean(dim=0)) / x.std(dim=0).clamp(min=1e-12)
+    centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:num_bins]]
+    for _ in range(num_steps):
+        nearest = torch.cdist(x, centres).argmin(dim=1)
+        count = nearest.bincount(minlength=len(centres))[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
+    return torch.cdist(x, centres).argmin(dim=1)
+
+
 def is_constant(values: Tensor, tolerance: float = 1e-5) -> Tensor:
     """Which columns of (b, d) vary by no more than rounding, whatever their scale: bool (d,)."""
     values = values.double()

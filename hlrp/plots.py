@@ -141,8 +141,11 @@ def usage_chart(path: Path, title: str, indices: Tensor, codebook_size: int) -> 
 
 
 @torch.no_grad()
-def save_grids(laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int, seed: int = 0) -> list[Path]:
-    """Draws all grids on a seeded choice of validation pairs, the same at every step; returns the files.
+def save_grids(
+    laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int | None = None, seed: int = 0
+) -> list[Path]:
+    """Draws all grids on a seeded choice of validation pairs, the same at every step; returns the files, whose names
+    end in the step where there is one.
 
     The pairs shown are of the half that changes more: a robot at rest says nothing about codes. A LAQ that
     decodes no pixels shows its optical flow. What there is nothing to draw for is named in the log.
@@ -170,6 +173,8 @@ def save_grids(laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int, seed
     laq.train(was_training)
 
     def place(grid: str, title: str) -> tuple[Path, str]:
+        if step is None:
+            return folder / f"{grid}.png", title
         return folder / f"{grid}_{step:06d}.png", f"{title}, step {step}"
 
     folder.mkdir(parents=True, exist_ok=True)

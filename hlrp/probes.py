@@ -1,16 +1,19 @@
-"""Linear probes: what can be read from a latent action, fitted and scored on different episodes."""
+"""Probes, linear and small networks: what can be read from a latent action, fitted and scored on different episodes."""
 
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hlrp.metrics import is_constant, r2_per_dim
 
 ALPHAS = [10.0**k for k in range(-4, 5)]  # ridge penalties per sample, for standardised features
 NUM_FOLDS = 4
 MIN_EPISODES = 3  # two to fit and to choose alpha on, one to score
+MAX_INDICATORS = 1024  # codes times token positions that a pass has samples enough to tell apart
+HIDDEN_SIZE, MLP_STEPS, MLP_BATCH_SIZE = 128, 400, 256
+CHECK_FREQ, PATIENCE = 10, 8  # steps from a look at left-out episodes to the next, and looks without a gain
 
 
 def code_features(codes: Tensor) -> Tensor:
@@ -29,6 +32,14 @@ def one_hot_features(indices: Tensor, codebook_size: int) -> Tensor:
     nothing, and thousands of codes need more samples than a validation pass has.
     """
     return F.one_hot(indices, codebook_size).flatten(1).float()
+
+
+def probe_features(codes: Tensor, indices: Tensor | None, codebook_size: int | None) -> Tensor:
+    """What a probe reads of latent actions (b, n, d): which codes there are, as the next stage does, where they are
+    discrete and no more than `MAX_INDICATORS`; their vectors elsewhere."""
+    if indices is not None and indices.shape[1] * codebook_size <= MAX_INDICATORS:
+        return one_hot_features(indices, codebook_size)
+    return code_features(codes)
 
 
 def episode_split(episodes: Tensor, share: float, seed: int) -> Tensor:
@@ -95,6 +106,71 @@ def ridge(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, se
     """
     alpha = choose_alpha(x_train, y_train, episodes, seed)
     return ridge_predictions(x_train, y_train, x_test, [alpha])[0]
+
+
+def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed: int = 0) -> Tensor:
+    """Prediction float64 (b_test, a) of a network of two hidden layers; arguments as for `ridge`.
+
+    It starts from the mean, and is taken as it was when it predicted left-out training episodes best: where there is
+    nothing to read, it says the mean.
+    """
+    out = episode_split(episodes, share=0.2, seed=seed)
+    mean, constant = x_train.double().mean(dim=0), is_constant(x_train)
+    scale = torch.where(constant, torch.inf, x_train.double().std(dim=0, correction=0))
+    offset, spread = y_train.double().mean(dim=0), y_train.double().std(dim=0, correction=0)
+    spread = torch.where(is_constant(y_train), 1.0, spread)
+    x, x_out, x_test = (((part - mean) / scale).float() for part in (x_train[~out], x_train[out], x_test))
+    y, y_out = (((part - offset) / spread).float() for part in (y_train[~out], y_train[out]))
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        sizes = (x.shape[1], HIDDEN_SIZE, HIDDEN_SIZE, y.shape[1])
+        first, second, last = (nn.Linear(a, b).to(x.device) for a, b in zip(sizes, sizes[1:], strict=False))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        network = nn.Sequential(first, nn.GELU(), nn.Dropout(0.1), second, nn.GELU(), nn.Dropout(0.1), last)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
+        least, best, found = torch.inf, None, 0
+        for step in range(MLP_STEPS):
+            if step % CHECK_FREQ == 0:
+                network.eval()
+                with torch.no_grad():
+                    error = float(F.mse_loss(network(x_out), y_out))
+                    if error < least:
+                        least, best, found = error, network(x_test), step
+                network.train()
+            if step - found > PATIENCE * CHECK_FREQ:
+                break
+            rows = torch.randint(len(x), (min(MLP_BATCH_SIZE, len(x)),)).to(x.device)
+            F.mse_loss(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return offset + best.double() * spread
+
+
+PROBES = {"ridge": ridge, "mlp": mlp}
+
+
+def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int, seed: int) -> Tensor:
+    """R2 of each column over sets of episodes drawn with replacement (bootstrap): float64 (num_draws, a).
+
+    The draws depend on the episodes and the seed alone, so that two predictions of one set are compared in pairs.
+    """
+    unique, number = episodes.unique(return_inverse=True)
+    offset = target.double().mean(dim=0)
+    pred, target = pred.double() - offset, target.double() - offset
+
+    def of_episodes(values: Tensor) -> Tensor:
+        return values.new_zeros(len(unique), values.shape[1]).index_add_(0, number, values)
+
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(unique), (num_draws, len(unique)), generator=generator)
+    once = torch.ones(drawn.shape, dtype=torch.float64)
+    times = torch.zeros_like(once).scatter_add_(1, drawn, once).to(target.device)  # that each was drawn: r e
+    residual = times @ of_episodes((pred - target).square())
+    count = times @ of_episodes(torch.ones_like(target))
+    total = times @ of_episodes(target.square()) - (times @ of_episodes(target)).square() / count
+    return 1 - residual / total.clamp(min=1e-12)
 
 
 def probe_r2(

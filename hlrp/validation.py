@@ -13,7 +13,7 @@ from hlrp.data import Loader, collate
 from hlrp.laq import LAQ
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health, gather
-from hlrp.probes import MIN_EPISODES, code_features, one_hot_features, probe_r2
+from hlrp.probes import MIN_EPISODES, probe_features, probe_r2
 
 IGNORED_BELOW = 1.05  # shuffled / true error below which the decoder ignores the code
 HEALTHY_FROM = 1.2  # and from which it uses it
@@ -173,17 +173,10 @@ def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: i
 
 
 def action_probe(latents: Latents, fit: Latents | None, codebook_size: int | None, seed: int) -> dict:
-    """Ridge probe from the codes to the mean action, scored on the validation episodes.
-
-    It reads which codes there are where they are discrete, as the next stage does, and their vectors elsewhere.
-    """
-
-    def features(side: Latents) -> Tensor:
-        discrete = codebook_size is not None
-        return one_hot_features(side.indices, codebook_size) if discrete else code_features(side.codes)
-
+    """Ridge probe from the codes to the mean action, scored on the validation episodes."""
     sides = [(latents, False)] if fit is None else [(fit, True), (latents, False)]
-    x = torch.cat([features(side)[side.has_action] for side, _ in sides])
+    features = [probe_features(side.codes, side.indices, codebook_size) for side, _ in sides]
+    x = torch.cat([f[side.has_action] for f, (side, _) in zip(features, sides, strict=True)])
     actions = torch.cat([side.actions[side.has_action] for side, _ in sides])
     episodes = torch.cat([side.episodes[side.has_action] for side, _ in sides])
     is_fit = torch.cat([side.has_action[side.has_action] & is_fit for side, is_fit in sides])

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from hlrp.metrics import code_counts, code_health, is_constant, psnr, r2_per_dim, wilson
+from hlrp.metrics import (
+    code_counts,
+    code_health,
+    is_constant,
+    k_means,
+    mutual_information,
+    psnr,
+    r2_per_dim,
+    wilson,
+)
 
 
 def test_d1_usage_equals_bincount_however_often_a_batch_uses_a_code():
@@ -63,3 +72,16 @@ def test_psnr_of_a_known_error():
     target = torch.full((2, 3, 4, 4), 0.5)
     pred = target + torch.tensor([0.1, 0.0])[:, None, None, None]
     assert psnr(pred, target).tolist() == pytest.approx([20, 100], abs=1e-3)
+
+
+def test_mutual_information_is_entropy_for_equal_labels_and_0_for_independent_ones():
+    a = torch.arange(4).repeat(25)
+    mi, nmi = mutual_information(a, 3 - a)
+    assert mi == pytest.approx(math.log(4)) and nmi == pytest.approx(1)
+    assert mutual_information(a, torch.arange(100) // 4 % 5) == pytest.approx((0, 0), abs=1e-9)
+
+
+def test_k_means_finds_bins_that_lie_apart():
+    x = torch.randn(90, 2, generator=torch.Generator().manual_seed(0)) + 50 * (torch.arange(90) % 3)[:, None]
+    bins = k_means(x, 3, seed=1)
+    assert [len(bins[k::3].unique()) for k in range(3)] == [1, 1, 1] and len(bins.unique()) == 3

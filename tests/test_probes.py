@@ -2,12 +2,16 @@ import pytest
 import torch
 
 from hlrp import probes
+from hlrp.metrics import r2_per_dim
 from hlrp.probes import (
     NUM_FOLDS,
+    PROBES,
     code_features,
     episode_split,
     one_hot_features,
+    probe_features,
     probe_r2,
+    resampled_r2,
     ridge_predictions,
 )
 
@@ -107,3 +111,40 @@ def test_one_hot_features_read_what_the_order_of_the_codes_hides():
     assert one_hot_features(indices, 16).shape == (len(episodes), 32)
     assert probe_r2(one_hot_features(indices, 16), actions, episodes)["r2"] > 0.99
     assert probe_r2(code_features(indices[..., None]), actions, episodes)["r2"] < 0.5
+
+
+def test_the_network_reads_what_no_line_fits_and_nothing_where_there_is_nothing():
+    actions, episodes, generator = labelled()
+    is_fit = episode_split(episodes, share=0.5, seed=0)
+    state = torch.get_rng_state()
+
+    def r2(latents, probe):
+        pred = PROBES[probe](latents[is_fit], actions[is_fit], latents[~is_fit], episodes[is_fit])
+        return float(r2_per_dim(pred, actions[~is_fit]).mean())
+
+    angle = torch.atan2(*actions.T)
+    turned = torch.stack([(3 * angle).sin(), (3 * angle).cos(), actions.norm(dim=1), angle], dim=1)
+    assert r2(turned, "mlp") > 0.95 > r2(turned, "ridge") + 0.1
+    assert r2(100 * actions + 7, "mlp") > 0.99
+    assert abs(r2(torch.randn(len(actions), 64, generator=generator), "mlp")) < 0.05
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_intervals_are_over_episodes_and_cover_the_figure():
+    actions, episodes, generator = labelled()
+    noise = torch.randn(40, 2, generator=generator)[episodes]  # the same in all of an episode
+    pred = actions + 0.5 * noise
+    found = r2_per_dim(pred, actions).mean()
+    draws = resampled_r2(pred, actions, episodes, num_draws=500, seed=0).mean(dim=1)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975]).double())
+    assert low < found < high
+    alone = resampled_r2(pred, actions, torch.arange(len(episodes)), 500, seed=0).mean(dim=1)
+    assert draws.std() > 2 * alone.std()  # pairs of one episode are no independent witnesses
+    assert torch.equal(draws, resampled_r2(pred, actions, episodes, 500, seed=0).mean(dim=1))
+
+
+def test_many_codes_are_read_by_their_vectors_and_few_by_which_they_are():
+    codes, indices = torch.randn(10, 4, 3), torch.randint(0, 8, (10, 4))
+    assert torch.equal(probe_features(codes, indices, 8), one_hot_features(indices, 8))
+    assert torch.equal(probe_features(codes, indices, 512), code_features(codes))
+    assert torch.equal(probe_features(codes, None, None), code_features(codes))

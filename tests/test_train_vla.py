@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train_laq
 import train_vla
+from hlrp.checkpoints import write_json
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
@@ -113,6 +114,20 @@ def test_a_laq_that_failed_is_refused_by_its_own_report(laq_folder, tmp_path):
     ):
         train(tmp_path, laq_folder, accept_failed_laq=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_laq_whose_probe_card_failed_is_refused(tmp_path):
+    folder = tmp_path / "laq"
+    folder.mkdir()
+    LAQ(LAQConfig(image_size=32)).save_pretrained(folder, data=DATA, step=0, report=None)
+    lines = [
+        {"level": "fail", "text": "The latent actions are useless."},
+        {"level": "good", "text": "All else."},
+    ]
+    write_json(folder / "probe.json", {"type": "card", "sources": {"world-default": {"verdict": lines}}})
+    with pytest.raises(ValueError, match="failed: world-default: The latent actions are useless. --accept"):
+        train(tmp_path / "run", folder, accept_failed_laq=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,363 @@
+"""The probe card: what the latent actions of a model are worth, every figure beside its control.
+
+The protocol gathers those of LAOM (Nikulin et al. 2025, arXiv:2502.00379), CoMo (Yang et al. 2025, arXiv:2505.17006)
+and Genie (Bruce et al. 2024, arXiv:2402.15391). Probes are fitted on some episodes and scored on others; intervals
+cover 95 % of sets of scored episodes drawn with replacement.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hlrp.controls import flat, principal_components
+from hlrp.laq import LatentActions
+from hlrp.losses import mean_action
+from hlrp.metrics import code_health, is_constant, k_means, mutual_information, r2_per_dim
+from hlrp.probes import PROBES, one_hot_features, probe_features, resampled_r2, ridge
+from hlrp.transforms import resize
+from hlrp.validation import Share
+
+OBSERVED_SIZE = 32  # side of the frames that observation controls see [pixel]
+MAX_COMPONENTS = 256  # of them
+NUM_DRAWS = 1000  # of the bootstrap
+NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # of k-means; of the codes against the actions, for the null
+MIN_TRANSFERRED = 0.05  # R2 within an embodiment, below which a ratio to it means nothing
+MAX_EPISODES = 50  # told apart by their latent actions
+CONTRACT = {
+    "frames",
+    "images",
+    "task",
+    "dataset",
+    "source",
+    "episode",
+    "index",
+    "fps",
+    "action",
+    "action_is_pad",
+}
+
+Z, OBSERVATION, BOTH, CHANGE = "z", "observation", "observation + z", "change of pixels"
+RANDOM, SHUFFLED, LABELS = "random encoder", "shuffled futures", "labels only"
+
+
+class Pairs(NamedTuple):
+    """Pairs of frames, what is known of them, and their latent actions by several models."""
+
+    episodes: Tensor  # int64 (b,)
+    is_fit: Tensor  # bool (b,)
+    first: Tensor  # uint8 (b, c, h, w), small
+    second: Tensor
+    actions: Tensor | None  # float64 (b, a), mean over the span
+    facts: dict[str, Tensor]  # float64 (b, f): what no action is
+    embodiments: Tensor | None  # int64 (b,)
+    latents: dict[str, LatentActions]  # vectors (b, n, e), indices (b, m)
+
+
+def read_pairs(
+    sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share
+) -> Pairs:
+    """Reads two sets, of the episodes to fit on and of those to score, once, and encodes them by every model."""
+    rows, latents, num_fit = [], {name: [] for name in encoders}, len(sets[0])
+    for side, dataset in enumerate(sets):
+        for _, batch in share.batches(dataset):
+            first, second = batch["frames"].unbind(1)
+            episodes = (
+                len(sets) * batch["episode"] + side
+            )  # a stream's episodes are numbered anew on each side
+            row = {"episodes": episodes, "facts": facts_of(batch)}
+            row["first"], row["second"] = (resize(x, (OBSERVED_SIZE, OBSERVED_SIZE)) for x in (first, second))
+            if "action" in batch:
+                row["actions"], _ = mean_action(batch["action"].double(), batch["action_is_pad"])
+            if "embodiment" in batch:
+                row["embodiments"] = batch["embodiment"]
+            rows.append(row)
+            for name, encode in encoders.items():
+                latents[name].append(encode(batch["frames"]))
+
+    def column(name: str) -> Tensor | None:
+        return torch.cat([row[name] for row in rows]).cpu() if name in rows[0] else None
+
+    return Pairs(
+        column("episodes"),
+        torch.arange(sum(map(len, sets))) < num_fit,
+        column("first"),
+        column("second"),
+        column("actions"),
+        {name: torch.cat([row["facts"][name] for row in rows]).cpu() for name in rows[0]["facts"]},
+        column("embodiments"),
+        {name: joined(parts) for name, parts in latents.items()},
+    )
+
+
+def joined(parts: Sequence[LatentActions]) -> LatentActions:
+    return LatentActions(*(None if x[0] is None else torch.cat(x).cpu() for x in zip(*parts, strict=True)))
+
+
+def facts_of(batch: dict) -> dict[str, Tensor]:
+    """What a source knows beside the actions, as numbers: how what moves has moved, and what an episode is.
+
+    The mean colour of the first frame and the state in it, the place of things, are known everywhere or often.
+    """
+    facts = {"colour of the frame": batch["frames"][:, 0].double().mean(dim=(2, 3)) / 255}
+    if "state" in batch:
+        facts["state"] = batch["state"].double()
+    for name, value in batch.items():
+        if name in CONTRACT or name == "state" or not isinstance(value, Tensor):
+            continue
+        name = name.replace("_", " ")
+        if value.is_floating_point() and value.ndim == 3:  # b 2 f, at the first and the second frame
+            facts[f"motion of {name}"] = (value[:, 1] - value[:, 0]).double()
+        elif not value.is_floating_point() and value.ndim == 1:
+            facts[name] = value[:, None].double()
+    return facts
+
+
+class Score(NamedTuple):
+    """What one probe read, on the scored pairs."""
+
+    pred: Tensor  # float64 (b, a), of the dimensions that vary
+    r2: Tensor  # float64 (a,)
+    resampled: Tensor  # float64 (r, a)
+
+
+def score(x: Tensor, y: Tensor, pairs: Pairs, probes: Sequence[str], seed: int) -> dict[str, Score]:
+    """Probes from x (b, d) to y (b, a), by their names."""
+    fit, scored, scores = pairs.is_fit, ~pairs.is_fit, {}
+    for name in probes:
+        pred = PROBES[name](x[fit], y[fit], x[scored], pairs.episodes[fit], seed)
+        resampled = resampled_r2(pred, y[scored], pairs.episodes[scored], NUM_DRAWS, seed)
+        scores[name] = Score(pred, r2_per_dim(pred, y[scored]), resampled)
+    return scores
+
+
+def best(scores: dict[str, Score]) -> Score:
+    return max(scores.values(), key=lambda s: float(s.r2.mean()))
+
+
+def interval(values: Tensor) -> list[float]:
+    return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+
+
+def gain(over: Score, under: Score) -> dict:
+    """By how much a probe reads more than another, on the same draws of episodes."""
+    difference = (over.resampled - under.resampled).mean(dim=1)
+    return {"r2": float(over.r2.mean() - under.r2.mean()), "interval": interval(difference)}
+
+
+def varying(y: Tensor, is_fit: Tensor) -> Tensor:
+    """Which columns vary on both sides: bool (a,)."""
+    return ~(is_constant(y[is_fit]) | is_constant(y[~is_fit]))
+
+
+def inputs_of(pairs: Pairs, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What probes read: z, its controls at z's number of dimensions, and the latent actions of other models."""
+    dim, z = min(features[Z].shape[1], MAX_COMPONENTS), features[Z]
+    first, second = flat(pairs.first), flat(pairs.second)
+    observation = principal_components(first, pairs.is_fit, dim)
+    scaled = (x / x[pairs.is_fit].std(dim=0).clamp(min=1e-6) for x in (observation, z.float()))
+    others = {name: x for name, x in features.items() if name != Z}
+    return {
+        Z: z,
+        OBSERVATION: observation,
+        BOTH: torch.cat([*scaled], dim=1),
+        CHANGE: principal_components(second - first, pairs.is_fit, dim),
+        **others,
+    }
+
+
+def information(
+    pairs: Pairs, features: dict[str, Tensor], groups: dict[str, list[int]], seed: int
+) -> tuple[dict, Score]:
+    """What z and its controls tell about the actions, and the better probe's predictions from z.
+
+    probes: by input and probe r2, interval, r2_per_dim, error_per_dim (over that of the mean of the fitted actions)
+    and groups of dimensions. gains: r2 of the better probe of z beyond that of each control; "increment": of
+    observation + z beyond the observation. A constant dimension is None, and in no mean.
+    """
+    which = varying(pairs.actions, pairs.is_fit)
+    if not which.any():
+        raise ValueError(
+            "no dimension of the actions varies in these episodes: there is nothing to probe for"
+        )
+    y, dims = pairs.actions[:, which], which.nonzero().flatten().tolist()
+    scored = y[~pairs.is_fit]
+    fitted_mean = y[pairs.is_fit].mean(dim=0)
+    error_of_mean = (scored - fitted_mean).square().mean(dim=0)
+    inputs = inputs_of(pairs, features)
+    scores = {name: score(x, y, pairs, [*PROBES], seed) for name, x in inputs.items()}
+
+    def per_dim(values: Tensor) -> list[float | None]:
+        found = dict(zip(dims, values.tolist(), strict=True))
+        return [found.get(i) for i in range(len(which))]
+
+    def figures(s: Score) -> dict:
+        error = (s.pred - scored).square().mean(dim=0) / error_of_mean
+        in_groups = {}
+        for group, members in groups.items():
+            columns = [dims.index(i) for i in members if i in dims]
+            if columns:
+                in_groups[group] = {
+                    "r2": float(s.r2[columns].mean()),
+                    "interval": interval(s.resampled[:, columns].mean(dim=1)),
+                    "error": float(error[columns].mean()),
+                }
+        return {
+            "r2": float(s.r2.mean()),
+            "interval": interval(s.resampled.mean(dim=1)),
+            "error": float(error.mean()),
+            "r2_per_dim": per_dim(s.r2),
+            "error_per_dim": per_dim(error),
+            "groups": in_groups,
+        }
+
+    z = best(scores[Z])
+    gains = {name: gain(z, best(s)) for name, s in scores.items() if name not in (Z, BOTH)}
+    gains["increment"] = gain(best(scores[BOTH]), best(scores[OBSERVATION]))
+    return {
+        "dims": len(which),
+        "constant_dims": int((~which).sum()),
+        "matched_dims": inputs[OBSERVATION].shape[1],
+        "r2": float(z.r2.mean()),
+        "interval": interval(z.resampled.mean(dim=1)),
+        "mean": float(r2_per_dim(fitted_mean.expand_as(scored), scored).mean()),
+        "probes": {name: {k: figures(s) for k, s in of.items()} for name, of in scores.items()},
+        "gains": gains,
+    }, z
+
+
+def leakage(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict:
+    """What z tells of what is no action: r2 with its interval, and of the true action and of the random encoder,
+    whose excuse is that these go together."""
+    inputs = {Z: features[Z]}
+    if pairs.actions is not None:
+        inputs["true action"] = pairs.actions
+    if RANDOM in features:
+        inputs[RANDOM] = features[RANDOM]
+    figures = {}
+    for name, target in pairs.facts.items():
+        target = target[:, varying(target, pairs.is_fit)]
+        if not target.shape[1]:
+            continue
+        figures[name] = {}
+        for source, x in inputs.items():
+            s = best(score(x, target, pairs, [*PROBES] if source == Z else ["ridge"], seed))
+            figures[name][source] = {"r2": float(s.r2.mean()), "interval": interval(s.resampled.mean(dim=1))}
+    return figures
+
+
+def episode_identity(pairs: Pairs, features: dict[str, Tensor]) -> dict | None:
+    """How often a linear probe tells which of up to `MAX_EPISODES` episodes a pair is of, fitted on the other half of
+    the pairs of each. None where no two episodes have four pairs."""
+    unique, number, counts = pairs.episodes.unique(return_inverse=True, return_counts=True)
+    chosen = counts.argsort(descending=True, stable=True)[:MAX_EPISODES]
+    chosen = chosen[counts[chosen] >= 4]
+    if len(chosen) < 2:
+        return None
+    inputs = {Z: features[Z]} | ({} if pairs.actions is None else {"true action": pairs.actions})
+    rows = torch.isin(number, chosen).nonzero().flatten()
+    rows = rows[number[rows].argsort(stable=True)]
+    label = (number[rows][:, None] == chosen).double()  # b k
+    is_fit = torch.arange(len(rows)) % 2 == 0
+    half = (
+        torch.arange(len(rows))[is_fit] // 2 % 2
+    )  # penalties are chosen between the halves of the fitted half
+    figures = {"episodes": len(chosen), "chance": float(label.mean(dim=0).max())}
+    for name, x in inputs.items():
+        pred = ridge(x[rows][is_fit], label[is_fit], x[rows][~is_fit], half)
+        figures[name] = float((pred.argmax(1) == label[~is_fit].argmax(1)).double().mean())
+    return figures
+
+
+def dependence(indices: Tensor, actions: Tensor, seed: int) -> dict:
+    """Mutual information [nat] of codes int64 (b, m) and k-means bins of the actions, and what it is where codes of
+    other pairs stand beside the actions: shifted in time as a whole, so that neighbours stay neighbours.
+
+    of each position of the codes, and of the whole sequence: {"mi", "nmi", "null", "null_95"}, the latter of nmi.
+    """
+    bins = k_means(actions[:, ~is_constant(actions)], NUM_ACTION_BINS, seed)
+    _, sequence = indices.unique(dim=0, return_inverse=True)
+    offsets = torch.randperm(len(bins) - 1, generator=torch.Generator().manual_seed(seed))[:NUM_SHIFTS] + 1
+
+    def against_null(codes: Tensor) -> dict:
+        mi, nmi = mutual_information(codes, bins)
+        null = torch.tensor([mutual_information(codes.roll(k), bins)[1] for k in offsets.tolist()])
+        return {"mi": mi, "nmi": nmi, "null": float(null.mean()), "null_95": float(null.quantile(0.95))}
+
+    return {
+        "positions": [against_null(column) for column in indices.unbind(1)],
+        "sequence": against_null(sequence),
+    }
+
+
+def health(latents: LatentActions, codebook_size: int | None) -> dict:
+    """Use of the codes over the whole pass; of continuous ones, the dimensions in use.
+
+    effective_dims: participation ratio of the covariance's eigenvalues, (sum l)^2 / sum l^2.
+    """
+    if latents.indices is not None:
+        possible = min(len(latents.indices), codebook_size ** latents.indices.shape[1])
+        return code_health(latents.indices, codebook_size) | {"possible_sequences": possible}
+    vectors = latents.vectors.flatten(1).double()
+    values = torch.linalg.eigvalsh(torch.cov(vectors.T).reshape(vectors.shape[1], -1)).clamp(min=0)
+    effective = values.sum().square() / values.square().sum().clamp(min=1e-24)
+    return {"dims": vectors.shape[1], "effective_dims": float(effective)}
+
+
+def transfer(
+    x: Tensor, y: Tensor, pairs: Pairs, groups: Tensor, names: dict[int, str], seed: int
+) -> list[dict]:
+    """Ridge probes fitted on each group of episodes and scored on each: fitted, scored, r2, interval."""
+    which, cells = varying(y, pairs.is_fit), []
+    for a in names:
+        for b in names:
+            rows = torch.where(pairs.is_fit, groups == a, groups == b)
+            part = pairs._replace(is_fit=pairs.is_fit[rows], episodes=pairs.episodes[rows])
+            if part.episodes[part.is_fit].unique().numel() < 2 or part.is_fit.all():
+                continue
+            s = score(x[rows], y[rows][:, which], part, ["ridge"], seed)["ridge"]
+            cell = {"fitted": names[a], "scored": names[b], "r2": float(s.r2.mean())}
+            cells.append(cell | {"interval": interval(s.resampled.mean(dim=1))})
+    return cells
+
+
+def ratio_of_transfer(cells: list[dict]) -> float | None:
+    """R2 from one group to another, over that within the other; the mean over pairs of groups. None where there is one
+    group, or nothing to transfer."""
+    within = {cell["scored"]: cell["r2"] for cell in cells if cell["fitted"] == cell["scored"]}
+    ratios = [
+        cell["r2"] / within[cell["scored"]]
+        for cell in cells
+        if cell["fitted"] != cell["scored"] and within.get(cell["scored"], 0.0) > MIN_TRANSFERRED
+    ]
+    return fmean(ratios) if ratios else None
+
+
+def neighbours(vectors: Tensor, episodes: Tensor, rows: Sequence[int], count: int) -> list[list[int]]:
+    """For each row the pairs of the nearest latent actions (b, d), of other episodes, one of each."""
+    vectors, found = F.normalize(vectors - vectors.mean(dim=0), dim=1), []
+    for row in rows:
+        order, seen, near = (
+            (vectors @ vectors[row]).argsort(descending=True).tolist(),
+            {int(episodes[row])},
+            [],
+        )
+        for i in order:
+            if int(episodes[i]) not in seen:
+                seen.add(int(episodes[i]))
+                near.append(i)
+            if len(near) == count:
+                break
+        found.append(near)
+    return found
+
+
+def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
+    """What probes read of latent actions (b, d); of codes that come without vectors, indicators, however many."""
+    if not actions.vectors.numel():
+        return one_hot_features(actions.indices, codebook_size)
+    return probe_features(actions.vectors, actions.indices, codebook_size)

@@ -1,0 +1,157 @@
+"""A probe card as one HTML page that needs no other file and no network."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import groupby
+
+from hlrp.card_table import Row, rows, side_by_side
+
+CSS = """
+body { margin: 0; background: #f4f6f8; color: #1f2933; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1100px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; margin: 0; } h2 { font-size: 21px; margin: 40px 0 10px; } h3 { font-size: 17px; margin: 0 0 4px; }
+header, section, .verdict { background: #fff; border: 1px solid #dde3e9; border-radius: 8px; padding: 18px 22px; }
+section, .verdict { margin-top: 16px; }
+header { display: flex; justify-content: space-between; align-items: flex-start; gap: 20px; }
+header p { margin: 4px 0 0; color: #52606d; overflow-wrap: anywhere; }
+.badge { padding: 6px 16px; border-radius: 6px; color: #fff; font-weight: 700; font-size: 18px; white-space: nowrap; }
+.good.badge { background: #15803d; } .fail.badge { background: #b91c1c; }
+ul { list-style: none; margin: 0; padding: 0; } li { display: flex; gap: 12px; padding: 5px 0; }
+.mark { flex: 0 0 64px; height: 1.6em; text-align: center; font-size: 12.5px; font-weight: 700; border-radius: 4px; }
+.good .mark { background: #dcfce7; color: #166534; } .fail .mark { background: #fee2e2; color: #991b1b; }
+.alarm .mark { background: #fef3c7; color: #92400e; } .note .mark { background: #e4e7eb; color: #52606d; }
+.why { color: #52606d; margin: 0 0 12px; max-width: 75ch; }
+.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 18px 30px; align-items: start; }
+figure { margin: 0; } figure.grid { grid-column: 1 / -1; }
+img { max-width: 100%; max-height: 420px; display: block; } figure.grid img { width: 100%; max-height: none; }
+figcaption { color: #52606d; font-size: 13.5px; margin: 2px 0 8px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+td, th { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
+td:nth-child(3) { color: #52606d; } th { color: #52606d; font-weight: 600; overflow-wrap: anywhere; }
+details { margin-top: 10px; } summary { cursor: pointer; color: #2563eb; }
+"""
+
+SECTIONS = {  # of the table's rows: why, and the pictures with what they show
+    "Information": (
+        "Do latent actions tell the actions that were taken? Probes read the mean action between the two frames, "
+        "fitted on some episodes and scored on others. A control has as many dimensions as the latent action. Lines "
+        "are 95 % intervals over episodes.",
+        {
+            "information": "What probes read. Grey: what a latent action has to beat. Orange: whether it tells more "
+            "than the frame alone.",
+            "predicted": "The scored pairs. On the line: read without error.",
+            "map": "Latent actions by their first two principal components, one dot a pair. Colour: direction of the "
+            "true action in its first two dimensions (pale: slow; grey: the source has none). Colours apart: the "
+            "latent actions tell directions apart.",
+        },
+    ),
+    "Leakage": (
+        "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
+        "as goes together with the true action is no leak.",
+        {
+            "leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."
+        },
+    ),
+    "Use by the decoder": (
+        "A decoder that gets along without the code leaves it free to mean nothing. Its error has to grow where it is "
+        "given another pair's code, also one of the same episode, whose appearance is the same.",
+        {
+            "use": "Errors of the decoder, by the code that it is given.",
+            "pairs": "Held-out pairs, what is decoded from the first frame and the code, and from another pair's code.",
+            "transfer": "One code on many frames, a row a code: the motion should be the same in all of a row.",
+            "codes": "Many codes on one frame: the changes should differ, and look like actions.",
+        },
+    ),
+    "Invariance and algebra": (
+        "Actions obey rules: without one nothing happens, the reverse undoes it, two in a row add up, and what is "
+        "decoded from one shows it again. A camera that moves is none.",
+        {
+            "invariance": "What is no action should leave the latent action where it is.",
+            "algebra": "Blue: how far the rule is from holding. Grey: the same with others' latent actions.",
+        },
+    ),
+    "Code health": (
+        "Are the codes in use? This alone says nothing of what they mean: it is an alarm where they have collapsed.",
+        {"usage": "How often each code stands at each token."},
+    ),
+    "Transfer": (
+        "Does a latent action mean the same for another embodiment? A probe fitted on one is scored on another.",
+        {"transfer_matrix": "R2 of the actions. On the diagonal: what can be reached."},
+    ),
+}
+GRIDS = ("pairs", "transfer", "codes", "usage", "neighbours")  # as wide as the page
+NEIGHBOURS = (
+    "Pairs and those with the nearest latent actions in other episodes: the same motion, whatever the scene?"
+)
+
+
+def document(title: str, body: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def page(card: dict, pictures: dict[str, dict[str, bytes]]) -> str:
+    """card: as card.json has it; pictures: PNG by source and name."""
+    parts = [header(card)]
+    for name, found in card["sources"].items():
+        counts = (
+            f"{found['pairs']} pairs of frames of {found['episodes']} episodes; probes are fitted on some and scored "
+            f"on {found['scored_pairs']} pairs of {found['scored_episodes']} other episodes"
+        )
+        parts.append(
+            f"<h2>{escape(name)}</h2><p class=why>{escape(found['uri'])}. {counts}.</p>{verdict(found)}"
+        )
+        parts += sections(found, pictures[name])
+    return document(f"Probe card of {card['latents']}", "".join(parts))
+
+
+def header(card: dict) -> str:
+    kind, word = ("good", "passed") if card["passed"] else ("fail", "failed")
+    about = f"{card['about']}, delta {card['delta']:g} s, hlrp {card['hlrp_version']}, {card['fingerprint']}"
+    return (
+        f"<header><div><h1>What are these latent actions worth?</h1><p>{escape(card['latents'])}</p>"
+        f"<p>{escape(about)}</p></div><span class='badge {kind}'>{word}</span></header>"
+    )
+
+
+def verdict(found: dict) -> str:
+    items = "".join(
+        f"<li class={line['level']}><span class=mark>{line['level']}</span><span>{escape(line['text'])}</span></li>"
+        for line in found["verdict"]
+    )
+    return f"<div class=verdict><ul>{items}</ul></div>"
+
+
+def sections(found: dict, pictures: dict[str, bytes]) -> Iterator[str]:
+    for name, group in groupby(rows(found), key=lambda row: row.section):
+        why, shown = SECTIONS[name]
+        figures = "".join(picture(key, pictures[key], text) for key, text in shown.items() if key in pictures)
+        body = f"<div class=pictures>{figures}</div>{table(list(group))}"
+        yield f"<section><h3>{name}</h3><p class=why>{why}</p>{body}</section>"
+    if "neighbours" in pictures:
+        yield f"<section><h3>Alike</h3>{picture('neighbours', pictures['neighbours'], NEIGHBOURS)}</section>"
+
+
+def picture(name: str, content: bytes, caption: str) -> str:
+    kind = "grid" if name in GRIDS else "plot"
+    image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    return f"<figure class={kind}><figcaption>{escape(caption)}</figcaption>{image}</figure>"
+
+
+def table(group: Sequence[Row]) -> str:
+    cells = "".join(
+        f"<tr><td>{escape(row.figure)}</td><td>{escape(row.value)}</td><td>{escape(row.beside)}</td></tr>"
+        for row in group
+    )
+    return f"<details><summary>{len(group)} figures</summary><table>{cells}</table></details>"
+
+
+def compare_page(documents: dict[str, dict]) -> str:
+    """Cards side by side."""
+    head, *body = side_by_side(documents)
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    return document("Probe cards", f"<h1>Probe cards</h1><section><table>{''.join(lines)}</table></section>")

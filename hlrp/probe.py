@@ -1,0 +1,182 @@
+"""The probe card: what latent actions are worth, those of a LAQ or of any other model, with the controls that make the
+figures believable.
+
+    python -m hlrp.probe --latents outputs/laq/checkpoints/last/pretrained_model    # on the data it learned from
+    python -m hlrp.probe --latents latents.npz --data lerobot:REPO --delta 0.2   # of another model, see hlrp.latents
+    python -m hlrp.probe --compare outputs/probe outputs/other_probe
+
+Prints a table and a verdict, and writes OUTPUT_DIR/card.json and the page OUTPUT_DIR/card.html, one file that needs no
+network. A checkpoint keeps its card as probe.json beside config.json, and stage 2 refuses one that failed.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    latents: Path | None = None  # pretrained_model folder of a LAQ; or .npz or .parquet, see hlrp.latents
+    data: tuple[str, ...] = ()  # sources, as for train_laq.py; by default those that the LAQ learned from
+    compare: tuple[Path, ...] = ()  # cards to put side by side: folders, or card.json files
+
+    pairs: int = 5000  # of frames, of each source; three fifths to fit probes on, the rest to score them
+    val_fraction: float = 0.1  # share of the episodes that are scored; as for train_laq.py
+    seed: int = 0  # of the split, likewise, and of what is drawn
+    delta: float | None = None  # of a file that has none [s]
+    groups: tuple[str, ...] = ()  # of action dimensions, each with figures of its own: position=0-2 gripper=6
+    transfer_to: tuple[str, ...] = ()  # sources of other embodiments, which probes fitted here are scored on
+
+    shuffled: Path | None = None  # LAQ trained on shuffled futures, a control
+    train_shuffled: int = (
+        0  # trains that control for so many steps, and leaves it in OUTPUT_DIR; 1000 say enough
+    )
+    label_fraction: float | None = (
+        None  # as of train_laq.py, where labels were used; None: as run.json has it
+    )
+    label_steps: int = 600  # of the model of these labels alone
+
+    output_dir: Path = Path("outputs/probe")
+    batch_size: int = 64
+    num_workers: int = 2  # loader processes
+
+
+def main(args: Args) -> None:
+    if bool(args.compare) == (args.latents is not None):
+        raise ValueError("give --latents CHECKPOINT_OR_FILE to make a card, or --compare A B to show cards")
+    if args.compare:
+        compare(args.compare, args.output_dir)
+        return
+    check(args)
+    from hlrp.card_page import page
+    from hlrp.card_table import text
+    from hlrp.checkpoints import write_json, write_text
+    from hlrp.verdict import CARD
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    document, pictures = judge(args)
+    write_json(args.output_dir / "card.json", document)
+    write_text(args.output_dir / "card.html", page(document, pictures))
+    if args.latents.is_dir():
+        write_json(args.latents / CARD, document)
+    print(text(document))
+    print(f"{args.output_dir / 'card.html'}")
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for settings that make no card."""
+    if args.pairs < 100:
+        raise ValueError(f"pairs={args.pairs}; expected 100 or more, some thousand give narrow intervals")
+    if args.train_shuffled < 0 or args.label_steps < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"train_shuffled={args.train_shuffled}, label_steps={args.label_steps}, batch_size={args.batch_size}; "
+            "expected 0 or more, 1 or more, 1 or more"
+        )
+    if args.shuffled and args.train_shuffled:
+        raise ValueError("shuffled and train_shuffled are the same control: give one")
+    if args.latents.is_file() and (controls := [args.shuffled, args.train_shuffled, *args.transfer_to]):
+        if any(controls):
+            raise ValueError(
+                f"shuffled, train_shuffled and transfer_to need a model, but {args.latents} is a file of latents"
+            )
+    if args.latents.is_file() and len(args.data) != 1:
+        raise ValueError(f"{args.latents} is of one source; --data names {len(args.data)}")
+    parse_groups(args.groups)
+
+
+def parse_groups(texts: tuple[str, ...]) -> dict[str, list[int]]:
+    """position=0-2 or gripper=6,7 -> the dimensions by the group's name."""
+    groups = {}
+    for text in texts:
+        name, _, spans = text.partition("=")
+        try:
+            ends = [[int(end) for end in span.split("-")] for span in spans.split(",")]
+            groups[name] = [i for span in ends for i in range(span[0], span[-1] + 1)]
+        except ValueError:
+            groups[name] = []
+        if not name or not groups[name]:
+            raise ValueError(
+                f"groups: {text!r}; a name and dimensions fit, such as position=0-2 or gripper=6,7"
+            )
+    return groups
+
+
+def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
+    """The card as plain JSON, and the pictures of each source, PNG by name."""
+    from hlrp.judging import Checkpoint, File
+    from hlrp.laq import LAQ
+    from hlrp.latents import read_latents
+    from hlrp.launch import keep_freed_memory
+    from hlrp.sources import expand, open_source, parse_uri
+    from hlrp.validation import Share
+    from hlrp.verdict import passed, verdict
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
+    share = Share(0, 1, args.batch_size, args.num_workers, device)
+    groups = parse_groups(args.groups)
+    if args.latents.is_file() or args.latents.suffix in (".npz", ".parquet"):
+        subject, data = File(read_latents(args.latents, args.delta), args.pairs, args.seed), args.data
+    else:
+        laq = LAQ.from_pretrained(args.latents).requires_grad_(False).to(device)
+        config = json.loads((args.latents / "config.json").read_text())
+        subject, data = Checkpoint(laq, args), expand(args.data or tuple(config["data"]))
+
+    sources, pictures = {}, {}
+    for uri in data:
+        source = open_source(parse_uri(uri).uri)
+        if args.groups and (stray := [i for g in groups.values() for i in g if i >= source.action_dim]):
+            raise ValueError(
+                f"groups: dimension {stray[0]}, but the actions of {uri} have {source.action_dim}"
+            )
+        card, pictures[source.name] = subject.card(source, groups, share)
+        lines = verdict(source.name, card)
+        found = {"uri": source.uri, "passed": passed(lines), "verdict": [line._asdict() for line in lines]}
+        sources[source.name] = found | card
+    return {
+        "type": "card",
+        "hlrp_version": version("lerobot_policy_hlrp"),
+        "latents": str(args.latents),
+        "fingerprint": subject.fingerprint,
+        "delta": subject.delta,
+        "about": subject.about,
+        "seed": args.seed,
+        "passed": all(card["passed"] for card in sources.values()),
+        "sources": sources,
+    }, pictures
+
+
+def read_card(path: Path) -> dict:
+    """A card from its file, or from the folder of a card or of a checkpoint."""
+    places = [path, path / "card.json", path / "probe.json"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"compare: {path} has neither card.json nor probe.json; python -m hlrp.probe makes them"
+        )
+    document = json.loads(found.read_text())
+    if document.get("type") != "card":
+        raise ValueError(f"compare: {found} is no probe card")
+    return document
+
+
+def compare(paths: tuple[Path, ...], output_dir: Path) -> None:
+    """Prints cards side by side, and writes compare.html."""
+    from hlrp.card_page import compare_page
+    from hlrp.card_table import side_by_side, text_table
+    from hlrp.checkpoints import write_text
+
+    documents = {str(path): read_card(path) for path in paths}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / "compare.html", compare_page(documents))
+    print(text_table(side_by_side(documents)))
+    print(f"\n{output_dir / 'compare.html'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

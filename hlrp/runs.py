@@ -1,0 +1,185 @@
+"""The run table: one row a run folder, with the settings in which runs differ, their figures, cost and state.
+
+    python -m hlrp.runs outputs                                              # all runs below
+    python -m hlrp.runs outputs/sweep --sort -val/world-default/action_r2 --format markdown
+    python -m hlrp.runs outputs --where state=done 'lr<=1e-3' quantizer=fsq --metrics 'val/*/action_r2' train/loss
+
+Reads run.json and metrics.jsonl alone, also of runs that are under way. hours are those of training, summed over all
+processes: GPU-hours where the device is one.
+"""
+
+import csv
+import io
+import json
+import operator
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+METRICS = (  # of stages 1, 2 and 3, whichever a run has
+    "val/*/action_r2",
+    "val/*/shuffled_over_true",
+    "val/*/true_over_copy",
+    "val/*/accuracy",
+    "val/*/action_error",
+    "env/success/all",
+)
+COMPARISONS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass
+class Args:
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # searched for run folders
+    metrics: tuple[str, ...] = METRICS  # split/name as in metrics.jsonl, the last one logged; * fits anything
+    settings: tuple[str, ...] = ()  # columns beside those in which the runs differ
+    where: tuple[str, ...] = ()  # runs to show: column=value, also != < <= > >=
+    sort: str | None = None  # column; with - before it, from the highest down
+    format: Literal["text", "markdown", "csv"] = "text"
+
+
+def main(args: Args) -> None:
+    runs = [
+        read_run(path.parent, args.metrics)
+        for folder in args.folders
+        for path in sorted(folder.rglob("run.json"))
+    ]
+    if not runs:
+        raise ValueError(
+            f"no run.json in or below {', '.join(map(str, args.folders))}; a run's --output-dir fits"
+        )
+    for condition in args.where:
+        runs = [run for run in runs if fits(condition, run)]
+    columns = columns_of(runs, args.settings)
+    if args.sort:
+        runs = in_order(runs, args.sort)
+    table = [columns, *([shown(run.get(column)) for column in columns] for run in runs)]
+    print({"text": text, "markdown": markdown, "csv": comma_separated}[args.format](table))
+
+
+def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
+    """A run as one flat row: run, its settings, state, step, hours, and the metrics that fit."""
+    record = json.loads((folder / "run.json").read_text())
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    logged = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half written
+    settings = record["settings"]
+    step = max([record.get("step", 0), *(line["step"] for line in logged)])
+    row = {"run": str(folder), "state": record["state"], "step": f"{step}/{settings['steps']}"}
+    row |= {"device": record["device"], "hours": hours(settings, logged), "settings": settings}
+    row["script"] = Path(record["command"][0]).stem
+    for line in logged:
+        for name, value in line.items():
+            name = f"{line['split']}/{name}"
+            if any(fnmatchcase(name, pattern) for pattern in metrics):
+                row[name] = value
+    return row | settings
+
+
+def hours(settings: dict, logged: list[dict]) -> float:
+    """Hours of training of all processes, by the speed that was logged."""
+    samples_per_step = (
+        settings["batch_size"] * settings.get("grad_accumulation", 1) * settings["num_processes"]
+    )
+    seconds, before = 0.0, 0
+    for line in logged:
+        if line["split"] == "train" and "samples_per_s" in line:
+            seconds += (line["step"] - before) * samples_per_step / line["samples_per_s"]
+            before = line["step"]
+    return seconds * settings["num_processes"] / 3600
+
+
+def columns_of(runs: list[dict], more: tuple[str, ...]) -> list[str]:
+    """run, the settings that differ among the runs that have them, and those asked for; what was measured, what it
+    took, and how it stands.
+
+    Raises ValueError for a setting that no run has.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run["settings"]))
+    if stray := [name for name in more if name not in names]:
+        raise ValueError(f"settings: no run has {stray[0]!r}; they have {', '.join(sorted(names))}")
+    differ = [
+        name
+        for name in names
+        if name != "output_dir"
+        and len({json.dumps(run["settings"][name]) for run in runs if name in run["settings"]}) > 1
+    ]
+    if len({run["script"] for run in runs}) > 1:
+        differ.insert(0, "script")
+    fixed = {"run", "script", "state", "step", "device", "hours", "settings"}
+    measured = sorted({name for run in runs for name in run if name not in fixed and name not in names})
+    return ["run", *dict.fromkeys([*more, *differ]), *measured, "hours", "device", "step", "state"]
+
+
+def fits(condition: str, run: dict) -> bool:
+    """Whether a run meets `column=value` or another comparison; one that lacks the column does not."""
+    found = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
+    if found is None:
+        raise ValueError(f"where: {condition!r}; a comparison fits, such as lr=1e-4 or 'steps>=1000'")
+    column, comparison, text = found.groups()
+    value = run.get(column)
+    if value is None:
+        return False
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return COMPARISONS[comparison](value, float(text))
+        except ValueError:
+            raise ValueError(f"where: {condition!r}, but {column} is {value}; a number fits") from None
+    if comparison not in ("=", "!="):
+        raise ValueError(f"where: {condition!r}, but {column} is {value!r}; = and != fit")
+    return COMPARISONS[comparison](shown(value), text)
+
+
+def in_order(runs: list[dict], column: str) -> list[dict]:
+    """Raises ValueError for a column that no run has; runs without it come last."""
+    descending, column = column.startswith("-"), column.removeprefix("-")
+    having = [run for run in runs if run.get(column) is not None]
+    if not having:
+        names = sorted({name for run in runs for name in run if name != "settings"})
+        raise ValueError(f"sort: no run has {column!r}; they have {', '.join(names)}")
+    numeric = all(isinstance(run[column], int | float) for run in having)
+    having.sort(key=lambda run: run[column] if numeric else shown(run[column]), reverse=descending)
+    return having + [run for run in runs if run.get(column) is None]
+
+
+def shown(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def text(table: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def markdown(table: list[list[str]]) -> str:
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def comma_separated(table: list[list[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(table)
+    return file.getvalue().rstrip("\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,201 @@
+import pytest
+import torch
+
+from hlrp.card import (
+    BOTH,
+    OBSERVATION,
+    RANDOM,
+    Pairs,
+    Z,
+    dependence,
+    episode_identity,
+    health,
+    information,
+    leakage,
+    neighbours,
+    ratio_of_transfer,
+    transfer,
+)
+from hlrp.laq import LatentActions
+from hlrp.probes import episode_split
+from hlrp.verdict import passed, verdict
+
+SIZE = {"pairs": 800, "health": {"dims": 2, "effective_dims": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Actions that frames say nothing of, and a ball whose motion is no action; 80 episodes of ten pairs."""
+    generator = torch.Generator().manual_seed(0)
+    episodes = torch.arange(80).repeat_interleave(10)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    frames = torch.randint(0, 256, (2, 800, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    ball, constant = random(800, 2), torch.ones(800, 1, dtype=torch.float64)
+    return Pairs(
+        episodes,
+        episode_split(episodes, 0.6, seed=0),
+        *frames,
+        torch.cat([random(800, 2), constant], dim=1),
+        {"motion of ball": ball, "always the same": constant},
+        episodes % 2,
+        {},
+    )
+
+
+def judged(pairs, z, **others):
+    card, _ = information(pairs, {Z: z, **others}, {"first": [0], "constant": [2]}, seed=0)
+    return card, verdict("toy", SIZE | {"information": card})
+
+
+def test_the_true_action_scores_above_99_percent_and_passes(pairs):
+    card, lines = judged(pairs, 100 * pairs.actions + 7)
+    for probe in ("ridge", "mlp"):
+        found = card["probes"][Z][probe]
+        assert found["r2"] > 0.99 and found["error"] < 0.01
+        assert found["r2_per_dim"][2] is None
+        assert found["interval"][0] <= found["r2"] <= found["interval"][1]
+    assert card["constant_dims"] == 1 and [*card["probes"][Z]["ridge"]["groups"]] == ["first"]
+    assert card["gains"][OBSERVATION]["interval"][0] > 0.9 and card["gains"]["increment"]["r2"] > 0.9
+    assert passed(lines)
+
+
+def test_random_vectors_score_within_5_percent_of_0_and_are_called_useless(pairs):
+    card, lines = judged(pairs, torch.randn(800, 16, generator=torch.Generator().manual_seed(1)))
+    for probe in ("ridge", "mlp"):
+        assert abs(card["probes"][Z][probe]["r2"]) < 0.05
+    assert not passed(lines)
+    assert "useless" in lines[0].text and "their mean with 0" in lines[0].text
+
+
+def test_a_copy_of_the_observation_adds_nothing_beyond_the_observation_control(pairs):
+    first = pairs.first.flatten(1).double() / 255
+    tilted = pairs._replace(actions=first[:, :2] + 0.1 * pairs.actions[:, :2])  # which the frame does tell
+    card, _ = information(tilted, {Z: first}, {}, seed=0)
+    assert card["probes"][Z]["ridge"]["r2"] > 0.8
+    assert abs(card["gains"]["increment"]["r2"]) < 0.02
+    lines = verdict("toy", SIZE | {"information": card})
+    assert any("add nothing to the observation" in line.text for line in lines if line.level == "fail")
+
+    card, lines = judged(tilted, tilted.actions)
+    assert card["gains"]["increment"]["r2"] > 0.1
+    assert best(card, BOTH) > best(card, OBSERVATION)
+    assert passed(lines)
+
+
+def best(card, name):
+    return max(probe["r2"] for probe in card["probes"][name].values())
+
+
+def test_an_encoder_that_has_learned_no_more_than_a_random_one_is_called_useless(pairs):
+    noisy = pairs.actions + torch.randn(800, 3, generator=torch.Generator().manual_seed(2))
+    card, lines = judged(pairs, noisy, **{RANDOM: noisy})
+    assert card["probes"][Z]["ridge"]["r2"] > 0.3
+    assert not passed(lines) and "no better than an encoder that has learned nothing" in lines[0].text
+    _, lines = judged(pairs, noisy, **{RANDOM: torch.zeros(800, 2)})
+    assert passed(lines)
+
+
+def test_leakage_is_what_z_tells_of_a_ball_and_the_true_action_does_not(pairs):
+    ball = pairs.facts["motion of ball"]
+    figures = leakage(pairs, {Z: torch.cat([pairs.actions, ball], dim=1)}, seed=0)
+    assert [*figures] == ["motion of ball"]  # what never changes cannot leak
+    assert figures["motion of ball"][Z]["r2"] > 0.99 and figures["motion of ball"]["true action"]["r2"] < 0.05
+    (line,) = [x for x in verdict("toy", SIZE | {"leakage": figures}) if x.level == "alarm"]
+    assert "also tell the motion of ball" in line.text
+    assert leakage(pairs, {Z: pairs.actions}, seed=0)["motion of ball"][Z]["r2"] < 0.05
+
+
+def test_episodes_are_told_apart_by_what_is_constant_in_them(pairs):
+    code = torch.randn(80, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[
+        pairs.episodes
+    ]
+    figures = episode_identity(pairs, {Z: code})
+    assert figures[Z] == 1 and figures["true action"] < 0.2 and figures["chance"] == pytest.approx(1 / 50)
+    alone = pairs._replace(episodes=torch.arange(800))
+    assert episode_identity(alone, {Z: code}) is None
+
+
+def test_codes_depend_on_actions_beyond_their_null_where_they_are_read_off_them(pairs):
+    codes = (pairs.actions[:, :2] > 0).long()
+    figures = dependence(codes, pairs.actions, seed=0)
+    assert figures["sequence"]["nmi"] > 0.4 > 0.1 > figures["sequence"]["null_95"]
+    assert all(part["nmi"] > part["null_95"] for part in figures["positions"])
+    random = torch.randint(0, 4, (800, 1), generator=torch.Generator().manual_seed(3))
+    figures = dependence(random, pairs.actions, seed=0)
+    assert figures["sequence"]["nmi"] < 2 * figures["sequence"]["null_95"]
+
+
+def test_a_latent_action_that_means_the_opposite_elsewhere_does_not_transfer(pairs):
+    sign = torch.where(pairs.embodiments == 0, 1.0, -1.0)[:, None]
+    names = {0: "arm", 1: "hand"}
+    same, opposite = (
+        transfer(x, pairs.actions, pairs, pairs.embodiments, names, seed=0)
+        for x in (pairs.actions, sign * pairs.actions)
+    )
+    assert ratio_of_transfer(same) > 0.99
+    assert ratio_of_transfer(opposite) < -1
+    assert [cell["r2"] > 0.99 for cell in opposite] == [True, False, False, True]
+    assert ratio_of_transfer(same[:1]) is None
+
+
+def test_neighbours_are_of_other_episodes_each_of_its_own():
+    vectors = torch.tensor([[1.0, 0], [1, 0.1], [1, 0.2], [1, 0.3], [-1, 0]])
+    (near,) = neighbours(vectors, torch.tensor([0, 0, 1, 1, 2]), rows=[0], count=2)
+    assert near == [2, 4]
+
+
+def test_health_counts_the_dimensions_in_use_of_continuous_latents():
+    x = torch.randn(500, 1, 6, generator=torch.Generator().manual_seed(0))
+    x[..., 2:] = 0
+    figures = health(LatentActions(x, None), None)
+    assert figures["dims"] == 6 and figures["effective_dims"] == pytest.approx(2, abs=0.1)
+
+
+def test_without_actions_the_verdict_says_that_it_is_silent_on_them():
+    lines = verdict("toy", SIZE)
+    assert passed(lines) and "has no actions" in lines[-1].text
+
+
+def lines_of(**card) -> dict[str, list[str]]:
+    """The verdict's sentences by level."""
+    found = {"good": [], "alarm": [], "fail": [], "note": []}
+    for level, text in verdict("toy", SIZE | card):
+        found[level].append(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "true", "level", "words"),
+    [
+        (1.0, 0.5, "fail", "The decoder ignores the code"),
+        (1.1, 0.5, "alarm", "makes little use of the code"),
+        (3.0, 0.5, "good", "The decoder uses the code"),
+        (3.0, 1.2, "fail", "no better than the first frame shown again"),
+    ],
+)
+def test_the_verdict_on_the_decoder_follows_its_errors_with_true_and_others_codes(
+    shuffled, true, level, words
+):
+    use = {"true_over_copy": {"pixels": true}, "shuffled_over_true": {"pixels": shuffled}}
+    assert any(words in text for text in lines_of(use=use)[level])
+
+
+def test_a_collapsed_codebook_fails_and_a_camera_that_counts_as_an_action_is_an_alarm():
+    collapsed = {"unique_sequences": 3, "possible_sequences": 800}
+    assert "the codebook has collapsed" in lines_of(health=collapsed)["fail"][0]
+    rule = {"true": 0.2, "shuffled": 1.0, "linear": 0.2, "linear_shuffled": 1.0}
+    figures = {
+        "zero_transition": 0.0,
+        "camera_shift": 0.9,
+        "reversal": rule,
+        "additivity": None,
+        "cycle": rule,
+    }
+    found = lines_of(algebra=figures)
+    assert not found["fail"] and len(found["good"]) == 3
+    assert "only the camera moves" in found["alarm"][0]
+    found = lines_of(algebra=figures | {"reversal": rule | {"linear": 1.0}})
+    assert any("do not undo" in text for text in found["alarm"])
