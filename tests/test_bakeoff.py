@@ -76,7 +76,7 @@ def test_settings_that_make_no_table_are_named(settings, message, tmp_path):
 def test_a_model_of_the_labels_stands_beside_those_that_use_them():
     cells = cells_of(Args(quantizers=("fsq",), seeds=(0,), label_fractions=(0.0, 0.1)))
     assert cells == [
-        Cell("fsq", 4, 0.0, "arm", 0),
-        Cell(LABELS_ONLY, 0, 0.1, "arm", 0),
-        Cell("fsq", 4, 0.1, "arm", 0),
+        Cell("fsq", 4, 0.0, "hand", 0),
+        Cell(LABELS_ONLY, 0, 0.1, "hand", 0),
+        Cell("fsq", 4, 0.1, "hand", 0),
     ]
