@@ -1,5 +1,6 @@
 """Probes, linear and small networks: what can be read from a latent action, fitted and scored on different episodes."""
 
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -125,7 +126,7 @@ def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         sizes = (x.shape[1], HIDDEN_SIZE, HIDDEN_SIZE, y.shape[1])
-        first, second, last = (nn.Linear(a, b).to(x.device) for a, b in zip(sizes, sizes[1:], strict=False))
+        first, second, last = (nn.Linear(a, b).to(x.device) for a, b in pairwise(sizes))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         network = nn.Sequential(first, nn.GELU(), nn.Dropout(0.1), second, nn.GELU(), nn.Dropout(0.1), last)

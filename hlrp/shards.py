@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def plan(args: Args, settings: Settings) -> list[Job]:
         lengths = source.lengths if args.fps is None else source.lengths * args.fps / source.fps
         shard = (np.cumsum(lengths) - lengths) // args.frames_per_shard
         borders = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(lengths)]
-        spans += [(uri, start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+        spans += [(uri, start, stop) for start, stop in pairwise(borders)]
     return [Job(args.output_dir / f"{number:06d}.tar", *span) for number, span in enumerate(spans)]
 
 
