@@ -29,6 +29,7 @@ setup(
         "safetensors>=0.5,<1",
         "simplejpeg>=1.8,<2",
         "matplotlib>=3.9,<4",
+        "opencv-python-headless>=4.9,<5",
         "tqdm>=4.66,<5",
     ],
     extras_require={

@@ -10,6 +10,7 @@ reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ import torch
 import tyro
 
 from hlrp.laq import LAQ, LAQConfig
+from hlrp.strategies import STRATEGIES
 
 
 @dataclass
@@ -53,17 +55,22 @@ class Args:
     log_freq: int = 50  # [optimizer step]
     eval_freq: int = 300  # [optimizer step]
     save_freq: int = 300  # [optimizer step]
+    buckets: tuple[str, ...] = ()  # sets of validation samples: 'left: task~left', or files of such lines
+    # drawn of validation samples: NAME, of all buckets at every validation, NAME:BUCKET,BUCKET or NAME@STEPS
+    pictures: tuple[str, ...] = tuple(STRATEGIES)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 
 
 def main(args: Args) -> None:
+    from hlrp.buckets import check_fields, read_buckets
     from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
     from hlrp.data import Mixture, loader
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.plots import save_grids
+    from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.sharding import distribute, gathered
+    from hlrp.shown import encoded
     from hlrp.sources import expand, open_source, parse_uri
     from hlrp.streams import clips_of
     from hlrp.training import Run
@@ -74,6 +81,8 @@ def main(args: Args) -> None:
     check_loop(args)
     args.data = expand(args.data)
     args.model = args.model.resolved()
+    buckets = read_buckets(args.buckets)
+    bindings = bindings_of(args.pictures, buckets, args.eval_freq)
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
@@ -91,6 +100,7 @@ def main(args: Args) -> None:
     weights = [parse_uri(uri).weight for uri in args.data]
     mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    check_fields(buckets, val_sets)
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
@@ -118,7 +128,9 @@ def main(args: Args) -> None:
         for alarm in alarms(run.report):
             run.print(f"ALARM: {alarm}")
         if accelerator.is_main_process:
-            save_grids(laq, val_sets, args.output_dir / "grids", run.step)
+            place = {"folder": args.output_dir / "grids", "step": run.step, "last": args.steps}
+            figures = draw_pictures(laq, partial(encoded, laq), val_sets, buckets, bindings, **place)
+            run.log("pictures", figures, run.step)
 
     # train
     num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)

@@ -10,12 +10,14 @@ written to --output-dir; the checkpoint that stage 3 reads is OUTPUT_DIR/checkpo
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
+from hlrp.strategies import STRATEGIES
 from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
 
@@ -57,11 +59,15 @@ class Args:
     log_freq: int = 50  # [optimizer step]
     eval_freq: int = 300  # [optimizer step]
     save_freq: int = 300  # [optimizer step]
+    buckets: tuple[str, ...] = ()  # sets of validation samples: 'left: task~left', or files of such lines
+    # drawn of validation samples: NAME, of all buckets at every validation, NAME:BUCKET,BUCKET or NAME@STEPS
+    pictures: tuple[str, ...] = tuple(STRATEGIES)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 
 
 def main(args: Args) -> None:
+    from hlrp.buckets import check_fields, read_buckets
     from hlrp.checkpoints import load_config
     from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
     from hlrp.data import Mixture, loader
@@ -69,7 +75,8 @@ def main(args: Args) -> None:
     from hlrp.laq import LAQ
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.predictions import alarms, evaluate, label, save_grid, shuffled
+    from hlrp.pictures import bindings_of, draw_pictures
+    from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import expand, instructions, open_source, parse_uri
     from hlrp.streams import clips_of
@@ -82,6 +89,8 @@ def main(args: Args) -> None:
     die_with_launcher()
     check_loop(args)
     check(args.model)
+    buckets = read_buckets(args.buckets)
+    bindings = bindings_of(args.pictures, buckets, args.eval_freq)
     stage1 = load_config(args.laq, "laq")
     faults = laq_alarms(stage1["report"] or {}) + card_faults(args.laq)
     if faults and not args.accept_failed_laq:
@@ -118,6 +127,7 @@ def main(args: Args) -> None:
     weights = [parse_uri(uri).weight for uri in args.data]
     mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    check_fields(buckets, val_sets)
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
@@ -148,7 +158,10 @@ def main(args: Args) -> None:
         for alarm in alarms(run.report):
             run.print(f"ALARM: {alarm}")
         if accelerator.is_main_process:
-            save_grid(vla, laq, val_sets, args.output_dir / "grids", run.step)
+            place = {"folder": args.output_dir / "grids", "step": run.step, "last": args.steps}
+            predicted = partial(predicted_latents, vla, laq)
+            figures = draw_pictures(laq, predicted, val_sets, buckets, bindings, **place)
+            run.log("pictures", figures, run.step)
 
     # train
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)

@@ -58,9 +58,9 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
         "given another pair's code, also one of the same episode, whose appearance is the same.",
         {
             "use": "Errors of the decoder, by the code that it is given.",
-            "pairs": "Held-out pairs, what is decoded from the first frame and the code, and from another pair's code.",
-            "transfer": "One code on many frames, a row a code: the motion should be the same in all of a row.",
-            "codes": "Many codes on one frame: the changes should differ, and look like actions.",
+            "reconstructions": "Held-out pairs, what is decoded from the first one and the code, and another's code.",
+            "one-code": "One code on many frames, a row a code: the motion should be the same in all of a row.",
+            "many-codes": "Many codes on one frame: the changes should differ, and look like actions.",
         },
     ),
     "Invariance and algebra": (
@@ -80,7 +80,7 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
         {"transfer_matrix": "R2 of the actions. On the diagonal: what can be reached."},
     ),
 }
-GRIDS = ("pairs", "transfer", "codes", "usage", "neighbours")  # as wide as the page
+GRIDS = ("reconstructions", "one-code", "many-codes", "usage", "neighbours")  # as wide as the page
 NEIGHBOURS = (
     "Pairs and those with the nearest latent actions in other episodes: the same motion, whatever the scene?"
 )

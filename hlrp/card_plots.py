@@ -1,6 +1,5 @@
 """The plots of a probe card, PNG by name."""
 
-import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,37 +8,16 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hlrp.card import BOTH, RANDOM, Pairs, Z, neighbours, varying
-from hlrp.metrics import is_constant
-from hlrp.plots import Row, moving, sheet, usage_chart
+from hlrp.charts import BLUE, GREY, INK, MAX_SCATTERED, ORANGE, STYLE, latent_map, png, usage_chart
+from hlrp.plots import Row, moving, sheet
 
-INK, BLUE, GREY, ORANGE = "#1f2933", "#2563eb", "#9aa5b1", "#d97706"
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-}
-DPI = 144  # twice a page's own, for sharp letters
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
-MAX_SCATTERED = 1500
 MAX_CODES = 256  # codes
-
-
-def png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    return file.getvalue()
 
 
 def bars(
@@ -85,13 +63,10 @@ def draw(
             if card["algebra"]["zero_transition"] is not None:
                 pictures["invariance"] = png(invariance_bars(card["algebra"]))
             pictures["algebra"] = png(algebra_bars(card["algebra"]))
-        pictures["map"] = png(latent_map(pairs))
+        pictures["map"] = png(latent_map(vectors_of(pairs), pairs.actions))
         with tempfile.TemporaryDirectory() as folder:
             if pairs.latents[Z].indices is not None and codebook_size <= MAX_CODES:
-                path = usage_chart(
-                    Path(folder) / "usage.png", "", pairs.latents[Z].indices[:, :8], codebook_size
-                )
-                pictures["usage"] = path.read_bytes()
+                pictures["usage"] = png(usage_chart(pairs.latents[Z].indices[:, :8], codebook_size))
             pictures["neighbours"] = neighbours_grid(
                 Path(folder) / "neighbours.png", pairs, scored
             ).read_bytes()
@@ -209,46 +184,10 @@ def predicted_scatter(pairs: Pairs, predicted: Tensor) -> Figure:
     return figure
 
 
-def directions(actions: Tensor) -> np.ndarray:
-    """A colour for each action (b, a): its direction in the first two dimensions that vary as hue, its length as
-    saturation."""
-    actions = actions[:, ~is_constant(actions)]
-    actions = (actions - actions.mean(dim=0)) / actions.std(dim=0)
-    x, y = actions[:, 0], actions[:, 1] if actions.shape[1] > 1 else torch.zeros_like(actions[:, 0])
-    hue = torch.atan2(y, x) / (2 * torch.pi) % 1
-    length = torch.hypot(x, y)
-    saturation = (length / length.quantile(0.8)).clamp(max=1)
-    return hsv_to_rgb(torch.stack([hue, saturation, torch.full_like(hue, 0.85)], dim=1).numpy())
-
-
 def vectors_of(pairs: Pairs) -> Tensor:
     """The latent actions as vectors float64 (b, d): of codes that come without, an indicator each."""
     vectors, indices = pairs.latents[Z]
     return vectors.flatten(1).double() if vectors.numel() else F.one_hot(indices).flatten(1).double()
-
-
-def latent_map(pairs: Pairs) -> Figure:
-    """The first two principal components of the latent actions."""
-    z = vectors_of(pairs)
-    rows = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MAX_SCATTERED]
-    _, _, components = torch.linalg.svd(z[rows] - z.mean(dim=0), full_matrices=False)
-    place = (z[rows] - z.mean(dim=0)) @ components[:2].T
-    place = torch.cat([place, torch.zeros(len(place), 2)], dim=1)[:, :2]  # of one dimension, a line
-    noise = 0.02 * place.std() * torch.randn(place.shape, generator=torch.Generator().manual_seed(0))
-    colours = GREY if pairs.actions is None else directions(pairs.actions)[rows]
-    figure = Figure(figsize=(4.6, 3.9), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(*(place + noise).T, s=9, c=colours, alpha=0.75, linewidths=0)
-    axes.set_xlabel("first principal component")
-    axes.set_ylabel("second")
-    axes.set_aspect("equal", adjustable="datalim")
-    if pairs.actions is not None and int((~is_constant(pairs.actions)).sum()) > 1:
-        wheel = axes.inset_axes((0.86, 0.84, 0.15, 0.15), projection="polar")
-        angles = np.linspace(0, 2 * np.pi, 60)
-        hues = hsv_to_rgb(np.stack([angles / (2 * np.pi) % 1, np.ones(60), np.full(60, 0.85)], axis=1))
-        wheel.bar(angles, 1, width=2 * np.pi / 58, bottom=0.6, color=hues)
-        wheel.set_axis_off()
-    return figure
 
 
 def transfer_matrix(cells: list[dict]) -> Figure:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from hlrp.algebra import algebra
+from hlrp.buckets import read_buckets
 from hlrp.card import (
     LABELS,
     RANDOM,
@@ -39,13 +40,15 @@ from hlrp.controls import (
 from hlrp.data import collate
 from hlrp.laq import LAQ, LatentActions
 from hlrp.latents import LatentFile, pairs_of
-from hlrp.plots import save_grids
+from hlrp.pictures import bindings_of, draw_pictures
 from hlrp.probes import MIN_EPISODES, episode_split
+from hlrp.shown import encoded
 from hlrp.sources import open_source, parse_uri
 from hlrp.streams import clips_of
 from hlrp.validation import Share, code_use, encode_all
 
 FIT_SHARE = 0.6  # of the pairs
+DECODED = ("reconstructions", "one-code", "many-codes")  # pictures
 NUM_DECODED, NUM_TRIPLES = 384, 192
 PICTURE_SIZE = 96  # side of the frames that a file's card shows [pixel]
 
@@ -165,8 +168,12 @@ class Checkpoint:
 
         pictures = draw(card, pairs, predicted, sets[1], laq.quantizer.codebook_size)
         with tempfile.TemporaryDirectory() as folder:
-            for path in save_grids(laq, {source.name: held}, Path(folder), seed=seed):
-                pictures.setdefault(path.stem, path.read_bytes())
+            buckets = read_buckets(())
+            shown = bindings_of(DECODED, buckets)
+            draw_pictures(
+                laq, partial(encoded, laq), {source.name: held}, buckets, shown, Path(folder), seed=seed
+            )
+            pictures |= {path.stem: path.read_bytes() for path in Path(folder).glob("*.png")}
         return card, pictures
 
     def add_transfer(self, card: dict, source, pairs: Pairs, share: Share) -> None:

@@ -81,6 +81,24 @@ def r2_per_dim(pred: Tensor, target: Tensor) -> Tensor:
     return torch.where(constant, met, 1 - residual / torch.where(constant, 1.0, total))
 
 
+def explained_variance(values: Tensor, groups: Tensor) -> Tensor:
+    """The share of the variance of each column of (b, d) between groups int64 (b,): float64 (d,).
+
+    Adjusted for the number of groups (epsilon squared, Kelley 1935): 0 on average where groups say nothing. A column
+    that does not vary has nothing to explain: 0, as where every sample is a group of its own.
+    """
+    values = values.double()
+    names, place, counts = groups.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(names), values.shape[1], dtype=values.dtype).index_add_(0, place, values)
+    within = (values - (means / counts[:, None])[place]).square().sum(dim=0)
+    total = (values - values.mean(dim=0)).square().sum(dim=0)
+    freedom = len(values) - len(names)
+    if freedom < 1:
+        return torch.zeros_like(total)
+    explained = 1 - (within / freedom) / (total / (len(values) - 1)).clamp(min=1e-300)
+    return torch.where(is_constant(values), 0.0, explained)
+
+
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Interval of a success rate (Wilson 1927, J. Am. Stat. Assoc. 22); z: 1.96 covers 95 %."""
     rate = successes / trials

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
@@ -57,6 +58,19 @@ class FlowTeacher(nn.Module):
             flow = self.raft(first, second, num_flow_updates=self.num_flow_updates)[-1]
         self.raft.corr_block.corr_pyramid = None  # b (h w / 64)^2 floats, kept until the next call otherwise
         return resize_flow(flow, (height, width))
+
+
+def farneback(frames: Tensor) -> Tensor:
+    """Optical flow by no learned model (Farneback 2003), of OpenCV: uint8 (b, 2, c, h, w) -> float32 (b, 2, h, w)."""
+    import cv2
+
+    settings = {"pyr_scale": 0.5, "levels": 3, "winsize": 11, "iterations": 3, "poly_n": 5, "poly_sigma": 1.1}
+    pictures = rearrange(frames.cpu(), "b t c h w -> b t h w c").contiguous().numpy()
+    flows = []
+    for pair in pictures:
+        first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in pair)
+        flows.append(torch.from_numpy(cv2.calcOpticalFlowFarneback(first, second, None, flags=0, **settings)))
+    return rearrange(torch.stack(flows), "b h w xy -> b xy h w")
 
 
 def read_weights(weights: str, size: str) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
-"""PNG grids: reconstructions, one code on many frames, many codes on one frame, usage of the codes."""
+"""Sheets of pictures: pairs of frames, one code on many frames, many codes on one frame."""
 
-import logging
 import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -9,20 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
-from hlrp.data import collate
-from hlrp.laq import LAQ
-from hlrp.metrics import code_counts, entropy, psnr
-from hlrp.validation import partners
-
-log = logging.getLogger(__name__)
-
-NUM_CANDIDATES = 192  # pairs encoded, over all sources
-NUM_ROWS = 6  # pairs shown
-NUM_ANCHORS = 6  # frames that a code is applied to
 NUM_CODES = 16  # codes applied to one frame
 CELL, GAP, LINE = 160, 8, 18  # least side of a picture, space between two, height of a line of text [pixel]
 GAIN = 3  # of difference pictures
@@ -118,99 +106,6 @@ def codes_grid(path: Path, title: str, anchor: Tensor, decoded: dict[str, Tensor
     return sheet(path, title, rows, gap_after=1)
 
 
-def usage_chart(path: Path, title: str, indices: Tensor, codebook_size: int) -> Path:
-    """How often each code is used at each token position. indices: int64 (b, m)."""
-    from matplotlib.figure import Figure
-
-    counts = code_counts(indices.cpu(), codebook_size)
-    figure = Figure(figsize=(8, 0.8 + 1.2 * len(counts)), dpi=100, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
-    for i, axes in enumerate(figure.subplots(len(counts), sharex=True, sharey=True, squeeze=False)[:, 0]):
-        axes.stairs(counts[i] / len(indices), np.arange(codebook_size + 1) - 0.5, fill=True)
-        axes.axhline(1 / codebook_size, color="0.5", linewidth=0.8, linestyle="--")
-        used, perplexity = (counts[i] > 0).sum(), entropy(counts[i]).exp()
-        figures = f"{used} of {codebook_size} codes used, perplexity {perplexity:.1f}"
-        axes.set_title(f"token {i}: {figures}", size=9, loc="left")
-        axes.set_ylabel("share", size=8.5)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0)
-    axes.set_xlabel("code (dashed: all codes equally often)", size=8.5)
-    figure.savefig(path)
-    return path
-
-
-@torch.no_grad()
-def save_grids(
-    laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int | None = None, seed: int = 0
-) -> list[Path]:
-    """Draws all grids on a seeded choice of validation pairs, the same at every step; returns the files, whose names
-    end in the step where there is one.
-
-    The pairs shown are of the half that changes more: a robot at rest says nothing about codes. A LAQ that
-    decodes no pixels shows its optical flow. What there is nothing to draw for is named in the log.
-    """
-    was_training, device = laq.training, next(laq.parameters()).device
-    laq.eval()
-    batch, source = candidates(sets, seed)
-    frames, tasks = batch["frames"], batch["task"]
-    encoded = [laq.encode(part.to(device)) for part in frames.split(64)]
-    codes = torch.cat([codes for codes, _ in encoded])
-    indices = None if encoded[0][1] is None else torch.cat([indices for _, indices in encoded]).cpu()
-
-    def decode(samples: list[int], codes_of: list[int]) -> dict[str, Tensor]:
-        """The codes of some samples, applied to the first frames of others."""
-        first, second = frames[samples].to(device).unbind(1)
-        return laq.decode(first, codes[codes_of], [tasks[i] for i in samples], second)
-
-    chosen = moving(frames, source, batch["episode"])[: NUM_ROWS + NUM_ANCHORS]
-    rows, anchors = chosen[:NUM_ROWS], chosen[-NUM_ANCHORS:]
-    others = partners(source, seed)[rows].tolist()
-    givers = frequent(indices) if indices is not None else {f"code {i + 1}": i for i in chosen}
-    at_home = decode(rows + rows, rows + others)  # with the true code, then with another of the same source
-    abroad = decode(anchors * len(rows), [i for i in rows for _ in anchors])
-    on_one = decode(anchors[:1] * len(givers), [*givers.values()])
-    laq.train(was_training)
-
-    def place(grid: str, title: str) -> tuple[Path, str]:
-        if step is None:
-            return folder / f"{grid}.png", title
-        return folder / f"{grid}_{step:06d}.png", f"{title}, step {step}"
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    if indices is None:
-        log.warning("no usage chart: the codes of quantizer=%s are continuous", laq.config.quantizer)
-    else:
-        usage = place("usage", f"Codes of {len(indices)} held-out pairs")
-        paths.append(usage_chart(*usage, indices, laq.quantizer.codebook_size))
-    if not {"pixels", "flow"} & at_home.keys():
-        log.warning("no picture grids: the LAQ decodes %s, neither pixels nor flow", ", ".join(at_home))
-        return paths
-
-    images = frames / 255
-    names = [f"{name}, episode {i}" for name, i in zip(batch["dataset"], batch["episode"], strict=True)]
-    captions = [f"{names[i]}, frame {batch['index'][i]}. {tasks[i]}" for i in rows]
-    first, second = images[rows].unbind(1)
-    pairs = {"first frame": first, f"{laq.config.delta:g} s later": second}
-    true, other = picture(at_home).chunk(2)
-    if "pixels" in at_home:
-        columns = {"decoded": true, "with another code": other, f"|error| x {GAIN}": difference(true, second)}
-        figures = zip(*(psnr(x, second).tolist() for x in (true, other, first)), captions, strict=True)
-        notes = [f"PSNR {a:.1f} dB, another code {b:.1f}, first frame {c:.1f}. {x}" for a, b, c, x in figures]
-    else:
-        notes, change = captions, difference(first, second)
-        columns = {f"|change| x {GAIN}": change, "decoded flow": true, "with another code": other}
-    applied = rearrange(picture(abroad), "(r n) c h w -> r n c h w", n=len(anchors))
-    above = Row(images[anchors, 0], labels=[names[i] for i in anchors])
-    varied = dict(zip(givers, picture(on_one), strict=True))
-    many, one = place("transfer", "One code on many frames"), place("codes", "Many codes on one frame")
-    paths.append(pairs_grid(*place("pairs", "Held-out pairs"), pairs | columns, notes))
-    paths.append(transfer_grid(*many, pairs, above, applied, captions))
-    paths.append(codes_grid(*one, images[anchors[0], 0], varied, change="pixels" in on_one))
-    return paths
-
-
 def picture(predictions: dict[str, Tensor]) -> Tensor:
     """Predicted pixels, or flow as colours: (b, c, h, w) in [0, 1]."""
     if "pixels" in predictions:
@@ -218,16 +113,6 @@ def picture(predictions: dict[str, Tensor]) -> Tensor:
     from hlrp.optical_flow import flow_to_rgb
 
     return flow_to_rgb(predictions["flow"].cpu()) / 255
-
-
-def candidates(sets: dict[str, Dataset], seed: int) -> tuple[dict, Tensor]:
-    """A batch of random pairs, as many of each set, and the number of each one's set: int64 (b,)."""
-    samples, source, generator = [], [], torch.Generator().manual_seed(seed)
-    for number, dataset in enumerate(sets.values()):
-        picks = torch.randperm(len(dataset), generator=generator).tolist()[: NUM_CANDIDATES // len(sets) + 1]
-        samples += Subset(dataset, picks).__getitems__(list(range(len(picks))))
-        source += [number] * len(picks)
-    return collate(samples), torch.tensor(source)
 
 
 def moving(frames: Tensor, source: Tensor, episodes: Tensor) -> list[int]:

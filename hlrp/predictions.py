@@ -1,8 +1,6 @@
 """Validation of a VLA on held-out episodes: does it predict the latent actions, by the text and by the image, and
 what do its predictions say about the actions? Every figure stands beside its control."""
 
-import logging
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,16 +11,13 @@ from torch.utils.data import Dataset
 from hlrp.laq import LAQ
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health
-from hlrp.plots import candidates, difference, moving, pairs_grid
 from hlrp.probes import MIN_EPISODES, episode_split, one_hot_features, probe_r2
 from hlrp.running import nearest
+from hlrp.shown import Latents
 from hlrp.validation import COLLAPSED_UP_TO, Share
 from hlrp.vla import VLA, Predicted
 
-log = logging.getLogger(__name__)
-
 CONDITIONS = ("", "_shuffled_text", "_blank_image")
-NUM_ROWS = 8  # pairs shown
 
 
 class Predictions(NamedTuple):
@@ -32,8 +27,7 @@ class Predictions(NamedTuple):
     true_vectors: Tensor  # (b, t, e)
     indices: Tensor | None  # int64 (b, c, t, m)
     vectors: Tensor | None  # (b, c, t, e)
-    probabilities: Tensor | None  # (b, t, m, k), of the first condition, where codes are predicted
-    mean: Tensor | None  # (b, t, e), of the first condition, where vectors are
+    expected: Tensor | None  # (b, t, m, k) or (b, t, e): `VLA.expected` under the first condition
     errors: Tensor | None  # (b, c): the head's loss, where it was asked for
     episodes: Tensor  # int64 (b,)
     actions: Tensor | None  # (b, a), mean over the span
@@ -64,7 +58,7 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
 
     A flow's vector stands for the nearest code.
     """
-    indices, vectors = predicted[:2]
+    indices, vectors = predicted
     num_tokens = laq.config.num_tokens
     if vectors is None:
         per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
@@ -166,15 +160,15 @@ def predict_all(
     for _, batch in share.batches(dataset):
         if "latent_vectors" not in batch:
             batch |= label(laq, batch["frames"])
-        rows, errors, probabilities, mean = [], [], None, None
+        rows, errors, expected = [], [], None
         for condition in conditions:
             seen = under(condition, batch, tasks, seed)
             predicted = vla.generate(seen["images"], seen["task"])
             rows.append(complete(laq, predicted))
+            torch.manual_seed(seed)  # sequences, times and noise: the same at every validation
             if not condition:
-                probabilities, mean = predicted.probabilities, predicted.mean
+                expected = vla.expected(seen["images"], seen["task"])
             if with_errors:
-                torch.manual_seed(seed)  # the flow's times and noise: the same at every validation
                 errors.append(vla.score(seen))
         indices, vectors = zip(*rows, strict=True) if rows else ((None,), (None,))
         actions = has_action = None
@@ -186,8 +180,7 @@ def predict_all(
                 batch["latent_vectors"],
                 None if indices[0] is None else torch.stack(indices, dim=1),
                 None if vectors[0] is None else torch.stack(vectors, dim=1),
-                probabilities,
-                mean,
+                expected,
                 torch.stack(errors, dim=1) if with_errors else None,
                 batch["episode"],
                 actions,
@@ -237,8 +230,8 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
             for s in sides
         ]
 
-    are_codes = found.probabilities is not None
-    said = (found.probabilities if are_codes else found.mean).flatten(1)[found.has_action]
+    are_codes = found.expected.ndim == 4
+    said = found.expected.flatten(1)[found.has_action]
     known = true_features(are_codes)
     read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], said]))
     predicted = probe_r2(read, actions, episodes, is_fit, seed)
@@ -278,35 +271,16 @@ def alarms(report: dict[str, dict]) -> list[str]:
     return sentences
 
 
-@torch.no_grad()
-def save_grid(
-    vla: VLA, laq: LAQ, sets: dict[str, Dataset], folder: Path, step: int, seed: int = 0
-) -> Path | None:
-    """Held-out pairs beside what the LAQ decodes from the true and from the predicted latent action.
-
-    The pairs shown are of the half that changes more. None, and a line in the log, where the LAQ decodes no pixels.
-    """
-    if "pixels" not in laq.weights:
-        log.warning("no picture grid: the LAQ decodes %s, no pixels", ", ".join(laq.weights))
-        return None
+def predicted_latents(vla: VLA, laq: LAQ, batch: dict) -> Latents:
+    """The first latent action that a VLA predicts of each sample, beside the true one."""
     was_training, device = vla.training, next(laq.parameters()).device
     vla.eval()
-    batch, source = candidates(sets, seed)
-    rows = moving(batch["frames"], source, batch["episode"])[:NUM_ROWS]
-    frames, tasks = batch["frames"][rows], [batch["task"][i] for i in rows]
-    pairs = frames[:, :2].to(device)
-    _, vectors = complete(laq, vla.generate(batch["images"][rows].to(device), tasks))
+    parts = []
+    for some in torch.arange(len(batch["frames"])).split(64):
+        images, tasks = batch["images"][some].to(device), [batch["task"][i] for i in some]
+        indices, vectors = complete(laq, vla.generate(images, tasks))
+        codes = laq.expand(vectors[:, 0].unflatten(1, (laq.config.num_tokens, -1)))
+        true, _ = laq.encode(batch["frames"][some, :2].to(device))
+        parts.append((codes, None if indices is None else indices[:, 0], true))
     vla.train(was_training)
-    vectors = vectors[:, 0].unflatten(1, (laq.config.num_tokens, -1))
-    true, _ = laq.encode(pairs)
-    decoded = [
-        laq.decode(pairs[:, 0], codes, tasks, pairs[:, 1])["pixels"] for codes in (true, laq.expand(vectors))
-    ]
-    first, second = frames[:, :2].unbind(1)
-    columns = {"image": first / 255, f"{laq.config.delta:g} s later": second / 255}
-    columns |= {"decoded, true code": decoded[0].cpu(), "decoded, predicted": decoded[1].cpu()}
-    columns["|change| x 3"] = difference(columns["decoded, predicted"], columns["image"])
-    folder.mkdir(parents=True, exist_ok=True)
-    return pairs_grid(
-        folder / f"predicted_{step:06d}.png", f"Predicted latent actions, step {step}", columns, tasks
-    )
+    return Latents(*(None if xs[0] is None else torch.cat(xs).cpu() for xs in zip(*parts, strict=True)))

@@ -61,6 +61,8 @@ FREE = {  # settings that may change between a start and a resume: the weights d
         "save_freq",
         "val_samples",
         "max_broken",
+        "buckets",
+        "pictures",
         "wandb",
         "tensorboard",
         "env",

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, ExpertBlock, mean_over_steps
@@ -25,6 +24,8 @@ from hlrp.losses import ActionReadout
 from hlrp.running import RunningNorm
 from hlrp.transforms import regrid
 from hlrp.vlm import VLM, Encoded, VLMConfig
+
+NUM_DRAWS = 16  # sequences of codes that an expectation is estimated from
 
 
 @dataclass
@@ -72,10 +73,6 @@ class Predicted(NamedTuple):
 
     indices: Tensor | None  # int64 (b, t, m)
     vectors: Tensor | None  # (b, t, e)
-    probabilities: Tensor | None = (
-        None  # (b, t, m, k): of every code at its place, given the indices before it
-    )
-    mean: Tensor | None = None  # (b, t, e): of all vectors that a flow may give
 
 
 class Scored(NamedTuple):
@@ -118,10 +115,9 @@ class CodeHead(nn.Module):
         accuracy = mean_over_steps(hits, is_pad).mean()
         return Scored(mean_over_steps(errors, is_pad), prompt, {"accuracy": accuracy})
 
-    def predicted(self, indices: Tensor, probabilities: Tensor) -> Predicted:
-        """indices (b, n), probabilities (b, n, k)."""
-        indices = rearrange(indices, "b (t m) -> b t m", m=self.num_tokens)
-        return Predicted(indices, None, rearrange(probabilities, "b (t m) k -> b t m k", m=self.num_tokens))
+    def unfold(self, x: Tensor) -> Tensor:
+        """(b, n, ...) -> (b, t, m, ...): place after place."""
+        return x.unflatten(1, (self.chunk_size, self.num_tokens))
 
 
 class TokensHead(CodeHead):
@@ -154,7 +150,18 @@ class TokensHead(CodeHead):
         return self.score(logits, targets, prompt, is_pad, words.shape[-1])
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
+        indices, _ = self.continue_(vlm, vlm(images, tasks, use_cache=self.length > 1), temperature)
+        return Predicted(self.unfold(indices), None)
+
+    def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        """The mean over sampled sequences: the likeliest one alone says little of where all of them lead."""
         encoded = vlm(images, tasks, use_cache=self.length > 1)
+        num_draws = NUM_DRAWS if self.length > 1 else 1
+        draws = [self.continue_(vlm, encoded, temperature=1.0)[1] for _ in range(num_draws)]
+        return self.unfold(sum(draws) / num_draws)
+
+    def continue_(self, vlm: VLM, encoded: Encoded, temperature: float) -> tuple[Tensor, Tensor]:
+        """Codes behind a prompt, int64 (b, n), and the probabilities (b, n, k) of each, given those before it."""
         indices, probabilities = [], []
         for i in range(self.length):
             if i:
@@ -164,7 +171,7 @@ class TokensHead(CodeHead):
                 logits = vlm.cap_logits(logits)
             indices.append(draw(logits, temperature))
             probabilities.append(logits.softmax(-1))
-        return self.predicted(torch.cat(indices, dim=1), torch.cat(probabilities, dim=1))
+        return torch.cat(indices, dim=1), torch.cat(probabilities, dim=1)
 
 
 class ParallelHead(CodeHead):
@@ -187,7 +194,10 @@ class ParallelHead(CodeHead):
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         logits = self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :])
-        return self.predicted(draw(logits, temperature), logits.softmax(-1))
+        return Predicted(self.unfold(draw(logits, temperature)), None)
+
+    def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        return self.unfold(self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :]).softmax(-1))
 
 
 class FlowHead(nn.Module):
@@ -213,9 +223,14 @@ class FlowHead(nn.Module):
         encoded = vlm(images, tasks)
         noise = temperature * torch.randn(len(images), *self.size, device=encoded.hidden.device)
         context = self.expert.read(encoded.hidden, encoded.mask)
-        sample = self.expert.sample("latent", noise, context, self.num_steps)
-        mean = self.expert.mean("latent", noise.shape, context)
-        return Predicted(None, self.norm.inverse(sample), mean=self.norm.inverse(mean))
+        return Predicted(
+            None, self.norm.inverse(self.expert.sample("latent", noise, context, self.num_steps))
+        )
+
+    def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        encoded = vlm(images, tasks)
+        context = self.expert.read(encoded.hidden, encoded.mask)
+        return self.norm.inverse(self.expert.mean("latent", (len(images), *self.size), context))
 
 
 def draw(logits: Tensor, temperature: float) -> Tensor:
@@ -292,6 +307,12 @@ class VLA(nn.Module):
         temperature: 0 gives the likeliest codes, and of a flow what noise of zero becomes; 1 draws a sample.
         """
         return self.head.generate(self.vlm, images, tasks, temperature)
+
+    @torch.no_grad()
+    def expected(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        """What to expect, on average over all that may come: of codes how likely each is at its place, (b, t, m, k), of
+        a flow the mean of its vectors (b, t, e). `tokens` draws 16 sequences for it, with torch's random numbers."""
+        return self.head.expected(self.vlm, images, tasks)
 
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor] | None = None, **provenance) -> None:
         """config.json + model.safetensors + vlm/: the architecture, tokenizer and image processor of the VLM."""

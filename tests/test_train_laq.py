@@ -29,6 +29,8 @@ SETTINGS = {
     "log_freq": 2,
     "eval_freq": 12,
     "save_freq": 3,
+    "buckets": ("hands: embodiment=1",),
+    "pictures": ("reconstructions", "sources:all", "actions:hands"),
 }
 MODEL = {
     "image_size": 32,
@@ -92,7 +94,10 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
     assert logged[0]["lr"] == pytest.approx(3e-3)
     record = json.loads((whole / "run.json").read_text())
     assert record["state"] == "done" and record["settings"]["lr"] == 3e-3 and record["versions"]["torch"]
-    assert list((whole / "grids").glob("*.png"))
+    drawn = {str(path.relative_to(whole / "grids")) for path in (whole / "grids").rglob("*.png")}
+    assert {f"{name}_000012.png" for name in ("reconstructions", "hands/reconstructions", "sources")} <= drawn
+    figures = [line for line in lines if line["split"] == "pictures"][-1]
+    assert 0 <= figures["all/sources/apart"] <= 1
 
 
 def test_d8_a_killed_run_continues_to_the_bit(whole, tmp_path):

@@ -33,6 +33,7 @@ SETTINGS = {
     "log_freq": 2,
     "eval_freq": 4,
     "save_freq": 2,
+    "pictures": ("reconstructions", "many-codes"),
 }
 
 
@@ -42,6 +43,7 @@ def laq_folder(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("laq")
     flags = {"image-size": 32, "codebook-size": 8, "steps": 2, "batch-size": 4, "warmup-steps": 1}
     flags |= {"val-samples": 16, "num-workers": 0, "eval-freq": 2, "output-dir": output_dir}
+    flags["pictures"] = "usage"
     values = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, train_laq.__file__, "--data", *DATA, *values], check=True)
     return output_dir / "checkpoints/last/pretrained_model"
@@ -75,7 +77,9 @@ def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 4]
     assert {"loss", "latent_loss", "accuracy", "lr", "samples_per_s"} <= set(lines[0])
-    assert list((tmp_path / "grids").glob("predicted_*.png"))
+    assert {path.name for path in (tmp_path / "grids").iterdir()} == {
+        *("reconstructions_000004.png", "many-codes_000004.png")
+    }
 
 
 @pytest.mark.parametrize("head", ["tokens", "parallel", "flow"])

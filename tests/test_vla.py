@@ -79,11 +79,45 @@ def predict(vla, images, tasks, temperature=0.0):
     torch.manual_seed(3)
     predicted = vla.generate(images, tasks, temperature)
     assert (predicted.indices is None) != (predicted.vectors is None)
-    if predicted.indices is not None:
-        torch.testing.assert_close(predicted.probabilities.sum(-1), torch.ones(predicted.indices.shape))
-        if temperature == 0:
-            assert torch.equal(predicted.probabilities.argmax(-1), predicted.indices)
     return predicted.vectors if predicted.indices is None else predicted.indices
+
+
+def test_what_tokens_expects_at_a_place_is_the_mean_over_the_sequences_before_it(saved, monkeypatch):
+    """Also where the likeliest sequence is not like the mean."""
+    vla = make(saved("smolvlm"), num_tokens=2, head="tokens").eval()
+    vla.head.rows.data *= 4
+    vla.head.embeddings.data *= 30  # what came before counts
+    batch = make_batch(vla, rows=2)
+    size, exact = vla.space.codebook_size, torch.zeros(2, 1, 2, vla.space.codebook_size)
+    for first in range(size):
+        for second in range(size):
+            codes = torch.tensor([[[first, second]]]).expand(2, -1, -1)
+            joint = (
+                -2 * vla.score(batch | {"latent_indices": codes})
+            ).exp()  # the score is a mean over two places
+            exact[:, 0, 0, first] += joint
+            exact[:, 0, 1, second] += joint
+    torch.testing.assert_close(exact.sum(-1), torch.ones(2, 1, 2))
+    monkeypatch.setattr("hlrp.vla.NUM_DRAWS", 200)
+    found = vla.expected(batch["images"], batch["task"])
+    torch.testing.assert_close(found, exact, atol=0.08, rtol=0)
+    assert ((found[:, 0, 0] - exact[:, 0, 0]).abs() < 1e-5).all()  # nothing stands before the first
+    _, behind_the_likeliest = vla.head.continue_(
+        vla.vlm, vla.vlm(batch["images"], batch["task"], use_cache=True), 0.0
+    )
+    assert (behind_the_likeliest[:, 1] - exact[:, 0, 1]).abs().amax() > 0.1
+
+
+@pytest.mark.parametrize("head", ["parallel", "flow"])
+def test_what_a_head_expects_has_a_place_for_each_latent_action(saved, head):
+    vla = make(saved("smolvlm"), head=head, chunk_size=2, expert_dim=32, expert_depth=1).eval()
+    batch = make_batch(vla)
+    expected = vla.expected(batch["images"], batch["task"])
+    if head == "flow":
+        assert expected.shape == (4, 2, 6)
+    else:
+        torch.testing.assert_close(expected.sum(-1), torch.ones(4, 2, 3))
+        assert torch.equal(expected.argmax(-1), vla.generate(batch["images"], batch["task"]).indices)
 
 
 @pytest.mark.parametrize("settings", HEADS, ids=name)

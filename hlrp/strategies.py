@@ -1,0 +1,319 @@
+"""Strategies: pictures of the latent actions of some samples, and the figures that go with them.
+
+The same for stage 1, whose latent actions are of pairs of frames, and stage 2, which predicts them from the first frame
+and the text. One that has nothing to show raises `Skip` with the reason. `hlrp.pictures` draws them.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from hlrp import charts
+from hlrp.metrics import code_counts, explained_variance, is_constant, psnr
+from hlrp.optical_flow import farneback, mean_flow
+from hlrp.plots import GAIN, Row, codes_grid, difference, frequent, pairs_grid, sheet, transfer_grid
+from hlrp.shown import NUM_GROUPS, NUM_ROWS, Shown, Skip
+from hlrp.validation import partners
+
+NUM_ANCHORS = 6  # frames that a code is applied to
+NUM_PERMUTATIONS = 4
+MAX_TOKENS = 8  # positions with a chart
+MIN_COUNT = 3  # samples of a code that has an arrow
+
+
+def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """Pairs, what is decoded from the first frame and the latent action, and from that of another pair."""
+    rows = shown.rows
+    others = partners(shown.source, shown.seed)
+    decoded = {"decoded": shown.decode(rows, shown.codes[rows])}
+    if shown.true is not None:
+        decoded = {
+            "decoded, true code": shown.decode(rows, shown.true[rows]),
+            "decoded, predicted": decoded["decoded"],
+        }
+    decoded["with another code"] = shown.decode(rows, shown.codes[others[rows]])
+    first, second = shown.pairs.values()
+    captions, figures = [shown.captions[i] for i in rows], {}
+    if "pixels" in shown.decoded:
+        *_, mine, _ = decoded.values()
+        decoded[f"|error| x {GAIN}"] = difference(mine, second)
+        scores = {
+            "PSNR": psnr(mine, second),
+            "another code": psnr(decoded["with another code"], second),
+            "first frame": psnr(first, second),
+        }
+        notes = [
+            ", ".join(f"{name} {score[i]:.1f}" for name, score in scores.items()) for i in range(len(rows))
+        ]
+        captions = [f"{note} dB. {caption}" for note, caption in zip(notes, captions, strict=True)]
+    else:
+        decoded[f"|change| x {GAIN}"] = difference(first, second)
+    pairs_grid(path, title, shown.pairs | decoded, captions)
+    return figures
+
+
+def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The latent action of a sample, applied to the first frame of one of another episode, of another source where
+    there are several. `cycle`: share of its codes that are read again from what is decoded."""
+    groups = shown.source if len(shown.source.unique()) > 1 else shown.episodes
+    if len(groups.unique()) < 2:
+        raise Skip("its samples are all of one episode")
+    takers = elsewhere(groups, shown.seed)
+    rows = shown.rows
+    decoded = shown.decode(takers[rows].tolist(), shown.codes[rows])
+    (first, second), there = shown.pairs.values(), shown.frames[takers[rows], 0] / 255
+    columns = {"from: first frame": first, "then": second, f"|change| x {GAIN}": difference(first, second)}
+    columns |= {"to: first frame": there, "its code applied": decoded}
+    figures = {}
+    if "pixels" in shown.decoded:
+        columns[f"|change| x {GAIN} "] = difference(decoded, there)
+        if shown.indices is not None:
+            figures["cycle"] = cycle(shown, takers)
+    captions = [f"{shown.captions[i]}  ->  {shown.captions[takers[i]]}" for i in rows]
+    pairs_grid(path, title, columns, captions)
+    return figures
+
+
+def elsewhere(groups: Tensor, seed: int) -> Tensor:
+    """For each sample a random one of another group: int64 (b,)."""
+    generator = torch.Generator().manual_seed(seed)
+    differs = (groups[:, None] != groups).float()
+    return torch.multinomial(differs, 1, generator=generator)[:, 0]
+
+
+def cycle(shown: Shown, takers: Tensor) -> float:
+    """How often the LAQ reads a code again from a frame and what it decodes from that frame and the code."""
+    some = torch.arange(len(takers))[:128]
+    device = next(shown.laq.parameters()).device
+    decoded = (255 * shown.decode(takers[some].tolist(), shown.codes[some])).round().byte()
+    pairs = torch.stack([shown.frames[takers[some], 0], decoded], dim=1)
+    indices = torch.cat([shown.laq.encode(part.to(device))[1].cpu() for part in pairs.split(64)])
+    return float((indices == shown.indices[some]).double().mean())
+
+
+def permuted(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """Pairs, decoded with their own latent actions and with those of others of the bucket, permuted at random.
+    `over_true`: the error with permuted ones over that with their own, by target where there are several."""
+    if len(shown.codes) < 2:
+        raise Skip("it has one sample")
+    orders = [
+        partners(torch.zeros_like(shown.source), shown.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)
+    ]
+    device = next(shown.laq.parameters()).device
+    sums: list[dict[str, float]] = [{}, {}]
+    for some in torch.arange(len(shown.codes)).split(64):
+        variants = [shown.codes[some].to(device), shown.codes[orders[0][some]].to(device)]
+        tasks = [shown.tasks[i] for i in some]
+        for total, errors in zip(
+            sums, shown.laq.errors(shown.frames[some].to(device), variants, tasks), strict=True
+        ):
+            for target, error in errors.items():
+                total[target] = total.get(target, 0.0) + float(error.double().sum())
+    ratios = {target: (sums[1][target] + 1e-12) / (sums[0][target] + 1e-12) for target in sums[0]}
+    figures = {"over_true" if len(ratios) == 1 else f"over_true/{t}": ratio for t, ratio in ratios.items()}
+    if shown.decoded:
+        rows = shown.rows
+        columns = shown.pairs | {"its own code": shown.decode(rows, shown.codes[rows])}
+        for i, order in enumerate(orders, 1):
+            columns[f"permutation {i}"] = shown.decode(rows, shown.codes[order[rows]])
+        pairs_grid(path, title, columns, [shown.captions[i] for i in rows])
+    return figures
+
+
+def one_code(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The code of a pair, applied to the first frames of many samples: a row a code."""
+    rows, anchors = shown.rows, shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:]
+    applied = shown.decode(anchors * len(rows), shown.codes[rows].repeat_interleave(len(anchors), dim=0))
+    applied = rearrange(applied, "(r n) c h w -> r n c h w", n=len(anchors))
+    above = Row(shown.frames[anchors, 0] / 255, labels=[shown.names[i] for i in anchors])
+    transfer_grid(path, title, shown.pairs, above, applied, [shown.captions[i] for i in rows])
+    return {}
+
+
+def many_codes(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The most frequent codes, applied to one frame. `spread`: mean distance of two pictures, over the mean change of a
+    pair; 0 where all codes do the same."""
+    anchor = shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:][0]
+    givers = {f"code {i + 1}": i for i in shown.moving[: NUM_ROWS + NUM_ANCHORS]}
+    if shown.indices is not None:
+        givers = frequent(shown.indices)
+    decoded = shown.decode([anchor] * len(givers), shown.codes[[*givers.values()]])
+    change = "pixels" in shown.decoded
+    codes_grid(
+        path,
+        title,
+        shown.frames[anchor, 0] / 255,
+        dict(zip(givers, decoded, strict=True)),
+        change=change,
+    )
+    if not change or len(givers) < 2:
+        return {}
+    apart = torch.pdist(decoded.flatten(1), p=1).mean() / decoded[0].numel()
+    first, second = (shown.frames[shown.moving].float() / 255).unbind(1)
+    return {"spread": float(apart / (second - first).abs().mean().clamp(min=1e-6))}
+
+
+def usage(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """How often each code is used at each token position."""
+    shown.sequences()
+    save(charts.usage_chart(shown.indices[:, :MAX_TOKENS], shown.laq.quantizer.codebook_size), path, title)
+    return {}
+
+
+def sequences(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """How often each whole sequence of codes occurs. `most_frequent`: share of the samples that have that one."""
+    names, counts, _ = shown.sequences()
+    save(charts.sequences_chart(names, counts.tolist()), path, title)
+    return {"different": float(len(names)), "most_frequent": float(counts[0] / counts.sum())}
+
+
+def examples(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """Pairs that have exactly the same sequence of codes, a row a sequence: they should show the same motion."""
+    names, counts, number = shown.sequences()
+    rows = []
+    for i, name in enumerate(names[:NUM_ROWS]):
+        if counts[i] < 2:
+            break
+        mine = torch.where(number == i)[0]
+        mine = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(shown.seed))[:4]]
+        frames = shown.frames[mine].flatten(0, 1)
+        labels = [label for j in mine for label in (shown.names[j], "then")]
+        rows.append(Row([*frames], f"codes {name}, {counts[i]} of {len(number)} samples", labels))
+    if not rows:
+        raise Skip("no sequence of codes occurs twice")
+    sheet(path, title, rows)
+    return {}
+
+
+def embedding(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The latent actions in their first two principal components, coloured by the direction of the action."""
+    if len(shown.codes) < 3:
+        raise Skip(f"it has {len(shown.codes)} samples, fewer than 3")
+    actions = shown.action if shown.action is not None and shown.has_action.all() else None
+    save(charts.latent_map(shown.codes.flatten(1), actions), path, title)
+    return {}
+
+
+def actions(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The actions of each source, coloured by the code that says most of them. `explained`: the share of a dimension's
+    variance that the best token position explains, the mean over dimensions and sources."""
+    if not shown.has_action.any():
+        raise Skip("its samples have no actions")
+    return scattered(shown, shown.action, shown.has_action, "action", path, title)
+
+
+def states(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The same of the states: what a code says of where the robot is, and not of how it moves."""
+    if not shown.has_state.any():
+        raise Skip("its samples have no states")
+    return scattered(shown, shown.state.double(), shown.has_state, "state", path, title)
+
+
+def scattered(
+    shown: Shown, values: Tensor, has_value: Tensor, word: str, path: Path, title: str
+) -> dict[str, float]:
+    groups, parts, explained = shown.groups(), [], []
+    for number in shown.source[has_value].unique():
+        mine = has_value & (shown.source == number)
+        dims = (~is_constant(values[mine])).nonzero().flatten() if mine.sum() > NUM_GROUPS else []
+        if not len(dims):
+            continue
+        x, labels = values[mine][:, dims], groups[mine]
+        of_tokens = torch.stack([explained_variance(x, column) for column in labels.unbind(1)])  # m d
+        token = int(of_tokens.mean(dim=1).argmax())
+        explained.append(float(of_tokens.amax(dim=0).mean()))
+        best = of_tokens[token].argsort(descending=True)[:2].sort().values
+        pair = x[:, best] if len(best) > 1 else torch.cat([x, torch.zeros_like(x)], dim=1)
+        names = (*(f"{word} {int(dims[i])}" for i in best), "")[:2]
+        name = shown.datasets[int(mine.nonzero()[0])]
+        what = f"token {token}" if shown.indices is not None else "k-means"
+        parts.append(
+            charts.Scatter(
+                f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}",
+                pair,
+                labels[:, token],
+                names,
+            )
+        )
+    if not parts:
+        raise Skip(f"no source has more than {NUM_GROUPS} samples whose {word}s vary")
+    save(charts.scatters(parts[:6]), path, title)
+    return {"explained": sum(explained) / len(explained)}
+
+
+def compass(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """The mean optical flow of the pairs with each code, raw, and less the mean of their source, which a moving camera
+    has in all its pairs. `explained`, `explained_centred`: the share of its variance that the best token position
+    explains, the mean over both axes; `consistency`: cosine of the centred flows of a code in two sources, the mean."""
+    flow = mean_flow(farneback(shown.frames)).double()
+    centred = flow.clone()
+    for number in shown.source.unique():
+        centred[shown.source == number] -= flow[shown.source == number].mean(dim=0)
+    groups = shown.groups()[:, :MAX_TOKENS]
+    kinds, rows, figures = {"raw": flow, "centred": centred}, {}, {}
+    for kind, values in kinds.items():
+        rows[kind] = [means_of(values, column) for column in groups.unbind(1)]
+        explained = torch.stack([explained_variance(values, column) for column in groups.unbind(1)])  # m xy
+        figures["explained" if kind == "raw" else "explained_centred"] = float(explained.amax(dim=0).mean())
+    if not any(rows["raw"]):
+        raise Skip(f"no code occurs {MIN_COUNT} times")
+    cosines = []
+    for column in groups.unbind(1):
+        per_source = [
+            means_of(centred[shown.source == i], column[shown.source == i]) for i in shown.source.unique()
+        ]
+        for i, some in enumerate(per_source):
+            for others in per_source[:i]:
+                for code in some.keys() & others.keys():
+                    cosines.append(float(F.cosine_similarity(some[code], others[code], dim=0)))
+    if cosines:
+        figures["consistency"] = sum(cosines) / len(cosines)
+    save(charts.compasses(rows), path, title)
+    return figures
+
+
+def means_of(values: Tensor, groups: Tensor) -> dict[int, Tensor]:
+    """The mean of values (b, d) in each group of MIN_COUNT samples or more."""
+    names, counts = groups.unique(return_counts=True)
+    return {int(name): values[groups == name].mean(dim=0) for name in names[counts >= MIN_COUNT]}
+
+
+def sources(shown: Shown, path: Path, title: str) -> dict[str, float]:
+    """How often each source has each code. `apart`: the distance of two sources' shares at a token position, half the
+    sum of the differences, from 0 to 1: the mean over positions and sources. At 1 a code tells the source."""
+    shown.sequences()
+    numbers = shown.source.unique()
+    if len(numbers) < 2:
+        raise Skip("its samples are all of one data set")
+    codebook_size = shown.laq.quantizer.codebook_size
+    counts = [code_counts(shown.indices[shown.source == i], codebook_size) for i in numbers]
+    shares = torch.stack([count / count.sum(dim=1, keepdim=True) for count in counts], dim=-1)  # m k s
+    names = [shown.datasets[int((shown.source == i).nonzero()[0])] for i in numbers]
+    save(charts.heat_map(shares[:MAX_TOKENS], names), path, title)
+    i, j = torch.triu_indices(len(numbers), len(numbers), offset=1)
+    return {"apart": float((shares[..., i] - shares[..., j]).abs().sum(dim=1).mean() / 2)}
+
+
+def save(figure, path: Path, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    figure.savefig(path, dpi=100)
+
+
+STRATEGIES = {
+    "reconstructions": reconstructions,
+    "transfer": transfer,
+    "permuted": permuted,
+    "one-code": one_code,
+    "many-codes": many_codes,
+    "usage": usage,
+    "sequences": sequences,
+    "examples": examples,
+    "embedding": embedding,
+    "actions": actions,
+    "states": states,
+    "compass": compass,
+    "sources": sources,
+}
