@@ -18,7 +18,7 @@ def true_or_false(text: str) -> bool:
 OPTIONS = {  # of each scheme, as they stand behind the "?" of a URI
     "videos": {},
     "lerobot": {"camera": str},
-    "world": {"episodes": int, "seed": int},
+    "world": {"episodes": int, "seed": int, "kinds": str},
     "metaworld": {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str},
     "shards": {"dataset": str, "fps": float, "ignore": str},
     "rlds": {"split": str, "camera": str, "instruction": str, "state": str, "action": str, "fps": float}

@@ -3,7 +3,7 @@
 An agent, a two-link arm or a hand, moves to an edge, touches a coloured block or pushes it, as the task text says.
 The action is the velocity of its tip, whichever it is. What no action causes can be added: balls that roll by, a
 camera that shakes.
-The source is `world:VARIANT?episodes=N&seed=S`; see `VARIANTS`.
+The source is `world:VARIANT?episodes=N&seed=S&kinds=touch,edge`; see `VARIANTS` and `KINDS`.
 """
 
 import hashlib
@@ -69,16 +69,27 @@ class World:
     The same seed gives the same blocks, tasks and actions in every variant.
     """
 
-    def __init__(self, variant: str = "default", episodes: int = 3000, seed: int = 0):
+    def __init__(
+        self, variant: str = "default", episodes: int = 3000, seed: int = 0, kinds: str | None = None
+    ):
+        """kinds: of task, by commas, each as often; by default all, of which two are twice as frequent."""
         if variant not in VARIANTS:
             raise ValueError(f"world:{variant}: unknown variant; one of {', '.join(VARIANTS)} fits")
         if episodes < 1 or seed < 0:
             raise ValueError(f"world:{variant}: episodes={episodes}, seed={seed}; from 1 and from 0 on fit")
+        self.kinds = KINDS if kinds is None else tuple(kinds.split(","))
+        if unknown := set(self.kinds) - set(KINDS):
+            fits = ", ".join(dict.fromkeys(KINDS))
+            raise ValueError(
+                f"world:{variant}: kinds={kinds!r}: {unknown.pop()!r} is none; some of {fits} fit"
+            )
         self.variant, self.seed = VARIANTS[variant], seed
         self.uri = f"world:{variant}?episodes={episodes}&seed={seed}"
+        if kinds is not None:
+            self.uri += f"&kinds={kinds}"
         self.name = f"world-{variant}"
         groups = range(-(-episodes // GROUP_SIZE))
-        self.lengths = np.concatenate([simulate(seed, group).length for group in groups])[:episodes]
+        self.lengths = np.concatenate([self._simulate(group).length for group in groups])[:episodes]
         self.fps = np.full(episodes, float(FPS))
         self.action_dim = self.state_dim = 2 if self.variant.has_actions else 0
         self.camera = ""
@@ -86,7 +97,7 @@ class World:
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         indices, group, i = self._locate(episode, indices)
-        scene = simulate(self.seed, group)
+        scene = self._simulate(group)
         embodiments = self.variant.embodiments
         embodiment = embodiments[int(scene.embodiment[i] * len(embodiments))]
 
@@ -109,12 +120,15 @@ class World:
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         """float32 (t, 2): the actions taken at these frames."""
         indices, group, i = self._locate(episode, indices)
-        return torch.from_numpy(simulate(self.seed, group).action[i, indices])
+        return torch.from_numpy(self._simulate(group).action[i, indices])
 
     def states(self, episode: int, indices: Sequence[int]) -> Tensor:
         """float32 (t, 2): the states at these frames."""
         indices, group, i = self._locate(episode, indices)
-        return normalised(simulate(self.seed, group).tip[i, indices])
+        return normalised(self._simulate(group).tip[i, indices])
+
+    def _simulate(self, group: int) -> "Scene":
+        return simulate(self.seed, group, self.kinds)
 
     def _locate(self, episode: int, indices: Sequence[int]) -> tuple[np.ndarray, int, int]:
         """Checked indices, the group of episodes that is simulated together, and the place in it."""
@@ -156,13 +170,13 @@ def _generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=512)
-def simulate(seed: int, group: int) -> Scene:
+def simulate(seed: int, group: int, kinds: tuple[str, ...] = KINDS) -> Scene:
     rng, b = _generator(seed, "scene", group), GROUP_SIZE
     cells = np.array([(22.0, 22.0), (42.0, 22.0), (22.0, 42.0), (42.0, 42.0)])
     blocks = cells[_choose(rng, 4)] + rng.uniform(-5, 5, (b, 3, 2))
     names = np.array(list(COLOURS))[_choose(rng, len(COLOURS))]
     edges = rng.choice(list(EDGES), b)
-    kind = rng.choice(KINDS, b)
+    kind = rng.choice(kinds, b)
     tip = rng.uniform(8, IMAGE_SIZE - 8, (b, 2))
     speed = rng.uniform(24, 34, (b, 1))  # [pixel/s]
     wander = 5 * _smooth_noise(rng, (b, MAX_LENGTH, 2), 0.3)  # [pixel/s]

@@ -38,6 +38,16 @@ def test_frames_depend_on_nothing_but_episode_and_index(variant):
     assert not torch.equal(some["frames"], other_seed.read(140, [7, 0, 7, 11])["frames"])
 
 
+def test_a_world_of_some_kinds_of_task_has_no_others():
+    world = World("clean", 40, kinds="touch,edge")
+    tasks = {world.read(i, [0])["task"].split()[0] for i in range(40)}
+    assert tasks == {"touch", "push"} and "kinds=touch,edge" in world.uri
+    with pytest.raises(
+        ValueError, match="kinds='touch,grab': 'grab' is none; some of move, touch, edge, block fit"
+    ):
+        World("clean", 40, kinds="touch,grab")
+
+
 def test_actions_integrate_to_the_motion_of_the_tip_in_state_and_image():
     world = World("arm", episodes=4)
     for episode in range(4):
