@@ -220,6 +220,7 @@ def main(args: Args) -> None:
             run.report = (run.report or {}) | {"environment": result}
             rates = {name: row["success"] for name, row in (result["tasks"] | {"all": result["all"]}).items()}
             run.log("env", {f"success/{name}": rate for name, rate in rates.items()}, run.step)
+            run.show((args.output_dir / "videos" / f"step_{run.step:06d}").rglob("*.mp4"), run.step)
         wait_for_all()
 
     def write(folder: Path, weights: dict, **provenance) -> None:
@@ -444,12 +445,14 @@ def lerobot_flags(argv: list[str]) -> list[str]:
         "policy.optimizer_grad_clip_norm": "grad-clip",
     }
     renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
-    refused = (
-        "policy.optimizer_betas",
-        "policy.scheduler_decay_steps",
-        "policy.pretrained_path",
-        "policy.stage2",
-    )
+    refused = {  # and what sets it
+        "policy.optimizer_betas": "--optimizer, --lr",
+        "policy.scheduler_decay_steps": "--steps",
+        "policy.pretrained_path": "--policy.path",
+        "policy.stage2": "--policy.vla",
+        "wandb.project": "the variable WANDB_PROJECT",
+        "job_name": "the variable WANDB_NAME",
+    }
     fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
     found, dataset = [], {}
     tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
@@ -465,9 +468,7 @@ def lerobot_flags(argv: list[str]) -> list[str]:
             values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
         name = name.replace("-", "_") if name.replace("-", "_") in {*renamed, *refused, *fixed} else name
         if name in refused:
-            raise ValueError(
-                f"--{name} has no meaning here; --lr, --steps, --policy.path set what it stands for"
-            )
+            raise ValueError(f"--{name} has no meaning here; {refused[name]} sets what it stands for")
         if name in fixed:
             if values != [fixed[name]]:
                 raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")

@@ -131,6 +131,7 @@ def main(args: Args) -> None:
             place = {"folder": args.output_dir / "grids", "step": run.step, "last": args.steps}
             figures = draw_pictures(laq, partial(encoded, laq), val_sets, buckets, bindings, **place)
             run.log("pictures", figures, run.step)
+            run.show(place["folder"].rglob(f"*_{run.step:06d}.png"), run.step)
 
     # train
     num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)

@@ -162,6 +162,7 @@ def main(args: Args) -> None:
             predicted = partial(predicted_latents, vla, laq)
             figures = draw_pictures(laq, predicted, val_sets, buckets, bindings, **place)
             run.log("pictures", figures, run.step)
+            run.show(place["folder"].rglob(f"*_{run.step:06d}.png"), run.step)
 
     # train
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)

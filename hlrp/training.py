@@ -164,7 +164,8 @@ class Run:
             "dir": self.output_dir,
         }
         plain = {name: x if isinstance(x, int | float | str) else str(x) for name, x in self.settings.items()}
-        self.accelerator.init_trackers("hlrp", config=plain, init_kwargs={"wandb": wandb})
+        project = os.environ.get("WANDB_PROJECT", "hlrp")
+        self.accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
 
@@ -329,6 +330,20 @@ class Run:
             else:
                 eta = time.strftime("%H:%M:%S", time.gmtime(values["eta_s"]))
                 self.print(f"step {step}/{self.steps}  {shown}  lr {values['lr']:.1e}  eta {eta}")
+
+    def show(self, files: Iterable[Path], step: int) -> None:
+        """Pictures and videos of a step, to W&B if asked: by the names of their files, without the step."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                media = {}
+                for file in sorted(files):
+                    name = str(file.relative_to(self.output_dir).with_suffix(""))
+                    name = name.replace(f"/step_{step:06d}", "").removesuffix(f"_{step:06d}")
+                    is_video = file.suffix == ".mp4"
+                    media[name] = wandb.Video(str(file), format="mp4") if is_video else wandb.Image(str(file))
+                tracker.tracker.log(media, step=step)
 
     def speed(self, step: int) -> dict[str, float]:
         """Samples per second of all ranks, and the share of time that training waited for data, since the last call."""

@@ -362,6 +362,7 @@ def test_lerobots_spelling_of_flags_is_understood(given, understood):
     [
         ("--policy.type=act", "--policy.type=act; expected hlrp"),
         ("--policy.optimizer_betas=[0.9,0.95]", "--policy.optimizer_betas has no meaning here"),
+        ("--wandb.project=mine", "the variable WANDB_PROJECT sets what it stands for"),
     ],
 )
 def test_flags_that_would_do_nothing_are_named(flag, message):
