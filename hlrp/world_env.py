@@ -15,17 +15,16 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from hlrp.world import (
     EMBODIMENTS,
     FPS,
-    IMAGE_SIZE,
     KINDS,
     MAX_LENGTH,
     MAX_SPEED,
     is_done,
     moved,
     normalised,
-    picture,
     pushed,
     simulate,
 )
+from hlrp.world_picture import IMAGE_SIZE, picture
 
 SEED = 2**40  # of its scenes, beyond those of sources
 

@@ -9,14 +9,14 @@ from hlrp.world import (
     COLOURS,
     EDGES,
     FPS,
-    IMAGE_SIZE,
     MAX_LENGTH,
     MAX_SPEED,
     MIN_LENGTH,
     VARIANTS,
     World,
     simulate,
-)  # fmt: skip
+)
+from hlrp.world_picture import IMAGE_SIZE  # fmt: skip
 
 
 def read_all(world: World, episode: int) -> dict:
