@@ -18,7 +18,6 @@ import torch
 import tyro
 
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.strategies import STRATEGIES
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Args:
     save_freq: int = 300  # [optimizer step]
     buckets: tuple[str, ...] = ()  # sets of validation samples: 'left: task~left', or files of such lines
     # drawn of validation samples: NAME, of all buckets at every validation, NAME:BUCKET,BUCKET or NAME@STEPS
-    pictures: tuple[str, ...] = tuple(STRATEGIES)
+    pictures: tuple[str, ...] = ("every",)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 import tyro
 
-from hlrp.strategies import STRATEGIES
 from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
 
@@ -61,7 +60,7 @@ class Args:
     save_freq: int = 300  # [optimizer step]
     buckets: tuple[str, ...] = ()  # sets of validation samples: 'left: task~left', or files of such lines
     # drawn of validation samples: NAME, of all buckets at every validation, NAME:BUCKET,BUCKET or NAME@STEPS
-    pictures: tuple[str, ...] = tuple(STRATEGIES)
+    pictures: tuple[str, ...] = ("every",)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 

@@ -18,6 +18,7 @@ from hlrp.strategies import STRATEGIES
 log = logging.getLogger(__name__)
 
 MAX_SAMPLES = 512  # of a bucket, encoded and counted
+EVERY = "every"  # strategy
 
 
 class Binding(NamedTuple):
@@ -33,20 +34,22 @@ class Binding(NamedTuple):
 
 def bindings_of(pictures: Sequence[str], buckets: Sequence[Bucket], eval_freq: int = 1) -> list[Binding]:
     """Those that `STRATEGY`, `STRATEGY:BUCKET,BUCKET` and `STRATEGY@STEPS` ask for; of all buckets at every validation,
-    else. Raises ValueError naming what does not fit."""
+    else. `every` is every strategy. Raises ValueError naming what does not fit."""
     names, bindings = [bucket.name for bucket in buckets], []
     for text in pictures:
         rest, _, freq = text.partition("@")
         strategy, _, chosen = rest.partition(":")
-        if strategy not in STRATEGIES:
-            raise ValueError(f"pictures={text!r}: no strategy {strategy!r}; {', '.join(STRATEGIES)} fit")
+        if strategy not in (EVERY, *STRATEGIES):
+            fits = ", ".join((EVERY, *STRATEGIES))
+            raise ValueError(f"pictures={text!r}: no strategy {strategy!r}; {fits} fit")
         if freq and (not freq.isdecimal() or int(freq) < 1 or int(freq) % eval_freq):
             raise ValueError(f"pictures={text!r}: a multiple of eval_freq={eval_freq} fits behind @")
         wanted = chosen.split(",") if chosen else names
         for name in wanted:
             if name not in names:
                 raise ValueError(f"pictures={text!r}: no bucket {name!r}; there are {', '.join(names)}")
-        bindings.append(Binding(strategy, tuple(wanted), int(freq or eval_freq)))
+        for name in STRATEGIES if strategy == EVERY else [strategy]:
+            bindings.append(Binding(name, tuple(wanted), int(freq or eval_freq)))
     return bindings
 
 

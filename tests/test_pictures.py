@@ -92,12 +92,14 @@ def test_bindings_are_read_from_flags():
         Binding("transfer", ("all", "left", "cows"), 20),
         Binding("usage", ("left",), 40),
     ]
+    every = bindings_of(["every:left"], BUCKETS, 20)
+    assert [binding.strategy for binding in every] == [*pictures.STRATEGIES]
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("transfers", "no strategy 'transfers'; reconstructions"),
+        ("transfers", "no strategy 'transfers'; every, reconstructions"),
         ("transfer:right", "no bucket 'right'; there are all, left, cows"),
         ("transfer@30", "a multiple of eval_freq=20 fits behind @"),
         ("transfer@often", "a multiple of eval_freq=20"),

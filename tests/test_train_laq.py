@@ -148,7 +148,7 @@ def test_a_signal_saves_and_asks_for_the_same_command_again(number, whole, tmp_p
     train(tmp_path)
     assert_equal_to_the_bit(tmp_path, whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6, 8, 10, 12, 12]
+    assert steps == [2, 4, 6, 8, 10, 12, 12, 12]
 
 
 def test_a_warning_to_all_processes_of_a_job_stops_it_in_order_and_until_then_nobody_else_trains_there(
