@@ -255,8 +255,10 @@ def _place(edge: np.ndarray) -> np.ndarray:
     return IMAGE_SIZE / 2 + (IMAGE_SIZE / 2 - 1.5 * BLOCK_BORDER) * edge
 
 
-def is_done(tip: np.ndarray, blocks: np.ndarray, edge: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """Whether each task is done: bool (b,)."""
+def is_done(
+    tip: np.ndarray, blocks: np.ndarray, edge: np.ndarray, kind: np.ndarray, tolerance: float = 0.5
+) -> np.ndarray:
+    """Whether each task is done, to the tolerance [pixel]: bool (b,)."""
     target = blocks[:, 0]
     left = np.select(  # to go [pixel]
         [kind == "move", kind == "touch", kind == "block"],
@@ -267,7 +269,7 @@ def is_done(tip: np.ndarray, blocks: np.ndarray, edge: np.ndarray, kind: np.ndar
         ],
         IMAGE_SIZE / 2 - BLOCK_BORDER - ((target - IMAGE_SIZE / 2) * edge).sum(-1),
     )
-    return left < 0.5
+    return left < tolerance
 
 
 def moved(tip: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from hlrp.world import (
 from hlrp.world_picture import IMAGE_SIZE, picture
 
 SEED = 2**40  # of its scenes, beyond those of sources
+TOLERANCE = {"move": 3.0, "touch": 3.0, "edge": 0.5, "block": 0.5}  # of success [pixel]
 
 
 @EnvConfig.register_subclass("hlrp_world")
@@ -110,7 +111,8 @@ class WorldEnv(gym.Env):
         self.blocks = pushed(self.tip, self.blocks)
         self.num_steps += 1
         here = slice(self.i, self.i + 1)
-        success = bool(is_done(self.tip, self.blocks, self.scene.edge[here], self.scene.kind[here])[0])
+        goal = self.scene.edge[here], self.scene.kind[here]
+        success = bool(is_done(self.tip, self.blocks, *goal, TOLERANCE[self.task])[0])
         truncated = self.num_steps >= MAX_LENGTH
         return self.observation(), float(success), success, truncated, {"is_success": success}
 
