@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -73,10 +75,12 @@ def save_pretrained(
     write_json(folder / CONFIG, config)
 
 
-def load_config(folder: Path | str, kind: str) -> dict:
+def load_config(folder: Path | str, kind: str, settings: type | None = None) -> dict:
     """The config of a checkpoint folder, which must be of `kind` (its "type" entry).
 
-    Raises ValueError where the folder is none or holds another model.
+    settings: the dataclass that the entry under its kind is of.
+
+    Raises ValueError where the folder is none, holds another model, or settings that are not known here.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -86,6 +90,9 @@ def load_config(folder: Path | str, kind: str) -> dict:
     config = json.loads(path.read_text())
     if config.get("type") != kind:
         raise ValueError(f"{path} is of type {config.get('type')!r}; expected a checkpoint of type {kind!r}")
+    if settings is not None and (unknown := set(config[kind]) - {field.name for field in fields(settings)}):
+        written = f"it is of hlrp {config['hlrp_version']}, this is {version('lerobot_policy_hlrp')}"
+        raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}; {written}")
     return config
 
 

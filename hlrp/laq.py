@@ -377,7 +377,7 @@ class LAQ(nn.Module):
         Raises ValueError where the folder is none of a LAQ, where a tensor is missing or left over, and where
         frozen features are not those that it was trained with.
         """
-        config = load_config(folder, "laq")
+        config = load_config(folder, "laq", LAQConfig)
         model = cls(LAQConfig(**config["laq"]))
         load_weights(folder, model)
         for name, fingerprint in model.fingerprints().items():

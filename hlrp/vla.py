@@ -330,7 +330,7 @@ class VLA(nn.Module):
 
         Raises ValueError where the folder is none of a VLA, and where a tensor is missing or left over.
         """
-        saved = load_config(folder, "vla")
+        saved = load_config(folder, "vla", VLAConfig)
         config = VLAConfig.from_dict(saved["vla"], **changes)
         vlm = VLM.from_folder(Path(folder) / "vlm", config.vlm)
         model = cls(config, LatentSpace(**saved["latent_space"]), vlm)

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -40,6 +42,17 @@ def test_a_folder_of_another_kind_is_refused_with_what_would_fit(folder, tmp_pat
     folder.joinpath("config.json").rename(tmp_path / "run/config.json")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_config(tmp_path / "elsewhere", "laq")
+
+
+def test_settings_of_another_version_are_named(folder):
+    @dataclass
+    class Settings:
+        width: int
+
+    config = {"type": "linear", "linear": {"width": 3, "depth": 2}, "hlrp_version": "7.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unknown settings depth; it is of hlrp 7.0, this is 0"):
+        load_config(folder, "linear", Settings)
 
 
 def test_a_writer_killed_in_the_middle_leaves_nothing_under_the_final_name(tmp_path):
