@@ -48,7 +48,7 @@ class Args:
     episodes: int = 5  # of each task in a cell
     eval_seed: int = 1000  # of the first episode, the same in every cell
 
-    laq_flags: str = ""  # further flags of train_laq.py
+    laq_flags: str = ""  # further flags of train_laq.py, as in --laq-flags='--steps 1000'
     vla_flags: str = ""  # of train_vla.py
     policy_flags: str = "--no-state"  # of finetune_policy.py, for every method
     inverse_flags: str = ""  # of hlrp.inverse

@@ -56,7 +56,8 @@ def test_shards_open_x_lerobot_and_videos_train_as_one_mixture(data, tmp_path, c
     shares = [value for name, value in logged.items() if name.startswith("share/")]
     weights = np.array([parse_uri(uri).weight for uri in data])
     assert np.abs(shares - weights / weights.sum()).max() < 0.02
-    assert len({name.split("/")[0] for name in lines[-1] if "true_over_copy" in name}) == 4
+    (found,) = (line for line in lines if line["split"] == "val")
+    assert len({name.split("/")[0] for name in found if "true_over_copy" in name}) == 4
     out = capfd.readouterr()
     assert "clips and 1 stream(s) of 4 source(s)" in out.out + out.err
 
