@@ -151,7 +151,7 @@ def test_a_checkpoint_without_a_card_has_no_faults(tmp_path):
 
 @pytest.mark.slow
 def test_a_healthy_checkpoint_passes_and_one_of_shuffled_futures_is_called_useless(tmp_path):
-    """Eight minutes beside other work."""
+    """Seven minutes."""
     from hlrp.clips import Clips
     from hlrp.controls import train
 
