@@ -169,7 +169,8 @@ def predicted_scatter(pairs: Pairs, predicted: Tensor) -> Figure:
     columns = min(4, len(shown))
     num_rows = -(-len(shown) // columns)
     figure = Figure(figsize=(2.5 * columns, 2.6 * num_rows), layout="constrained")
-    for (i, dim), axes in zip(shown, figure.subplots(num_rows, columns, squeeze=False).flat, strict=False):
+    every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(shown)]
+    for (i, dim), axes in zip(shown, every, strict=True):
         x, y = true[:MAX_SCATTERED, dim], predicted[:MAX_SCATTERED, i]
         low, high = float(x.min()), float(x.max())
         axes.plot([low, high], [low, high], color=GREY, linewidth=1)

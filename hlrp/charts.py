@@ -118,8 +118,8 @@ def scatters(parts: Sequence[Scatter]) -> Figure:
     columns = min(3, len(parts))
     num_rows = -(-len(parts) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.5 * num_rows), layout="constrained")
-    every = figure.subplots(num_rows, columns, squeeze=False).flat
-    for part, axes in zip(parts, every, strict=False):
+    every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(parts)]
+    for part, axes in zip(parts, every, strict=True):
         names, colours = group_colours(part.groups)
         axes.scatter(*part.values[:MAX_SCATTERED].T, s=8, c=colours[:MAX_SCATTERED], alpha=0.6, linewidths=0)
         for name in names:
@@ -171,7 +171,8 @@ def compasses(means: dict[str, list[dict[int, Tensor]]]) -> Figure:
 def heat_map(shares: Tensor, names: Sequence[str]) -> Figure:
     """shares (m, k, s): of the samples of each of s sources, those with a code k at a token position m."""
     num_tokens, codebook_size, num_sources = shares.shape
-    figure = Figure(figsize=(1.5 + 1.1 * num_sources * 1.3, 0.8 + 0.16 * num_tokens * codebook_size))
+    height = min(0.8 + 0.16 * num_tokens * codebook_size, 16.0)  # of thousands of codes too
+    figure = Figure(figsize=(1.5 + 1.1 * num_sources * 1.3, height))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.flatten(0, 1), aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")

@@ -44,10 +44,10 @@ def sheet(path: Path, title: str, rows: Sequence[Row], gap_after: int = 0) -> Pa
     write(title, GAP, GAP, page_width, size=11, weight="bold")
     top = GAP + 2 * LINE
     for row in rows:
-        for left, label in zip(lefts, row.labels, strict=False):
+        for left, label in zip(lefts[: len(row.labels)], row.labels, strict=True):
             write(label, left + width / 2, top, width, ha="center")
         top += LINE * bool(row.labels)
-        for left, image in zip(lefts, row.pictures, strict=False):
+        for left, image in zip(lefts[: len(row.pictures)], row.pictures, strict=True):
             if image is not None:
                 page[top : top + height, left : left + width] = enlarge(image, zoom)
         top += height

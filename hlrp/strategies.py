@@ -36,7 +36,7 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
         }
     decoded["with another code"] = shown.decode(rows, shown.codes[others[rows]])
     first, second = shown.pairs.values()
-    captions, figures = [shown.captions[i] for i in rows], {}
+    captions = [shown.captions[i] for i in rows]
     if "pixels" in shown.decoded:
         *_, mine, _ = decoded.values()
         decoded[f"|error| x {GAIN}"] = difference(mine, second)
@@ -52,7 +52,7 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
     else:
         decoded[f"|change| x {GAIN}"] = difference(first, second)
     pairs_grid(path, title, shown.pairs | decoded, captions)
-    return figures
+    return {}
 
 
 def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
@@ -69,7 +69,7 @@ def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
     columns |= {"to: first frame": there, "its code applied": decoded}
     figures = {}
     if "pixels" in shown.decoded:
-        columns[f"|change| x {GAIN} "] = difference(decoded, there)
+        columns[f"its |change| x {GAIN}"] = difference(decoded, there)
         if shown.indices is not None:
             figures["cycle"] = cycle(shown, takers)
     captions = [f"{shown.captions[i]}  ->  {shown.captions[takers[i]]}" for i in rows]

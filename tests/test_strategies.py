@@ -270,6 +270,15 @@ def test_two_embodiments_with_the_same_actions_use_the_same_codes(tmp_path):
     assert run(shown, "sources", tmp_path)[0]["apart"] == 1
 
 
+def test_a_source_heat_map_of_a_large_codebook_is_no_larger_than_a_screen_or_two(clean, tmp_path):
+    worlds, samples, source = samples_of("arm", "hand", num=20)
+    oracle = Oracle(worlds).eval()
+    oracle.quantizer.codebook_size = 8192
+    shown = Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
+    assert 0 <= run(shown, "sources", tmp_path)[0]["apart"] <= 1
+    assert max(matplotlib.image.imread(tmp_path / "picture.png").shape) < 2000
+
+
 def skipped(shown: Shown, strategy: str, tmp_path) -> str:
     with pytest.raises(Skip) as reason:
         STRATEGIES[strategy](shown, tmp_path / "picture.png", "")
