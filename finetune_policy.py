@@ -195,7 +195,7 @@ def main(args: Args) -> None:
     mixture = Mixture(clips, weights, args.seed, args.skip_broken)
 
     model = distribute(policy, policy.vlm.block_classes(), accelerator)
-    optimizer = make_optimizer(args.optimizer, policy, policy.block_classes(), args.lr, args.weight_decay)
+    optimizer = make_optimizer(args.optimizer, policy, policy.hidden_classes(), args.lr, args.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     average = None
     if args.ema_decay:

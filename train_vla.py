@@ -127,6 +127,8 @@ def main(args: Args) -> None:
     mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
     val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
     check_fields(buckets, val_sets)
+    if args.model.point_weight and not any("point" in samples[0] for samples in val_sets.values()):
+        raise ValueError(f"point_weight={args.model.point_weight}, but no source in the data has a point")
     fit_sets = {
         clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
     }
@@ -145,7 +147,7 @@ def main(args: Args) -> None:
         for block in (module for module in vla.modules() if type(module) in vla.block_classes()):
             block.compile()
     model = distribute(vla, vla.vlm.block_classes(), accelerator)  # what a rank holds, the optimizer too
-    optimizer = make_optimizer(args.optimizer, vla, vla.block_classes(), args.lr, args.weight_decay)
+    optimizer = make_optimizer(args.optimizer, vla, vla.hidden_classes(), args.lr, args.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     run = Run(accelerator, args.output_dir, settings(args) | {"laq": space.fingerprint}, mixture.fingerprint)
     run.load(model, optimizer)

@@ -11,7 +11,9 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
     fingerprint       str: a hash of what the data are, not of where they lie
     read(episode, indices) -> dict of what is at these frame indices, in their order:
         frames uint8 (t, c, h, w) of native size; task str, or ""; state float32 (t, s) where state_dim > 0;
-        and whatever else the source knows, as tensors (t, ...) or as one value for the episode
+        point float32 (t, 2) where the source knows in which place of the image the thing is that the task names: x to
+        the right, y down, -1 to 1 across the frame; and whatever else it knows, as tensors (t, ...) or as one value
+        for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
     states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
     views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
@@ -27,11 +29,13 @@ A sample is a flat dict of one clip, the frames of one episode at stated times i
     the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
     latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for;
     latent_is_pad bool (t - 1,) where clips may reach past their episode.
-Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so.
+Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so; a point that
+is not known is nan.
 """
 
 import atexit
 import hashlib
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -218,7 +222,8 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
     """Stacks samples; strings become lists, and keys that not all samples have are left out.
 
     State and action are filled with zeros up to `sizes` (those of the mixture; by default the largest in the
-    batch), also in samples that have none. Where an action is filled in, `action_is_pad` is true.
+    batch), also in samples that have none. Where an action is filled in, `action_is_pad` is true. A point that a sample
+    lacks is nan.
     """
     if sizes is None:
         action_shapes = [s["action"].shape for s in samples if "action" in s]
@@ -230,7 +235,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
 
     batch = {key: samples[0].pop(key) for key in ("skipped", "turns") if key in samples[0]}
     for key, value in samples[0].items():
-        if key in ("state", "action", "action_is_pad") or not all(key in s for s in samples):
+        if key in ("state", "action", "action_is_pad", "point") or not all(key in s for s in samples):
             continue
         values = [s[key] for s in samples]
         if isinstance(value, Tensor):
@@ -242,6 +247,8 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
     if sizes.action:
         batch["action"] = _filled(samples, "action", (sizes.chunk, sizes.action), 0.0)
         batch["action_is_pad"] = _filled(samples, "action_is_pad", (sizes.chunk,), True)
+    if any("point" in s for s in samples):
+        batch["point"] = _filled(samples, "point", (2, 2), math.nan)  # times xy
     return batch
 
 

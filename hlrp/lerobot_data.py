@@ -21,6 +21,7 @@ from torch import Tensor
 from hlrp.videos import naming, probe_all, read_frames
 
 STATE, ACTION = "observation.state", "action"
+POINT = "point"  # column of what `hlrp.data` calls so
 LATENT_ACTION, LATENT_INDICES = "latent_action", "latent_action_indices"  # columns that hlrp.label adds
 LATENT_SPACE = "meta/latent_actions.json"  # and what they are
 Columns = dict[str, np.ndarray]
@@ -56,7 +57,7 @@ class LeRobotData:
 
         episodes = read_episodes(root)
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
-        keys = [key for key in ("task_index", STATE, ACTION) if key in info["features"]]
+        keys = [key for key in ("task_index", STATE, ACTION, POINT) if key in info["features"]]
         self.numbers = read_numbers(self.data_files, episodes, keys)
         self.state_dim, self.action_dim = (
             self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION)
@@ -109,6 +110,8 @@ class LeRobotData:
         read = {"frames": frames, "task": task}
         if self.state_dim:
             read["state"] = self.states(episode, indices)
+        if POINT in self.numbers:
+            read["point"] = torch.from_numpy(self.numbers[POINT][at["first_row"] + indices])
         return read
 
     def look(self, camera: str, episode: int, indices: Sequence[int]) -> Tensor:

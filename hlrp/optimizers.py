@@ -14,7 +14,7 @@ from hlrp.checkpoints import save_tensors, write_json
 
 
 class MuonAdamW(Optimizer):
-    """Muon for the matrices of the repeated layers, AdamW for all else, as one optimizer.
+    """Muon for the matrices of the hidden layers, AdamW for all else, as one optimizer.
 
     Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's,
     so that both share a learning rate (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
@@ -45,9 +45,9 @@ class MuonAdamW(Optimizer):
 
 
 def make_optimizer(
-    name: str, model: nn.Module, blocks: set[type[nn.Module]], lr: float, weight_decay: float
+    name: str, model: nn.Module, hidden: set[type[nn.Module]], lr: float, weight_decay: float
 ) -> Optimizer:
-    """ "muon" or "adamw". blocks: the classes of the repeated layers, whose matrices Muon takes.
+    """ "muon" or "adamw". hidden: classes of the modules whose matrices Muon takes, all but embeddings.
 
     Weight decay is of matrices, not of biases, gains and single vectors. Raises ValueError for another name.
     """
@@ -56,10 +56,12 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     if name != "muon":
         raise ValueError(f"optimizer={name!r}; expected one of muon, adamw")
-    layers = [module for module in model.modules() if isinstance(module, tuple(blocks))]  # sharded ones too
-    matrices = [p for layer in layers for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+    layers = [module for module in model.modules() if isinstance(module, tuple(hidden))]  # sharded ones too
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = [p for layer in layers for p in layer.parameters() if id(p) not in embeddings]
+    matrices = [p for p in parameters if p.requires_grad and p.ndim == 2]
     if not matrices:
-        raise ValueError("optimizer='muon', but no matrix of the repeated layers trains: adamw fits")
+        raise ValueError("optimizer='muon', but no matrix of the hidden layers trains: adamw fits")
     others = parameter_groups(model, weight_decay, without=matrices)
     return MuonAdamW([{"params": matrices, "weight_decay": weight_decay}], others, lr)
 

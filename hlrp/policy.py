@@ -329,9 +329,9 @@ class HLRPPolicy(PreTrainedPolicy):
             mask = F.pad(mask, (0, 1), value=True)
         return self.trunk.read(hidden, mask)
 
-    def block_classes(self) -> set[type[nn.Module]]:
-        """The repeated layers."""
-        return self.vlm.block_classes() | {ExpertBlock}
+    def hidden_classes(self) -> set[type[nn.Module]]:
+        """Whose matrices Muon takes: the VLM, with what joins its towers, and the expert."""
+        return {type(self.vlm.model), ExpertBlock}
 
     def get_optim_params(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

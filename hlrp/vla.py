@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, ExpertBlock, mean_over_steps
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
-from hlrp.losses import ActionReadout
+from hlrp.losses import ActionReadout, masked_mean
 from hlrp.running import RunningNorm
 from hlrp.transforms import regrid
 from hlrp.vlm import VLM, Encoded, VLMConfig
 
 NUM_DRAWS = 16  # sequences of codes that an expectation is estimated from
+POINT_BINS = 8  # into which each axis of the image is divided
 
 
 @dataclass
@@ -55,6 +56,10 @@ class VLAConfig:
     # weight of what the LAQ sees in the image, told by the image tokens; by default 1 for a tiny vlm, 0 for others
     feature_weight: float | None = None
     feature_dim: int = 0  # set from the LAQ when feature_weight > 0
+
+    # weight of where in the image the thing is that the instruction names, where a sample has its `point`: a model that
+    # was not pretrained learns by it which word stands for what
+    point_weight: float = 0.0
 
     action_weight: float = 0.0  # weight of true actions where a sample has them
     action_dim: int = 0  # set from the data when action_weight > 0
@@ -259,6 +264,8 @@ class VLA(nn.Module):
             vlm.lm_head.requires_grad_(False)  # nothing reads it
         if config.feature_weight:
             self.to_features = nn.Linear(vlm.dim, config.feature_dim)
+        if config.point_weight:
+            self.to_point = nn.Linear(vlm.dim, 2 * POINT_BINS)
         if config.action_weight and not config.action_dim:
             raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")
         if config.action_weight:
@@ -268,8 +275,8 @@ class VLA(nn.Module):
         """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
         that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e), with latent_is_pad
         bool (b, t) where the later ones lie past the episode; features (b, n, f) of the
-        last view where feature_weight is set; action (b, chunk, a) with action_is_pad and source where action_weight
-        is set."""
+        last view where feature_weight is set; point (b, t, 2), at t = 0 first, nan where unknown, where point_weight is
+        set; action (b, chunk, a) with action_is_pad and source where action_weight is set."""
         scored = self.scored(batch)
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
@@ -278,15 +285,34 @@ class VLA(nn.Module):
             term = F.mse_loss(told.float(), regrid(batch["features"], self.vlm.num_image_tokens))
             loss = loss + self.config.feature_weight * term
             metrics["feature_loss"] = term.detach()
+        if self.config.point_weight:
+            term = self.point_loss(scored.prompt.hidden[:, -1], batch.get("point"))
+            loss = loss + self.config.point_weight * term
+            metrics["point_loss"] = term.detach()
         if self.config.action_weight:
             term = self.to_action.loss(scored.prompt.hidden[:, -1], batch)
             loss = loss + self.config.action_weight * term
             metrics["action_loss"] = term.detach()
         return loss, metrics
 
+    def point_loss(self, hidden: Tensor, point: Tensor | None) -> Tensor:
+        """Cross-entropy of the bins that the place of the named thing falls into, a mean over the samples that know it.
+
+        hidden (b, d) at the last word, which has read image and instruction; point (b, t, 2), of which t = 0 counts.
+        """
+        logits = self.to_point(hidden).float().unflatten(1, (2, POINT_BINS))
+        place = hidden.new_full((len(hidden), 2), torch.nan) if point is None else point[:, 0]
+        bins = ((place + 1) / 2 * POINT_BINS).nan_to_num().long().clamp(0, POINT_BINS - 1)
+        errors = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(-1, 2)
+        return masked_mean(errors.mean(1), place.isfinite().all(1))
+
     def block_classes(self) -> set[type[nn.Module]]:
         """The repeated layers: units to compile. Those of `vlm` are units to shard; the expert's have two entries."""
         return self.vlm.block_classes() | {ExpertBlock}
+
+    def hidden_classes(self) -> set[type[nn.Module]]:
+        """Whose matrices Muon takes: the VLM, with what joins its towers, and the expert."""
+        return {type(self.vlm.model), ExpertBlock}
 
     @torch.no_grad()
     def score(self, batch: dict) -> Tensor:
@@ -352,6 +378,6 @@ def check(config: VLAConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
     if config.expert_dim % 4:
         raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")
-    for name in ("action_weight", "feature_weight"):
+    for name in ("action_weight", "feature_weight", "point_weight"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")

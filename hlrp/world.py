@@ -63,7 +63,8 @@ class World:
 
     action: velocity of the tip (x to the right, y down) between a frame and the next; 1 is `MAX_SPEED`.
     state: position of the tip, -1 to 1 across the frame.
-    read() also gives `embodiment` int, the place in `EMBODIMENTS`, and where the variant has them
+    read() also gives `point`, where the block or the edge is that the task names first, `embodiment` int, the place
+    in `EMBODIMENTS`, and where the variant has them
     `distractor` float32 (t, 4), the positions of the two balls, -1 to 1 across the frame,
     and `camera_shift` float32 (t, 2) [pixel], by which everything in the frame is displaced.
     The same seed gives the same blocks, tasks and actions in every variant.
@@ -109,6 +110,10 @@ class World:
         if self.variant.has_shake:
             shift = _camera_shift(self.seed, group)[i, indices]
             sample["camera_shift"] = torch.from_numpy(shift)
+        named = scene.blocks[i, indices, 0]
+        if scene.kind[i] == "move":
+            named = _place(scene.edge[i])[None].astype(np.float32)
+        sample["point"] = normalised(named + shift)
 
         balls = None
         if self.variant.has_distractors:

@@ -30,6 +30,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
     if numbers:
         features["observation.state"] = {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]}
         features["action"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
+        features["point"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
     if codec is not None:
         settings["rgb_encoder"] = RGBEncoderConfig(vcodec=codec, g=g, crf=20)
         settings |= {"streaming_encoding": True, "encoder_queue_maxsize": 100, "encoder_threads": 1}
@@ -46,6 +47,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
             if numbers:
                 frame["observation.state"] = np.array([episode, i, total], dtype=np.float32)
                 frame["action"] = np.array([total, -i], dtype=np.float32)
+                frame["point"] = np.array([i / 40, -i / 40], dtype=np.float32)
             dataset.add_frame(frame)
             total += 1
         dataset.save_episode()
@@ -107,6 +109,7 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, d
         order = np.random.default_rng(0).permutation(length)
         read, actions = source.read(episode, order), source.actions(episode, order)
         assert shown(255 - read["frames"]) == (first + order).tolist()
+        assert torch.equal(read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0]))
         for i, frame, state, action in zip(order, read["frames"], read["state"], actions, strict=True):
             item = expected[first + int(i)]
             image = item[WRIST] if item[WRIST].dtype == torch.uint8 else (item[WRIST] * 255).round().byte()

@@ -18,11 +18,11 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding = nn.Parameter(torch.randn(5, 16))
         self.layer = FeedForward(16)
+        self.layer.words = nn.Embedding(5, 16)
 
     def forward(self, x):
-        return self.layer(x + self.embedding)
+        return self.layer(x + self.layer.words.weight)
 
 
 def optimizer_of(model, name, lr=0.01, weight_decay=0.1):
@@ -80,7 +80,7 @@ def test_muon_turns_the_matrices_of_the_layers_and_adamw_steps_the_rest():
 def test_an_optimizer_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="optimizer='sgd'; expected one of muon, adamw"):
         optimizer_of(Model(), "sgd")
-    with pytest.raises(ValueError, match="no matrix of the repeated layers trains: adamw fits"):
+    with pytest.raises(ValueError, match="no matrix of the hidden layers trains: adamw fits"):
         optimizer_of(Model().requires_grad_(False), "muon")
 
 

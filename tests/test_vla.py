@@ -336,6 +336,33 @@ def test_image_tokens_learn_to_tell_the_features_of_the_image(saved, settings):
     assert terms[-1] < 0.9 * terms[0]
 
 
+@pytest.mark.parametrize("settings", HEADS, ids=name)
+def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_know_it(saved, settings):
+    vla = make(saved("smolvlm"), point_weight=2.0, **settings)
+    batch, terms = make_batch(vla), []
+    batch["point"] = torch.rand(4, 2, 2) * 2 - 1
+    batch["point"][1] = torch.nan
+    optimizer = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], 1e-2)
+    for _ in range(20):
+        loss, metrics = vla(batch)
+        torch.testing.assert_close(loss.detach(), metrics["latent_loss"] + 2 * metrics["point_loss"])
+        terms.append(metrics["point_loss"].item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert terms[-1] < 0.7 * terms[0]
+
+    hidden, point, known = torch.randn(4, vla.vlm.dim), batch["point"], [0, 2, 3]
+    expected = vla.point_loss(hidden, point)
+    torch.testing.assert_close(vla.point_loss(hidden[known], point[known]), expected)
+    later = torch.stack([point[:, 0], -point[:, 0]], dim=1)
+    assert torch.equal(vla.point_loss(hidden, later), expected)
+    vla.zero_grad()
+    nothing = vla.point_loss(hidden, None)
+    nothing.backward()  # every rank takes part, whatever its samples know
+    assert nothing == 0 and not vla.to_point.weight.grad.any()
+
+
 @pytest.mark.parametrize("scheme", ["world", "lerobot"])
 def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(
     saved, scheme, tmp_path
@@ -381,7 +408,7 @@ def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_pre
         ({"head": "flow", "expert_dim": 30}, "expert_dim=30; expected a multiple of 4"),
         ({"head": "flow", "expert_depth": 0}, "expert_depth=0"),
         ({"action_weight": -1.0}, "action_weight=-1.0; expected 0 or more"),
-        ({"feature_weight": -1.0}, "feature_weight=-1.0; expected 0 or more"),
+        ({"point_weight": -1.0}, "point_weight=-1.0; expected 0 or more"),
         ({"action_weight": 1.0}, "action_weight=1.0, but no source in the data has actions"),
         ({"head": "tokens", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
         ({"head": "parallel", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),

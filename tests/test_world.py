@@ -93,6 +93,28 @@ def test_the_text_says_what_is_reached_and_which_block_ends_where():
     assert pushed > 2 * max(others)
 
 
+@pytest.mark.parametrize("variant", ["clean", "shake"])
+def test_the_point_is_where_the_named_block_or_edge_is_in_the_image(variant):
+    world, hits = World(variant, 60), []
+    for episode in range(60):
+        read = world.read(episode, [0, 7])
+        words, point = read["task"].split(), (read["point"] + 1) * IMAGE_SIZE / 2  # t xy
+        if words[0] == "move":
+            outwards = (point - IMAGE_SIZE / 2) @ torch.tensor(EDGES[words[3]])
+            assert point.shape == (2, 2) and (outwards > IMAGE_SIZE / 4).all()
+            continue
+        tip = (read["state"][0] + 1) * IMAGE_SIZE / 2 + read.get("camera_shift", torch.zeros(2, 2))[0]
+        if (tip - point[0]).norm() < 16:  # it may hide the block
+            continue
+        x, y = point[0].round().int().tolist()
+        seen = read["frames"][0, :, y - 1 : y + 2, x - 1 : x + 2].float().mean((1, 2))
+        distances = {
+            name: float((seen - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()
+        }
+        hits.append(min(distances, key=distances.get) == words[2])
+    assert len(hits) > 10 and np.mean(hits) > 0.85  # an arm may hide it, too
+
+
 def test_an_episode_ends_soon_after_its_task_is_done():
     lengths = World("clean", episodes=500).lengths
     assert lengths.min() == MIN_LENGTH and np.mean(lengths < MAX_LENGTH) > 0.95
