@@ -109,7 +109,9 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, d
         order = np.random.default_rng(0).permutation(length)
         read, actions = source.read(episode, order), source.actions(episode, order)
         assert shown(255 - read["frames"]) == (first + order).tolist()
-        assert torch.equal(read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0]))
+        assert torch.equal(
+            read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0])
+        )
         for i, frame, state, action in zip(order, read["frames"], read["state"], actions, strict=True):
             item = expected[first + int(i)]
             image = item[WRIST] if item[WRIST].dtype == torch.uint8 else (item[WRIST] * 255).round().byte()

@@ -18,6 +18,7 @@ from hlrp.laq import LAQ, LAQConfig
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
 from hlrp.vlm import VLMConfig
+from hlrp.world import World
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -151,6 +152,38 @@ def test_settings_that_no_run_can_have_are_named_before_it_starts(
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", laq_folder, model, **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_points_are_asked_for_only_of_data_that_have_them(laq_folder, tmp_path, monkeypatch):
+    model = {"point_weight": 1.0}
+    train(tmp_path / "run", laq_folder, model, steps=2)
+    assert "point_loss" in json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    read = World.read
+    monkeypatch.setattr(World, "read", lambda *args: {k: v for k, v in read(*args).items() if k != "point"})
+    with pytest.raises(ValueError, match="point_weight=1.0, but no source in the data has a point"):
+        train(tmp_path / "other", laq_folder, model)
+
+
+@pytest.fixture(scope="module")
+def clean_laq(tmp_path_factory):
+    """The LAQ of docs/experiments.md, "Stage 2 on the built-in world"."""
+    folder = tmp_path_factory.mktemp("clean_laq")
+    flags = ["--data", "world:clean", "--steps", "1000", "--pictures", "usage", "--output-dir", folder]
+    subprocess.run([sys.executable, train_laq.__file__, *flags], check=True)
+    return folder / "checkpoints/last/pretrained_model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["parallel", "tokens", "flow"])
+def test_every_head_looks_and_reads_and_tells_the_actions_of_the_world(head, clean_laq, tmp_path):
+    flags = ["--laq", clean_laq, "--data", "world:clean?episodes=20000", "--head", head, "--seed", "3"]
+    flags += ["--chunk-size", "4", "--point-weight", "1", "--feature-weight", "3", "--steps", "1000"]
+    flags += ["--mixed-precision", "bf16", "--num-workers", "0", "--pictures", "usage"]
+    subprocess.run([sys.executable, SCRIPT, *flags, "--output-dir", tmp_path], check=True)
+    config = json.loads((tmp_path / "checkpoints/last/pretrained_model/config.json").read_text())
+    figures = config["report"]["world-clean"]
+    assert figures["action_r2"] >= 0.6 and abs(figures["action_r2_random"]) < 0.05
+    assert min(figures["loss_shuffled_text"], figures["loss_blank_image"]) > 1.2 * figures["loss"]
 
 
 def test_continuous_latents_want_the_flow_head(tmp_path):

@@ -108,9 +108,7 @@ def test_the_point_is_where_the_named_block_or_edge_is_in_the_image(variant):
             continue
         x, y = point[0].round().int().tolist()
         seen = read["frames"][0, :, y - 1 : y + 2, x - 1 : x + 2].float().mean((1, 2))
-        distances = {
-            name: float((seen - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()
-        }
+        distances = {name: float((seen - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()}
         hits.append(min(distances, key=distances.get) == words[2])
     assert len(hits) > 10 and np.mean(hits) > 0.85  # an arm may hide it, too
 
