@@ -243,7 +243,7 @@ class Clips(Dataset):
                 there, place = distinct(seen)
                 pictures[camera] = source.look(camera, episode, there)[place]
         frames = fit(native, self.image_size)
-        state = read.pop("state", None)
+        state, point = read.pop("state", None), read.pop("point", None)
         for i, start in enumerate(starts):
             sample = {
                 "frames": select(frames, position[i]),
@@ -259,6 +259,8 @@ class Clips(Dataset):
                 sample["images"] = torch.cat(views)
             if source.state_dim:
                 sample["state"] = state[position[i, 0]]
+            if point is not None:
+                sample["point"] = point[position[i, 0]]
             if is_labelled:
                 sample["action"] = actions[i]
                 sample["action_is_pad"] = torch.from_numpy(action_frames[i] > last)

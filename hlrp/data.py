@@ -11,9 +11,9 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
     fingerprint       str: a hash of what the data are, not of where they lie
     read(episode, indices) -> dict of what is at these frame indices, in their order:
         frames uint8 (t, c, h, w) of native size; task str, or ""; state float32 (t, s) where state_dim > 0;
-        point float32 (t, 2) where the source knows in which place of the image the thing is that the task names: x to
-        the right, y down, -1 to 1 across the frame; and whatever else it knows, as tensors (t, ...) or as one value
-        for the episode
+        point float32 (t, 2) where the source knows at which place of the image the thing is that the task names: x to
+        the right and y down from the middle, 1 is half the longer side; and whatever else it knows, as tensors
+        (t, ...) or as one value for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
     states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
     views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
@@ -25,8 +25,9 @@ Constructors index, and decode nothing; decoders open at the first read, in the 
 A sample is a flat dict of one clip, the frames of one episode at stated times in seconds, from t = 0 on:
     frames uint8 (t, c, h, w), fitted to a square; images uint8 (v, c, h, w), the view at t = 0 that a policy sees,
     in its own size, where it is asked for; task, dataset str; source, episode, index int (frame of
-    t = 0); fps float; state float32 (s,) at t = 0; action float32 (chunk, a) from t = 0 up to, not including,
-    the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
+    t = 0); fps float; state float32 (s,) and point float32 (2,) at t = 0; action float32 (chunk, a) from t = 0 up to,
+    not including, the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last
+    time;
     latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for;
     latent_is_pad bool (t - 1,) where clips may reach past their episode.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so; a point that
@@ -248,7 +249,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
         batch["action"] = _filled(samples, "action", (sizes.chunk, sizes.action), 0.0)
         batch["action_is_pad"] = _filled(samples, "action_is_pad", (sizes.chunk,), True)
     if any("point" in s for s in samples):
-        batch["point"] = _filled(samples, "point", (2, 2), math.nan)  # times xy
+        batch["point"] = _filled(samples, "point", (2,), math.nan)
     return batch
 
 

@@ -33,6 +33,7 @@ from hlrp.lerobot_data import (
     LATENT_ACTION,
     LATENT_INDICES,
     LATENT_SPACE,
+    POINT,
     STATE,
     LeRobotData,
     find_dataset,
@@ -177,7 +178,7 @@ def add_columns(root: Path, output_dir: Path, columns: dict[str, np.ndarray]) ->
 
 
 def write_dataset(source, folder: Path, image_size: int | None) -> None:
-    """Writes any source as a LeRobot dataset of one camera, with state and action where it has them.
+    """Writes any source as a LeRobot dataset of one camera, with state, action and point where it has them.
 
     Raises ValueError where episodes differ in frame rate or size, which those of one dataset cannot.
     """
@@ -197,7 +198,8 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
         )
     image = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     features = {CAMERA: image}
-    for key, dim in ((STATE, source.state_dim), (ACTION, source.action_dim)):
+    point_dim = 2 if POINT in source.read(0, [0]) else 0
+    for key, dim in ((STATE, source.state_dim), (ACTION, source.action_dim), (POINT, point_dim)):
         if dim:
             features[key] = {"dtype": "float32", "shape": (dim,), "names": None}
     dataset = LeRobotDataset.create(
@@ -221,6 +223,8 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
                 columns[STATE] = read["state"].numpy()
             if source.action_dim:
                 columns[ACTION] = source.actions(episode, indices).numpy()
+            if point_dim:
+                columns[POINT] = read["point"].numpy()
             for i in range(len(indices)):
                 while any(queue.full() for queue in queues.values()):  # LeRobot would drop the frame
                     time.sleep(0.001)

@@ -21,7 +21,7 @@ from torch import Tensor
 from hlrp.videos import naming, probe_all, read_frames
 
 STATE, ACTION = "observation.state", "action"
-POINT = "point"  # column of what `hlrp.data` calls so
+POINT = "point"  # column of what `hlrp.data` calls so, nan where it is not known
 LATENT_ACTION, LATENT_INDICES = "latent_action", "latent_action_indices"  # columns that hlrp.label adds
 LATENT_SPACE = "meta/latent_actions.json"  # and what they are
 Columns = dict[str, np.ndarray]

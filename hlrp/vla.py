@@ -274,9 +274,9 @@ class VLA(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
         that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e), with latent_is_pad
-        bool (b, t) where the later ones lie past the episode; features (b, n, f) of the
-        last view where feature_weight is set; point (b, t, 2), at t = 0 first, nan where unknown, where point_weight is
-        set; action (b, chunk, a) with action_is_pad and source where action_weight is set."""
+        bool (b, t) where the later ones lie past the episode; features (b, n, f) of the last view where feature_weight
+        is set; point (b, 2), nan where unknown, where point_weight is set; action (b, chunk, a) with action_is_pad and
+        source where action_weight is set."""
         scored = self.scored(batch)
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
@@ -298,10 +298,10 @@ class VLA(nn.Module):
     def point_loss(self, hidden: Tensor, point: Tensor | None) -> Tensor:
         """Cross-entropy of the bins that the place of the named thing falls into, a mean over the samples that know it.
 
-        hidden (b, d) at the last word, which has read image and instruction; point (b, t, 2), of which t = 0 counts.
+        hidden (b, d) at the last word, which has read image and instruction; point (b, 2), nan where unknown, or None.
         """
         logits = self.to_point(hidden).float().unflatten(1, (2, POINT_BINS))
-        place = hidden.new_full((len(hidden), 2), torch.nan) if point is None else point[:, 0]
+        place = hidden.new_full((len(hidden), 2), torch.nan) if point is None else point
         bins = ((place + 1) / 2 * POINT_BINS).nan_to_num().long().clamp(0, POINT_BINS - 1)
         errors = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(-1, 2)
         return masked_mean(errors.mean(1), place.isfinite().all(1))

@@ -291,7 +291,7 @@ def test_robot_data_and_human_video_share_a_batch():
     assert batch["frames"].dtype == torch.uint8 and batch["fps"].dtype == torch.float32
     assert batch["dataset"][0] in "ab" and len(batch["task"]) == 64
 
-    some = [mixture.clips[0][0], mixture.clips[1][0] | {"point": torch.full((2, 2), 0.5)}]
+    some = [mixture.clips[0][0], mixture.clips[1][0] | {"point": torch.full((2,), 0.5)}]
     point = collate(some, sizes=mixture.sizes)["point"]
     assert point[0].isnan().all() and (point[1] == 0.5).all() and "point" not in batch
 

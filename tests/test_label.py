@@ -108,6 +108,7 @@ def test_the_world_is_labelled_as_its_written_frames_are(world, laq):
     for episode, length in enumerate(written.lengths):
         there, here = (source.read(episode, range(length)) for source in (written, drawn))
         assert there["task"] == here["task"] and torch.equal(there["state"], here["state"])
+        assert torch.equal(there["point"], here["point"])
         assert (there["frames"].float() - here["frames"]).abs().mean() < 6
         actions = (source.actions(episode, range(length)) for source in (written, drawn))
         assert torch.equal(*actions)

@@ -340,7 +340,7 @@ def test_image_tokens_learn_to_tell_the_features_of_the_image(saved, settings):
 def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_know_it(saved, settings):
     vla = make(saved("smolvlm"), point_weight=2.0, **settings)
     batch, terms = make_batch(vla), []
-    batch["point"] = torch.rand(4, 2, 2) * 2 - 1
+    batch["point"] = torch.rand(4, 2) * 2 - 1
     batch["point"][1] = torch.nan
     optimizer = torch.optim.AdamW([p for p in vla.parameters() if p.requires_grad], 1e-2)
     for _ in range(20):
@@ -355,8 +355,6 @@ def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_kno
     hidden, point, known = torch.randn(4, vla.vlm.dim), batch["point"], [0, 2, 3]
     expected = vla.point_loss(hidden, point)
     torch.testing.assert_close(vla.point_loss(hidden[known], point[known]), expected)
-    later = torch.stack([point[:, 0], -point[:, 0]], dim=1)
-    assert torch.equal(vla.point_loss(hidden, later), expected)
     vla.zero_grad()
     nothing = vla.point_loss(hidden, None)
     nothing.backward()  # every rank takes part, whatever its samples know
