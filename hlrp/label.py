@@ -198,7 +198,7 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
         )
     image = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     features = {CAMERA: image}
-    point_dim = 2 if POINT in source.read(0, [0]) else 0
+    point_dim = 2 if "point" in source.read(0, [0]) else 0
     for key, dim in ((STATE, source.state_dim), (ACTION, source.action_dim), (POINT, point_dim)):
         if dim:
             features[key] = {"dtype": "float32", "shape": (dim,), "names": None}

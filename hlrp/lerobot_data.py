@@ -21,7 +21,7 @@ from torch import Tensor
 from hlrp.videos import naming, probe_all, read_frames
 
 STATE, ACTION = "observation.state", "action"
-POINT = "point"  # column of what `hlrp.data` calls so, nan where it is not known
+POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
 LATENT_ACTION, LATENT_INDICES = "latent_action", "latent_action_indices"  # columns that hlrp.label adds
 LATENT_SPACE = "meta/latent_actions.json"  # and what they are
 Columns = dict[str, np.ndarray]
@@ -62,6 +62,8 @@ class LeRobotData:
         self.state_dim, self.action_dim = (
             self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION)
         )
+        if POINT in keys:
+            check_points(self.numbers[POINT], self.uri)
         self.tasks = read_tasks(root)
         labels = root / LATENT_SPACE
         self.latent_space = json.loads(labels.read_text()) if labels.is_file() else None
@@ -183,6 +185,14 @@ def choose_camera(uri: str, features: dict, camera: str | None) -> str:
     if not fitting:
         raise ValueError(f"{uri}: camera={camera}; its cameras: {', '.join(cameras) or 'none'}")
     return fitting[0]
+
+
+def check_points(points: np.ndarray, uri: str) -> None:
+    """Raises ValueError where points are none in the image: others would be taken for its border."""
+    if points.shape[1] != 2 or (np.abs(points) > 1).any():
+        found = f"{points.shape[1]} numbers up to {np.nanmax(np.abs(points)):g}"
+        expected = "x and y from the middle of the image, in halves of its longer side, -1 to 1 or nan"
+        raise ValueError(f"{uri}: {POINT} has {found}; {expected} fit")
 
 
 def read_table(path: Path, columns: list[str] | None = None):

@@ -13,7 +13,7 @@ import torch
 from hlrp import videos
 from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
-from hlrp.lerobot_data import LeRobotData, find_dataset
+from hlrp.lerobot_data import LeRobotData, check_points, find_dataset
 from hlrp.sources import open_source
 
 LENGTHS, FPS, SIZE = (12, 30, 9), 10, 64
@@ -30,7 +30,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
     if numbers:
         features["observation.state"] = {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]}
         features["action"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-        features["point"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
+        features["annotation.point"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
     if codec is not None:
         settings["rgb_encoder"] = RGBEncoderConfig(vcodec=codec, g=g, crf=20)
         settings |= {"streaming_encoding": True, "encoder_queue_maxsize": 100, "encoder_threads": 1}
@@ -47,7 +47,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
             if numbers:
                 frame["observation.state"] = np.array([episode, i, total], dtype=np.float32)
                 frame["action"] = np.array([total, -i], dtype=np.float32)
-                frame["point"] = np.array([i / 40, -i / 40], dtype=np.float32)
+                frame["annotation.point"] = np.array([i / 40, -i / 40], dtype=np.float32)
             dataset.add_frame(frame)
             total += 1
         dataset.save_episode()
@@ -165,6 +165,15 @@ def test_an_older_version_names_lerobots_converter(copy):
     (copy / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match="version v2.1 .* lerobot.scripts.convert_dataset_v21_to_v30"):
         LeRobotData(copy)
+
+
+@pytest.mark.parametrize("points", [[[1.5, 0.0]], [[0.0, 0.0, 0.0]]], ids=["pixels", "three"])
+def test_points_outside_the_image_are_named(points):
+    with pytest.raises(
+        ValueError, match="lerobot:x: annotation.point has [23] numbers up to .*-1 to 1 or nan fit"
+    ):
+        check_points(np.array(points), "lerobot:x")
+    check_points(np.array([[np.nan, np.nan], [-1.0, 1.0]]), "lerobot:x")
 
 
 def test_time_stamps_past_the_end_of_the_video_name_episode_and_file_or_are_skipped(copy, caplog):
