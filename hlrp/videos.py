@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 TOLERANCE = 0.001  # [s]; WebM and Matroska round time stamps to milliseconds
 NUM_OPEN = 16  # videos that a process keeps open
+MAX_AGAIN = 3  # frames that may be decoded once more, should the next read go on behind this one
 MAX_REORDER = 16  # frames that may be decoded before one that is shown earlier (H.264, A.3.1)
 
 
@@ -89,6 +90,8 @@ class VideoReader:
             wanted = f"{times.min():.3f} to {times.max():.3f} s"
             raise ValueError(f"{self.path}: no frames at {wanted}; it lasts from {first:.3f} to {last:.3f} s")
         numbers = np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1
+        if (numbers[1:] > numbers[:-1]).all():
+            return self._decode(numbers.tolist())
         numbers, position = np.unique(numbers, return_inverse=True)
         return self._decode(numbers.tolist())[position]
 
@@ -131,7 +134,10 @@ class TorchCodec:
 
 
 class PyAV:
-    """Decodes frames by their numbers with PyAV, onwards from the last one where a seek leads no nearer."""
+    """Decodes frames by their numbers with PyAV, onwards from the last one where a seek leads no nearer.
+
+    With a key frame every other frame, as LeRobot writes videos, half of what is decoded would be frames behind those
+    that are asked for; so the decoder is drained at a last one that lies near its key frame."""
 
     def __init__(self, container: InputContainer, stream: VideoStream, packets: Packets):
         self.container, self.stream, self.packets = container, stream, packets
@@ -140,20 +146,34 @@ class PyAV:
         self.number = None  # of the frame that was decoded last
 
     def __call__(self, numbers: list[int]) -> Tensor:
-        return torch.stack([self._decode(number) for number in numbers])
+        frames = None  # t h w c
+        for i, number in enumerate(numbers):
+            is_last = i + 1 == len(numbers) or self._key(numbers[i + 1])[1] > number + 1
+            image = self._decode(number, is_last)
+            if frames is None:
+                frames = np.empty((len(numbers), *image.shape), dtype=np.uint8)
+            frames[i] = image
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
-    def _decode(self, number: int) -> Tensor:
-        pts, key_pts, key_seek, _ = self.packets
-        key = max(np.searchsorted(key_pts, pts[number], side="right") - 1, 0)
-        key_number = np.searchsorted(pts, key_pts[key])
+    def _key(self, number: int) -> tuple[int, int]:
+        """Of the key frame from which a frame is decoded: its place among those, and its own number."""
+        pts, key_pts, _, _ = self.packets
+        key = max(int(np.searchsorted(key_pts, pts[number], side="right")) - 1, 0)
+        return key, int(np.searchsorted(pts, key_pts[key]))
+
+    def _decode(self, number: int, is_last: bool) -> np.ndarray:
+        """The frame, (h, w, c). is_last: none is asked for that decoding would go on to."""
+        pts = self.packets.pts
+        key, key_number = self._key(number)
         if self.number is None or not key_number - 1 <= self.number < number:
-            self.container.seek(int(key_seek[key]), stream=self.stream)
-            self.decoded = self.container.decode(self.stream)
-        self.number = None  # for the case that what follows fails
+            self.decoded = self._decoded(self._packets_from(key))
+        self.drain_at = pts[number] if is_last and number - key_number <= MAX_AGAIN else None
+        self.number = None  # for the case that what follows fails, or that the decoder is drained
         frame = next((frame for frame in self.decoded if frame.pts >= pts[number]), None)
         if frame is None or frame.pts != pts[number] or frame.is_corrupt:
             raise RuntimeError(f"frame {number} cannot be decoded")
-        self.number = number
+        if self.drain_at is None:
+            self.number = number
 
         image = self.to_rgb.reformat(  # which ignores the colour space and range of the frame unless told
             frame,
@@ -162,8 +182,28 @@ class PyAV:
             dst_colorspace="ITU601",
             src_color_range="JPEG" if frame.color_range == ColorRange.JPEG else "MPEG",
         ).to_ndarray()  # h w c
-        image = np.rot90(image, frame.rotation // 90)  # counter-clockwise, as is `rotation`
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)
+        return np.rot90(image, frame.rotation // 90)  # counter-clockwise, as is `rotation`
+
+    def _packets_from(self, key: int) -> Iterator[av.Packet]:
+        """The packets from a key frame on, or from an earlier one. In most files, a seek to when it is shown leads
+        there; where it leads further, one to when it is decoded does."""
+        key_pts = self.packets.key_pts[key]
+        for stamp in (key_pts, self.packets.key_seek[key]):
+            self.container.seek(int(stamp), stream=self.stream)
+            packets = self.container.demux(self.stream)
+            first = next(packets)
+            if first.pts is not None and first.pts <= key_pts:
+                return chain([first], packets)
+        raise RuntimeError(f"its key frame at {key_pts} cannot be found")
+
+    def _decoded(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+        """The frames in these, in the order in which they are shown. A decoder keeps back some, for others may have
+        to be shown before; once it has the packet at `drain_at`, it is made to give them all."""
+        for packet in packets:
+            yield from packet.decode()
+            if packet.pts is not None and packet.pts == self.drain_at:
+                yield from self.stream.codec_context.decode(None)
+                return
 
 
 def video_stream(container: InputContainer) -> VideoStream:

@@ -98,21 +98,38 @@ def test_any_frame_in_any_order_is_the_right_one(tmp_path, name, codec, fps, opt
     assert (header.last - header.first) * float(fps) == pytest.approx(49, abs=0.1)
 
 
+class Counting:
+    """A container that counts seeks and the packets that it gives."""
+
+    def __init__(self, container):
+        self.container, self.seeks, self.packets = container, 0, 0
+
+    def seek(self, *args, **kwargs):
+        self.seeks += 1
+        self.container.seek(*args, **kwargs)
+
+    def demux(self, stream):
+        for packet in self.container.demux(stream):
+            self.packets += 1
+            yield packet
+
+
 def test_pyav_seeks_only_where_that_leads_nearer(tmp_path):
-    class Counting:
-        def __init__(self, container):
-            self.decode, self._seek, self.seeks = container.decode, container.seek, 0
-
-        def seek(self, *args, **kwargs):
-            self.seeks += 1
-            self._seek(*args, **kwargs)
-
     reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "20", "x264-params": "scenecut=0"}), "pyav")
     reader.pyav.container = counting = Counting(reader.pyav.container)
-    for wanted, num_seeks in [([1, 2, 5], 1), ([7, 12], 0), ([19, 20, 21], 0), ([47, 30], 1), ([3, 45], 2)]:
+    for wanted, num_seeks in [([1, 2, 5], 1), ([7, 12], 0), ([19, 20, 30], 0), ([47, 31], 1), ([3, 45], 2)]:
         counting.seeks = 0
         assert numbers(reader.frames(np.array(wanted) / 30)) == wanted
         assert counting.seeks == num_seeks
+
+
+def test_pyav_decodes_nothing_behind_a_frame_near_its_key_frame(tmp_path):
+    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "2"}), "pyav")  # as LeRobot writes videos
+    reader.pyav.container = counting = Counting(reader.pyav.container)
+    for wanted, num_packets in [([8], 1), ([3], 2), ([20, 27], 3), ([30, 31, 32, 33], 4), ([40, 41, 43], 4)]:
+        counting.packets = 0
+        assert numbers(reader.frames(np.array(wanted) / 30)) == wanted
+        assert counting.packets == num_packets
 
 
 @pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
