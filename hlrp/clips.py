@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from hlrp.images import decode_clips
 from hlrp.permutation import hash_integers
-from hlrp.transforms import fit
+from hlrp.transforms import fit, fit_all
 
 
 class EpisodeRange(NamedTuple):
@@ -58,6 +60,27 @@ class Sizes(NamedTuple):
     state: int
     action: int
     chunk: int
+
+
+class Request(NamedTuple):
+    """One read of an episode, for those samples of a batch that show it."""
+
+    samples: list[int]  # places in the batch
+    row: int  # of the episode among those of the clips
+    episode: int
+    frames: np.ndarray  # those to read, increasing
+    place: list[list[int]]  # among these, of each sample's frames and then of its images
+
+
+class Plan(NamedTuple):
+    """What the samples of a batch show. Past the end of an episode stands its last frame, as padding."""
+
+    starts: np.ndarray  # (samples,)
+    clip_frames: np.ndarray  # (samples, t)
+    action_frames: np.ndarray  # (samples, chunk), of the longest chunk
+    action_is_pad: Tensor  # (samples, chunk)
+    latent_is_pad: Tensor  # (samples, t - 1)
+    requests: list[Request]
 
 
 class Clips(Dataset):
@@ -181,15 +204,17 @@ class Clips(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Samples at `indices`, in their order; the frames of an episode are decoded together."""
+        """Samples at `indices`, in their order. Clips of one episode are decoded together; where frames are encoded one
+        by one, all clips are, into one memory."""
         indices = np.asarray(indices, dtype=np.int64)
         rows = np.searchsorted(self.ends, indices, side="right")
         starts = indices - self.firsts[rows]
+        if self.starts is not None:
+            starts = np.array([self.starts[row][start] for row, start in zip(rows, starts, strict=True)])
+        plan = self._plan(rows, starts)
         samples = [None] * len(indices)
-        for row in np.unique(rows):
-            wanted = np.flatnonzero(rows == row)
-            here = starts[wanted] if self.starts is None else self.starts[row][starts[wanted]]
-            for i, sample in zip(wanted, self._read(row, here), strict=True):
+        for request, read in zip(plan.requests, self._read(plan), strict=True):
+            for i, sample in zip(request.samples, self._samples(plan, request, read), strict=True):
                 samples[i] = sample
         return samples
 
@@ -209,84 +234,141 @@ class Clips(Dataset):
             frames.setdefault(episode, set()).update(shown.tolist())
         return frames
 
-    def _read(self, row: int, starts: np.ndarray) -> Iterator[dict]:
-        """The samples that start at `starts`, all in one episode."""
-        source, episode, offsets = self.source, int(self.episodes[row]), self.offsets[row]
-        number = episode if self.episode_numbers is None else self.episode_numbers[episode]
-        is_labelled = self.is_labelled[row]
-        last = int(source.lengths[episode]) - 1
-        steps = np.arange(offsets[-1] if self.chunk_size is None else self.chunk_size)
-        action_frames = starts[:, None] + steps  # clips chunk
-        clip_frames = np.minimum(starts[:, None] + offsets, last)  # clips t
-        shown = clip_frames if self.latent_space is None else clip_frames[:, :1]
-        wanted = shown
-        if self.input_size is not None:
-            seen = np.maximum(starts[:, None] + np.arange(1 - self.num_images, 1), 0)  # clips v
-            wanted = np.concatenate([shown, seen], axis=1)
-        unique, position = distinct(wanted)
-        position, viewed = position[:, : shown.shape[1]], position[:, shown.shape[1] :]
-        try:
-            read = source.read(episode, unique)
-            if is_labelled:
-                actions = source.actions(episode, np.minimum(action_frames, last).ravel())
-                actions = actions.view(len(starts), len(steps), source.action_dim)
-            labels = {}
-            if self.latent_space is not None:
-                labels = source.labels(episode, clip_frames[:, :-1].ravel())
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
+    def _plan(self, rows: np.ndarray, starts: np.ndarray) -> Plan:
+        """rows: of the samples' episodes; starts: the frames at t = 0."""
+        episodes, offsets, first = self.episodes[rows], self.offsets[rows], starts[:, None]
+        last = self.source.lengths[episodes][:, None] - 1
+        clip_frames = first + offsets
+        chunk_size = offsets[:, -1].max(initial=0) if self.chunk_size is None else self.chunk_size
+        action_frames = first + np.arange(chunk_size)
+        action_is_pad, latent_is_pad = (
+            torch.from_numpy(frames > last) for frames in (action_frames, clip_frames[:, 1:])
+        )
+        clip_frames, action_frames = np.minimum(clip_frames, last), np.minimum(action_frames, last)
 
-        native, task = read.pop("frames"), read.pop("task")
+        wanted = clip_frames if self.latent_space is None else clip_frames[:, :1]
         if self.input_size is not None:
-            pictures = {source.camera: native[viewed]}  # clips v c h w
-            for camera in getattr(source, "views", ()):
-                there, place = distinct(seen)
-                pictures[camera] = source.look(camera, episode, there)[place]
-        frames = fit(native, self.image_size)
+            seen = np.maximum(first + np.arange(1 - self.num_images, 1), 0)
+            wanted = np.concatenate([wanted, seen], axis=1)
+        if hasattr(self.source, "encoded"):
+            groups = [[i] for i in range(len(rows))]
+        else:
+            groups = [np.flatnonzero(rows == row).tolist() for row in np.unique(rows)]
+        requests = [
+            Request(group, int(rows[group[0]]), int(episodes[group[0]]), *distinct(wanted[group]))
+            for group in groups
+        ]
+        return Plan(starts, clip_frames, action_frames, action_is_pad, latent_is_pad, requests)
+
+    def _read(self, plan: Plan) -> Iterator[dict]:
+        """For each request, read() of the source with `frames` fitted to the square, `native` as they are, `labels`."""
+        if hasattr(self.source, "encoded"):
+            yield from self._read_encoded(plan)
+            return
+        for request in plan.requests:
+            with naming(self.source, request.episode):
+                read = self.source.read(request.episode, request.frames)
+                read["labels"] = self._labels(plan, request)
+            yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size)}
+
+    def _read_encoded(self, plan: Plan) -> Iterator[dict]:
+        source, encoded, reads = self.source, [], []
+        for request in plan.requests:
+            with naming(source, request.episode):
+                encoded.append(source.encoded(request.episode, request.frames))
+                reads.append(source.about(request.episode, request.frames))
+                reads[-1]["labels"] = self._labels(plan, request)
+
+        def name(number: int) -> str:
+            shown = [(request.episode, frame) for request in plan.requests for frame in request.frames]
+            episode, frame = shown[number]
+            return f"{source.uri}, episode {episode}: {source.place(episode)}, frame {frame}"
+
+        natives = decode_clips(encoded, name)
+        for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size), strict=True):
+            yield read | {"native": native, "frames": frames}
+
+    def _labels(self, plan: Plan, request: Request) -> dict[str, Tensor]:
+        """The labelled actions and the cached latent actions of each sample, where there are some."""
+        source, labels = self.source, {}
+        if self.is_labelled[request.row]:
+            frames = plan.action_frames[request.samples, : self._chunk_size(request.row)]
+            actions = source.actions(request.episode, frames.ravel())
+            labels["action"] = actions.view(*frames.shape, source.action_dim)
+        if self.latent_space is not None:
+            frames = plan.clip_frames[request.samples, :-1]
+            for name, column in source.labels(request.episode, frames.ravel()).items():
+                labels[name] = column.unflatten(0, frames.shape)
+        return labels
+
+    def _chunk_size(self, row: int) -> int:
+        return int(self.offsets[row, -1]) if self.chunk_size is None else self.chunk_size
+
+    def _samples(self, plan: Plan, request: Request, read: dict) -> Iterator[dict]:
+        source, (samples, _, episode, frames, place) = self.source, request
+        number = episode if self.episode_numbers is None else self.episode_numbers[episode]
+        fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
+        native, fitted, task, labels = (read.pop(name) for name in ("native", "frames", "task", "labels"))
         state, point = read.pop("state", None), read.pop("point", None)
-        for i, start in enumerate(starts):
+        pictures = {}
+        if self.input_size is not None:
+            viewed = np.array([places[num_shown:] for places in place])
+            pictures[source.camera] = native[viewed]  # samples v c h w
+            for camera in getattr(source, "views", ()):
+                there, place_there = distinct(frames[viewed])
+                with naming(source, episode):
+                    pictures[camera] = source.look(camera, episode, there)[np.array(place_there)]
+        for j, (i, places) in enumerate(zip(samples, place, strict=True)):
+            shown = places[:num_shown]
             sample = {
-                "frames": select(frames, position[i]),
+                "frames": select(fitted, shown),
                 "task": task,
                 "dataset": self.name,
                 "source": self.source_index,
                 "episode": number,
-                "index": int(start),
-                "fps": float(source.fps[episode]),
+                "index": int(plan.starts[i]),
+                "fps": fps,
             }
-            if self.input_size is not None:
-                views = [fit(pictures[camera][i], self.input_size) for camera in sorted(pictures)]
+            if pictures:
+                views = [fit(pictures[camera][j], self.input_size) for camera in sorted(pictures)]
                 sample["images"] = torch.cat(views)
             if source.state_dim:
-                sample["state"] = state[position[i, 0]]
+                sample["state"] = state[shown[0]]
             if point is not None:
-                sample["point"] = point[position[i, 0]]
-            if is_labelled:
-                sample["action"] = actions[i]
-                sample["action_is_pad"] = torch.from_numpy(action_frames[i] > last)
+                sample["point"] = point[shown[0]]
             for key, column in labels.items():
-                sample[key] = column.unflatten(0, (len(starts), -1))[i]
+                sample[key] = column[j]
+            if "action" in labels:
+                sample["action_is_pad"] = plan.action_is_pad[i, : len(labels["action"][j])]
             if self.min_times < len(self.times):
-                sample["latent_is_pad"] = torch.from_numpy(start + offsets[1:] > last)
+                sample["latent_is_pad"] = plan.latent_is_pad[i]
             for key, value in read.items():
-                sample[key] = value[position[i, [0, -1]]] if isinstance(value, Tensor) else value
+                sample[key] = value[[shown[0], shown[-1]]] if isinstance(value, Tensor) else value
             yield sample
 
 
-def distinct(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different numbers in `frames`, increasing, and the place among them of each, in the shape of `frames`."""
+@contextmanager
+def naming(source, episode: int) -> Iterator[None]:
+    """Names the source and the episode in errors of reading it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
+
+
+def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """The different numbers in `frames` (n, t), increasing, and the place among them of each."""
     if len(frames) == 1 and (frames[0, 1:] > frames[0, :-1]).all():
-        return frames[0], np.arange(frames.shape[1])[None]
+        return frames[0], [list(range(frames.shape[1]))]
     unique, place = np.unique(frames, return_inverse=True)
-    return unique, place.reshape(frames.shape)
+    return unique, place.reshape(frames.shape).tolist()
 
 
-def select(frames: Tensor, indices: np.ndarray) -> Tensor:
+def select(frames: Tensor, indices: list[int]) -> Tensor:
     """frames[indices], without a copy where these are evenly spaced."""
-    step = int(indices[1] - indices[0]) if len(indices) > 1 else 1
-    if step > 0 and (indices[1:] - indices[:-1] == step).all():
-        return frames[int(indices[0]) : int(indices[-1]) + 1 : step]
-    return frames[indices]
+    first, last = indices[0], indices[-1]
+    evenly = range(first, last + 1, max((last - first) // max(len(indices) - 1, 1), 1))
+    return frames[first : last + 1 : evenly.step] if list(evenly) == indices else frames[indices]
 
 
 def action_statistics(clips) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
         (t, ...) or as one value for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
     states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
+    encoded(episode, indices) -> list[bytes], about(episode, indices), place(episode) -> str   only where each frame is
+                      encoded alone, as `hlrp.images` knows it: the frames, what read() gives without them, and the name
+                      of file and episode for errors; the frames of a whole batch are then decoded into one memory
     views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
                       has some
     latent_space      dict, only where the source has cached latent actions: whose they are, and of which camera
@@ -51,6 +54,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from hlrp.clips import Clips, Sizes
 from hlrp.permutation import hash_integers, permute
 from hlrp.streams import StreamClips
+from hlrp.transforms import stacked
 
 BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 STRIDE = 7919  # clips from a broken one to that which takes its place: rarely of the same episode
@@ -251,13 +255,6 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
     if any("point" in s for s in samples):
         batch["point"] = _filled(samples, "point", (2,), math.nan)
     return batch
-
-
-def stacked(values: Sequence[Tensor]) -> Tensor:
-    """torch.stack, which leaves the memory of pictures (t, c, h, w) in the order t h w c where decoders made it so."""
-    if values[0].ndim == 4 and values[0].stride(1) == 1:
-        return torch.stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
-    return torch.stack(values)
 
 
 def _filled(samples: Sequence[dict], key: str, shape: tuple[int, ...], value: float | bool) -> Tensor:

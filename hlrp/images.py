@@ -1,7 +1,7 @@
 """Encoded frames: JPEG, PNG, and raw YUV 4:2:0 as an NPY array, each known by its first bytes. No pickle is read."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
@@ -17,33 +17,41 @@ def decode(data: bytes, name: str) -> Tensor:
 
     Raises ValueError that begins with `name`, the file and the member, where data are none of these, or broken.
     """
-    return decode_all([data], [name])[0]
+    return decode_all([data], lambda _: name)[0]
 
 
-def decode_all(frames: Sequence[bytes], names: Sequence[str]) -> Tensor:
-    """Frames of one size as uint8 (t, c, h, w), which lie in memory as t h w c; errors as those of `decode`."""
-    out = None
-    for i, (data, name) in enumerate(zip(frames, names, strict=True)):
-        try:
-            shape = simplejpeg.decode_jpeg_header(data)[:2] if data.startswith(JPEG) else None
-            pixels = None if shape else decode_other(data)  # h w c
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{name}: not a readable image: {error}") from error
-        shape = shape or pixels.shape[:2]
-        if out is None:
-            out = np.empty((len(frames), *shape, 3), dtype=np.uint8)
-        if shape != out.shape[1:3]:
-            raise ValueError(
-                f"{name}: of {shape[1]} x {shape[0]} pixels, others of {out.shape[2]} x {out.shape[1]}"
-            )
-        if pixels is None:
+def decode_all(frames: Sequence[bytes], name: Callable[[int], str]) -> Tensor:
+    """Frames of one size as uint8 (t, c, h, w), which lie in memory as t h w c. Raises ValueError as `decode` does."""
+    return decode_clips([frames], name)[0]
+
+
+def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -> list[Tensor]:
+    """Each clip as `decode_all`; clips of one size that follow one another lie so in one memory.
+
+    name: of a frame by its number among those of all clips. Raises ValueError as `decode` does.
+    """
+    decoded, number, num_frames = [], 0, sum(map(len, clips))
+    size = None  # of the frames in memory
+    for clip in clips:
+        first = number
+        for data in clip:
             try:
-                simplejpeg.decode_jpeg(data, "RGB", buffer=out[i])
-            except ValueError as error:
-                raise ValueError(f"{name}: not a readable image: {error}") from error
-        else:
-            out[i] = pixels
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
+                pixels = None if data.startswith(JPEG) else decode_other(data)  # h w c
+                own = simplejpeg.decode_jpeg_header(data)[:2] if pixels is None else pixels.shape[:2]
+                if own != size:
+                    if number > first:
+                        raise ValueError("{1} x {0} pixels, {3} x {2} before".format(*own, *size))
+                    size, memory, start = own, np.empty((num_frames - first, *own, 3), dtype=np.uint8), first
+                    frames = torch.from_numpy(memory).permute(0, 3, 1, 2)
+                if pixels is None:
+                    simplejpeg.decode_jpeg(data, "RGB", buffer=memory[number - start])
+                else:
+                    memory[number - start] = pixels
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{name(number)}: not a readable image: {error}") from error
+            number += 1
+        decoded.append(frames[first - start : number - start])
+    return decoded
 
 
 def decode_other(data: bytes) -> np.ndarray:

@@ -87,6 +87,7 @@ class Shards:
         check_alike(self.uri, self.shards)
         facts = self.shards[0].facts
         self.columns: dict[str, list[int]] = facts["columns"]
+        self.read_columns = [name for name in self.columns if name not in NOT_READ]
         self.state_dim, self.action_dim = (
             int(np.prod(self.columns[name])) if name in self.columns else 0 for name in ("state", "action")
         )
@@ -101,8 +102,8 @@ class Shards:
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
-        name = self.place(episode)
-        frames = decode_all(self.encoded(episode, indices), [f"{name}, frame {index}" for index in indices])
+        encoded = self.encoded(episode, indices)
+        frames = decode_all(encoded, lambda i: f"{self.place(episode)}, frame {indices[i]}")
         return {"frames": frames} | self.about(episode, indices)
 
     def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
@@ -121,12 +122,11 @@ class Shards:
 
     def about(self, episode: int, indices: Sequence[int]) -> dict:
         """What read() gives, without the frames."""
-        wanted = [name for name in self.columns if name not in NOT_READ]
         members = self._members(episode)
         place = self.place(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
-        for name in wanted:
+        for name in self.read_columns:
             read[name] = self._rows(members, episode, name, indices)
         return read | header.get("facts", {})
 

@@ -57,7 +57,7 @@ class Episode:
         return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
-        frames = decode_all([self.frames[i] for i in indices], [f"{self.name}, frame {i}" for i in indices])
+        frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
         read = {"frames": frames, "task": self.task}
         if self.state is not None:
             read["state"] = self.states(indices)
@@ -70,11 +70,6 @@ class Episode:
 
     def states(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.state[np.asarray(indices)])
-
-
-EPISODE_LIMIT = (
-    1_000_000  # episodes in a shard: sample["episode"] of a stream is shard * this + place in the shard
-)
 
 
 class Held:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from math import prod
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -143,7 +144,7 @@ def to_array(data: bytes, name: str) -> np.ndarray:
                 "Python objects, a pickle, which can run any code" if dtype.hasobject else f"{dtype} values"
             )
             raise ValueError(f"it holds {what}; numbers fit")
-        count = int(np.prod(shape, dtype=object))
+        count = prod(shape)
         if len(data) != size + count * dtype.itemsize:
             raise ValueError(f"{len(data) - size} bytes, but {dtype} {shape} has {count * dtype.itemsize}")
         array = np.frombuffer(data, dtype, count, size).reshape(shape, order=order)

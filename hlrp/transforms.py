@@ -1,6 +1,7 @@
 """What happens to frames between the decoder and the batch, and to features of them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -27,6 +28,33 @@ def fit(frames: Tensor, image_size: int) -> Tensor:
     canvas = frames.new_zeros(*frames.shape[:2], image_size, image_size)
     canvas[..., top : top + new_h, left : left + new_w] = frames
     return canvas
+
+
+def fit_all(clips: Sequence[Tensor], image_size: int) -> list[Tensor]:
+    """Each as `fit` gives it; clips of one shape all at once, into one memory."""
+    shapes = {clip.shape for clip in clips}
+    if len(shapes) != 1 or shapes.pop()[-2:] == (image_size, image_size):
+        return [fit(clip, image_size) for clip in clips]
+    frames = fit(stacked(clips).flatten(0, 1), image_size)
+    return list(frames.unflatten(0, (len(clips), -1)))
+
+
+def stacked(clips: Sequence[Tensor]) -> Tensor:
+    """torch.stack, but without a copy of pictures (t, c, h, w) that already lie one behind the other in one memory, and
+    else in the order that they have in theirs: t h w c where decoders made it so."""
+    first = clips[0]
+    if first.ndim != 4:
+        return torch.stack(clips)
+    memory, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    if all(
+        (clip.untyped_storage().data_ptr(), clip.storage_offset()) == (memory, start + i * size)
+        and (clip.shape, clip.stride()) == (first.shape, first.stride())
+        for i, clip in enumerate(clips)
+    ):
+        return first.as_strided((len(clips), *first.shape), (size, *first.stride()))
+    if first.stride(1) == 1:
+        return torch.stack([clip.permute(0, 2, 3, 1) for clip in clips]).permute(0, 1, 4, 2, 3)
+    return torch.stack(clips)
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

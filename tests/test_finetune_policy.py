@@ -185,21 +185,23 @@ class Poisoned:
 
 @pytest.mark.parametrize("head", ["parallel", "flow"])
 def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, monkeypatch):
-    forward, read, seen = HLRPPolicy.forward, Clips._read, []
+    forward, read, seen = HLRPPolicy.forward, Clips.__getitems__, []
     monkeypatch.setattr(
         HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch)
     )
 
-    def poisoned_read(clips, row, starts):
-        source = clips.source
-        for start in starts:
-            clips.source = Poisoned(source, start)
-            yield from read(clips, row, np.array([start]))
-        clips.source = source
+    def poisoned_read(clips, indices):
+        source, samples = clips.source, []
+        for index in indices:
+            [sample] = read(clips, [index])
+            clips.source = Poisoned(source, sample["index"])
+            samples += read(clips, [index])
+            clips.source = source
+        return samples
 
     settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "policy": {"n_obs_steps": 2}}
     train(tmp_path / "clean", stages, head, **settings)
-    monkeypatch.setattr(Clips, "_read", poisoned_read)
+    monkeypatch.setattr(Clips, "__getitems__", poisoned_read)
     clean, num_clean = seen[0], len(seen)
     train(tmp_path / "poisoned", stages, head, **settings)
     poisoned = seen[num_clean]

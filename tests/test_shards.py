@@ -25,6 +25,7 @@ from hlrp.shards import Args, main
 from hlrp.sources import open_source
 from hlrp.streams import Episode
 from hlrp.tars import END, array_bytes, member_bytes, read_members
+from hlrp.transforms import fit
 
 WORLD = "world:default?episodes=12&seed=3"
 LABELLED = {"num_tokens": 2, "delta": 0.5, "camera": "", "source": "test"}
@@ -277,9 +278,41 @@ def test_frames_are_letterboxed_where_asked_for_and_batches_mix_sizes(tmp_path, 
     )
     main(Args(tmp_path, index=True))
     sources = [Shards(png), Shards(tmp_path)]
-    mixture = Mixture([Clips(s, range(len(s.lengths)), (0.0, 0.5), image_size=48) for s in sources])
-    batch = collate(mixture.__getitems__(range(32)))
-    assert batch["frames"].shape == (32, 2, 3, 48, 48) and set(batch["source"].tolist()) == {0}
+    clips = [
+        Clips(s, range(len(s.lengths)), (0.0, 0.5), image_size=48, source_index=i)
+        for i, s in enumerate(sources)
+    ]
+    samples = Mixture(clips).__getitems__(range(32))
+    expected = []
+    for sample in samples:
+        indices = [sample["index"], sample["index"] + round(sample["fps"] / 2)]
+        expected.append(fit(sources[sample["source"]].read(sample["episode"], indices)["frames"], 48))
+    assert torch.equal(collate(samples)["frames"], torch.stack(expected))
+
+
+@pytest.mark.parametrize("image_size", [64, 48])
+def test_a_batch_is_decoded_into_one_memory_and_not_copied(png, world, image_size):
+    samples = Clips(Shards(png), range(12), (0.0, 0.5), image_size).__getitems__([120, 3, 90, 4, 4])
+    first, frames = samples[0]["frames"], collate(samples)["frames"]
+    assert frames.data_ptr() == first.data_ptr()
+    for sample, found in zip(samples, frames, strict=True):
+        indices = [sample["index"], sample["index"] + round(sample["fps"] / 2)]
+        assert torch.equal(found, fit(world.read(sample["episode"], indices)["frames"], image_size))
+
+
+def test_a_broken_image_of_a_batch_is_named(tmp_path):
+    samples = [plain_sample(key, 9) for key in ("a", "b")]
+    samples[1]["7.jpg"] = samples[1]["7.jpg"][:40]
+    plain_tar(tmp_path / "0.tar", *samples)
+    main(Args(tmp_path, index=True))
+    source = Shards(tmp_path)
+    clips = Clips(source, range(2), (0.0, 0.2), image_size=32)
+    assert clips.offsets[0].tolist() == [0, 2]
+    clips.__getitems__([0, 7, 6])
+    with pytest.raises(
+        ValueError, match=r"episode 1: .*0.tar, episode 1 in it, frame 7: not a readable image"
+    ):
+        clips.__getitems__([0, 7, 12, 6])
 
 
 def test_data_sets_lie_side_by_side_and_are_picked_by_name(tmp_path, world):
