@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
+from hlrp.laq_decoder import Decoder
 from hlrp.losses import ActionReadout
 from hlrp.quantizers import QuantizerName, make_quantizer
 from hlrp.transformer import Transformer, patchify, unpatchify
@@ -101,37 +102,6 @@ def standardise(frames: Tensor) -> Tensor:
     return (frames.float() / 255 - 0.5) / 0.25
 
 
-class Decoder(nn.Module):
-    """The first frame, codes and further context -> one prediction a patch and target, "nothing changes" at first.
-
-    The codes scale and shift what every block reads (FiLM, Perez et al. 2017, arXiv:1709.07871; in a transformer:
-    Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2). Context tokens stand before the patches.
-    """
-
-    def __init__(
-        self, size: Size, num_tokens: int, grid: tuple, inputs: dict[str, int], outputs: dict[str, int]
-    ):
-        super().__init__()
-        self.from_codes = nn.Linear(num_tokens * size.dim, size.dim)
-        self.to_modulations = nn.ModuleList(
-            nn.Linear(size.dim, 4 * size.dim, bias=False) for _ in range(size.decoder_depth)
-        )
-        self.from_inputs = nn.ModuleDict({name: nn.Linear(dim, size.dim) for name, dim in inputs.items()})
-        self.transformer = Transformer(size.dim, size.decoder_depth, size.num_heads, grid)
-        self.to_outputs = nn.ModuleDict({name: nn.Linear(size.dim, dim) for name, dim in outputs.items()})
-        for head in self.to_outputs.values():
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-
-    def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
-        patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
-        condition = self.from_codes(codes.flatten(1))
-        modulations = [layer(condition)[:, None] for layer in self.to_modulations]  # b 1 4d
-        patches = patches + condition[:, None]
-        hidden = self.transformer(patches, context, modulations)[:, -patches.shape[1] :]
-        return {name: head(hidden).float() for name, head in self.to_outputs.items()}
-
-
 class LAQ(nn.Module):
     """Latent action quantizer. `forward(batch) -> (loss, metrics)` trains it; `encode` and `decode` use it."""
 
@@ -176,9 +146,9 @@ class LAQ(nn.Module):
             torch.randn(config.num_tokens, size.dim) * size.dim**-0.5
         )  # become the codes
         self.quantizer = make_quantizer(config.quantizer, size.dim, config.codebook_size, config.num_tokens)
-        self.decoder = Decoder(
-            size, config.num_tokens, grid, inputs, {name: outputs[name] for name in self.weights}
-        )
+        predicted = {name: outputs[name] for name in self.weights}
+        depth, num_tokens = size.decoder_depth, config.num_tokens
+        self.decoder = Decoder(size.dim, size.num_heads, depth, num_tokens, grid, inputs, predicted)
 
         if config.action_weight:
             latent_dim = config.num_tokens * size.dim

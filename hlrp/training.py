@@ -13,13 +13,11 @@ A run is a function of (settings, step): nothing random is carried from step to 
 the weights and the optimizer's state, and continues to the bit.
 """
 
-import fcntl
 import json
 import logging
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +44,7 @@ from hlrp.checkpoints import (
 )
 from hlrp.launch import keep_freed_memory, wait_for_all
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
+from hlrp.run_folder import git_state, last_checkpoint, lock
 from hlrp.sharding import full, full_copies, sharding
 from hlrp.watchdog import Stopwatch, Watchdog, stragglers
 
@@ -433,39 +432,3 @@ class Run:
         """One line above the progress bar, from the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
-
-
-def lock(output_dir: Path, patience: float = 5.0):
-    """Makes the folder and holds it for as long as this process lives.
-
-    Raises ValueError where another process holds it and goes on for `patience` [s], in which one whose launcher
-    was killed has saved and gone.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file, deadline = (output_dir / "run.lock").open("a"), time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: no loader's worker inherits it
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"a process that is alive trains in output_dir={output_dir}; give another one"
-                ) from None
-            time.sleep(0.05)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint folder of the highest step; each that has its name is whole."""
-    folders = [path for path in (output_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
-    return max(folders, key=lambda path: int(path.name), default=None)
-
-
-def git_state() -> dict[str, str | bool] | None:
-    """Commit of the working directory and whether it has changes; None outside a repository."""
-    root = Path(__file__).parents[1]
-    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    status = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True)
-    return {"commit": head.stdout.strip(), "changed": bool(status.stdout.strip())}

@@ -18,10 +18,11 @@ from test_lerobot_data import TOP, WRIST, write
 from torch import nn
 
 import finetune_policy
-from finetune_policy import Args, EnvArgs, EvalArgs, lerobot_flags
+from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
+from hlrp.lerobot_flags import lerobot_flags
 from hlrp.policy import HLRPConfig, HLRPPolicy
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run

@@ -2,7 +2,8 @@ from types import SimpleNamespace
 
 import torch
 
-from hlrp.training import Run, last_checkpoint, seed_step
+from hlrp.run_folder import last_checkpoint
+from hlrp.training import Run, seed_step
 
 
 def test_random_numbers_are_a_function_of_seed_step_and_rank():

@@ -1,0 +1,55 @@
+"""Flags as LeRobot's commands spell them, for `finetune_policy.py`."""
+
+
+def lerobot_flags(argv: list[str]) -> list[str]:
+    """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
+
+    Raises ValueError for one of LeRobot's that has no meaning here.
+    """
+    renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
+    renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
+    renamed |= {
+        "policy.optimizer_weight_decay": "weight-decay",
+        "policy.optimizer_grad_clip_norm": "grad-clip",
+    }
+    renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
+    refused = {  # and what sets it
+        "policy.optimizer_betas": "--optimizer, --lr",
+        "policy.scheduler_decay_steps": "--steps",
+        "policy.pretrained_path": "--policy.path",
+        "policy.stage2": "--policy.vla",
+        "wandb.project": "the variable WANDB_PROJECT",
+        "job_name": "the variable WANDB_NAME",
+    }
+    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
+    found, dataset = [], {}
+    tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
+    while tokens:
+        flag = tokens.pop(0)
+        if not flag.startswith("--"):
+            found.append(flag)
+            continue
+        name, values = flag[2:], []
+        while tokens and not tokens[0].startswith("--"):
+            values.append(tokens.pop(0))
+        if len(values) == 1 and values[0].startswith("["):
+            values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
+        name = name.replace("-", "_") if name.replace("-", "_") in {*renamed, *refused, *fixed} else name
+        if name in refused:
+            raise ValueError(f"--{name} has no meaning here; {refused[name]} sets what it stands for")
+        if name in fixed:
+            if values != [fixed[name]]:
+                raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")
+            continue
+        if name in ("dataset.repo_id", "dataset.root"):
+            (dataset[name],) = values
+            continue
+        name = renamed.get(name, name)
+        if values == ["false"]:
+            *prefix, last = name.split(".")
+            name = ".".join([*prefix, f"no-{last}"])
+        values = ["None" if value == "null" else value for value in values]
+        found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
+    if dataset:
+        found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
+    return found
