@@ -271,7 +271,7 @@ class Cluster:
         shutil.copytree(ROOT / "slurm", self.root / "slurm", ignore=lambda *_: ["site.env"])
         (self.root / "slurm/logs").mkdir(exist_ok=True)
         (self.root / "slurm/site.env").write_text(SITE.format(venv=Path(sys.prefix), folder=folder))
-        for name in ("hlrp", "train_laq.py", "train_vla.py"):
+        for name in ("hlrp", "train_laq.py", "train_vla.py", "finetune_policy.py"):
             (self.root / name).symlink_to(ROOT / name)
 
     def start(self) -> None:
@@ -483,6 +483,64 @@ def test_a_sweep_is_an_array_with_a_run_for_each_cell(cluster):
     for lr, run in runs.items():
         record = json.loads((run / "run.json").read_text())
         assert record["state"] == "done" and record["settings"]["lr"] == float(lr)
+
+
+@pytest.mark.slow
+def test_the_stages_follow_one_another(cluster):
+    folder, last = cluster.root / "outputs/stages", "checkpoints/last/pretrained_model"
+    few = [
+        "--batch-size",
+        "4",
+        "--steps",
+        "2",
+        "--save-freq",
+        "2",
+        "--num-workers",
+        "0",
+        "--val-samples",
+        "16",
+    ]
+    few += ["--warmup-steps", "1", "--eval-freq", "2", "--data", WORLD]
+    laq, vla = ["--laq", folder / "laq" / last], ["--policy.vla", folder / "vla" / last]
+    simulation = ["--env.type", "hlrp_world", "--env.task", "move", "--eval.n-episodes", "1"]
+    stages = {
+        "laq": ["slurm/train_laq.sbatch", *few],
+        "vla": ["slurm/train_vla.sbatch", *few, *laq, "--accept-failed-laq"],
+        "policy": ["slurm/finetune_policy.sbatch", *few, *laq, *vla, *simulation],
+    }
+    job = None
+    for name, command in stages.items():
+        after = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{job}"] if job else []
+        (job,) = cluster.submit("sbatch", *after, *command, "--output-dir", folder / name)
+    assert cluster.wait_until_over(job, 480) == "COMPLETED", cluster.logs()
+    assert {state(folder / name) for name in stages} == {"done"}
+    assert list((folder / "policy/videos").rglob("*.mp4"))
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_table_are_an_array(cluster):
+    few = "--batch-size 4 --steps 2 --num-workers 0 --val-samples 16 --warmup-steps 1"
+    flags = {"laq-flags": f"{few} --image-size 32", "vla-flags": few, "policy-flags": f"{few} --no-state"}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    flags += [
+        "--methods",
+        "random",
+        "bc",
+        "--demonstrations",
+        "1",
+        "--seeds",
+        "0",
+        "--output-dir",
+        "outputs/curve",
+    ]
+    flags += ["--data", WORLD, "--env", "hlrp_world", "--tasks", "move", "--episodes", "1"]
+    (job,) = cluster.submit("sbatch", "--array=0-1", "slurm/curve.sbatch", *flags)
+    assert cluster.wait_until_over(job, 480) == "COMPLETED", cluster.logs()
+    cells = json.loads((cluster.root / "outputs/curve/curve.json").read_text())
+    assert {name: cell["all"]["episodes"] for name, cell in cells.items()} == {
+        "random_k1_seed0": 1,
+        "bc_k1_seed0": 1,
+    }
 
 
 @pytest.mark.slow
