@@ -78,8 +78,8 @@ class Plan(NamedTuple):
     starts: np.ndarray  # (samples,)
     clip_frames: np.ndarray  # (samples, t)
     action_frames: np.ndarray  # (samples, chunk), of the longest chunk
-    action_is_pad: Tensor  # (samples, chunk)
-    latent_is_pad: Tensor  # (samples, t - 1)
+    action_is_pad: Sequence[Tensor]  # of each sample (chunk,)
+    latent_is_pad: Sequence[Tensor]  # (t - 1,)
     requests: list[Request]
 
 
@@ -242,7 +242,7 @@ class Clips(Dataset):
         chunk_size = offsets[:, -1].max(initial=0) if self.chunk_size is None else self.chunk_size
         action_frames = first + np.arange(chunk_size)
         action_is_pad, latent_is_pad = (
-            torch.from_numpy(frames > last) for frames in (action_frames, clip_frames[:, 1:])
+            torch.from_numpy(frames > last).unbind() for frames in (action_frames, clip_frames[:, 1:])
         )
         clip_frames, action_frames = np.minimum(clip_frames, last), np.minimum(action_frames, last)
 
@@ -254,10 +254,14 @@ class Clips(Dataset):
             groups = [[i] for i in range(len(rows))]
         else:
             groups = [np.flatnonzero(rows == row).tolist() for row in np.unique(rows)]
-        requests = [
-            Request(group, int(rows[group[0]]), int(episodes[group[0]]), *distinct(wanted[group]))
-            for group in groups
-        ]
+        firsts = [group[0] for group in groups]
+        increases = (wanted[:, 1:] > wanted[:, :-1]).all(1).tolist()
+        as_wanted = [list(range(wanted.shape[1]))]
+        requests = []
+        for group, row, episode in zip(groups, rows[firsts].tolist(), episodes[firsts].tolist(), strict=True):
+            is_one = len(group) == 1 and increases[group[0]]
+            frames, place = (wanted[group[0]], as_wanted) if is_one else distinct(wanted[group])
+            requests.append(Request(group, row, episode, frames, place))
         return Plan(starts, clip_frames, action_frames, action_is_pad, latent_is_pad, requests)
 
     def _read(self, plan: Plan) -> Iterator[dict]:
@@ -290,13 +294,14 @@ class Clips(Dataset):
 
     def _labels(self, plan: Plan, request: Request) -> dict[str, Tensor]:
         """The labelled actions and the cached latent actions of each sample, where there are some."""
-        source, labels = self.source, {}
+        source, labels, samples = self.source, {}, request.samples
+        samples = slice(samples[0], samples[0] + 1) if len(samples) == 1 else samples  # a view
         if self.is_labelled[request.row]:
-            frames = plan.action_frames[request.samples, : self._chunk_size(request.row)]
+            frames = plan.action_frames[samples, : self._chunk_size(request.row)]
             actions = source.actions(request.episode, frames.ravel())
             labels["action"] = actions.view(*frames.shape, source.action_dim)
         if self.latent_space is not None:
-            frames = plan.clip_frames[request.samples, :-1]
+            frames = plan.clip_frames[samples, :-1]
             for name, column in source.labels(request.episode, frames.ravel()).items():
                 labels[name] = column.unflatten(0, frames.shape)
         return labels
@@ -308,7 +313,12 @@ class Clips(Dataset):
         source, (samples, _, episode, frames, place) = self.source, request
         number = episode if self.episode_numbers is None else self.episode_numbers[episode]
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
-        native, fitted, task, labels = (read.pop(name) for name in ("native", "frames", "task", "labels"))
+        native, fitted, labels, task = (
+            read.pop("native"),
+            read.pop("frames"),
+            read.pop("labels"),
+            read.pop("task"),
+        )
         state, point = read.pop("state", None), read.pop("point", None)
         pictures = {}
         if self.input_size is not None:
@@ -339,7 +349,7 @@ class Clips(Dataset):
             for key, column in labels.items():
                 sample[key] = column[j]
             if "action" in labels:
-                sample["action_is_pad"] = plan.action_is_pad[i, : len(labels["action"][j])]
+                sample["action_is_pad"] = plan.action_is_pad[i][: labels["action"].shape[1]]
             if self.min_times < len(self.times):
                 sample["latent_is_pad"] = plan.latent_is_pad[i]
             for key, value in read.items():
@@ -358,14 +368,14 @@ def naming(source, episode: int) -> Iterator[None]:
 
 def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     """The different numbers in `frames` (n, t), increasing, and the place among them of each."""
-    if len(frames) == 1 and (frames[0, 1:] > frames[0, :-1]).all():
-        return frames[0], [list(range(frames.shape[1]))]
     unique, place = np.unique(frames, return_inverse=True)
     return unique, place.reshape(frames.shape).tolist()
 
 
 def select(frames: Tensor, indices: list[int]) -> Tensor:
     """frames[indices], without a copy where these are evenly spaced."""
+    if indices == list(range(len(frames))):
+        return frames
     first, last = indices[0], indices[-1]
     evenly = range(first, last + 1, max((last - first) // max(len(indices) - 1, 1), 1))
     return frames[first : last + 1 : evenly.step] if list(evenly) == indices else frames[indices]

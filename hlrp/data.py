@@ -239,8 +239,9 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
         )
 
     batch = {key: samples[0].pop(key) for key in ("skipped", "turns") if key in samples[0]}
+    common = set(samples[0]).intersection(*samples[1:]) - {"state", "action", "action_is_pad", "point"}
     for key, value in samples[0].items():
-        if key in ("state", "action", "action_is_pad", "point") or not all(key in s for s in samples):
+        if key not in common:
             continue
         values = [s[key] for s in samples]
         if isinstance(value, Tensor):

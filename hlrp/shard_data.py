@@ -179,7 +179,7 @@ class Shards:
     def _rows(self, members: dict[str, bytes], episode: int, name: str, indices: Sequence[int]) -> Tensor:
         place = f"{self.place(episode)}, {name}.npy"
         array = as_column(name, to_array(members[f"{name}.npy"], place))
-        return torch.from_numpy(array[np.asarray(indices)])
+        return torch.from_numpy(array.take(indices, axis=0))
 
 
 def open_indexes(tars: Sequence[Path]) -> tuple[list[Index], list[str]]:

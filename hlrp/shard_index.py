@@ -15,6 +15,7 @@ wrong one leads to data that fail their checksum. All checksums are CRC32C.
 import hashlib
 import json
 import os
+import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -30,6 +31,7 @@ from hlrp.tars import read_samples
 SUFFIX = ".index"
 FORMAT = 1
 ROW = np.dtype([("start", "<i8"), ("size", "<u4"), ("checksum", "<u4")])
+UNPACK_ROWS = struct.Struct("<qII").iter_unpack
 ABSENT = (-1, 0, 1)  # an episode without this member; a row of zeros is none that could be meant
 DTYPES = {"U8": "uint8", "U32": "uint32", "I64": "int64", "F32": "float32", "F64": "float64"}
 HEAD_SIZE = 2**16  # read at once when an index is opened [byte]
@@ -74,7 +76,7 @@ class Index(NamedTuple):
         """Those of the frames, or of the members of the episodes, from start to stop."""
         table = self.tables[name]
         data = self.file().read(table.start + start * table.shape[1], (stop - start) * table.shape[1])
-        return np.frombuffer(data, ROW).tolist()
+        return list(UNPACK_ROWS(data))
 
     def read(self, rows: Sequence[Row], what: Callable[[Row], str]) -> dict[Row, bytes]:
         """The data at these rows, adjacent ones in one go, each checked. what: names a row for an error."""

@@ -105,7 +105,7 @@ def is_image(suffix: str) -> bool:
 
 
 def as_column(name: str, array: np.ndarray) -> np.ndarray:
-    if name in ("state", "action"):
+    if name in ("state", "action") and (array.ndim != 2 or array.dtype != np.float32):
         return array.reshape(len(array), -1).astype(np.float32, copy=False)
     return array
 
@@ -113,7 +113,7 @@ def as_column(name: str, array: np.ndarray) -> np.ndarray:
 def to_object(data: bytes, name: str) -> dict:
     """A JSON object. Raises ValueError that begins with `name`."""
     try:
-        content = json.loads(data)
+        content = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -150,7 +150,7 @@ def to_array(data: bytes, name: str) -> np.ndarray:
         array = np.frombuffer(data, dtype, count, size).reshape(shape, order=order)
     except (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"{name}: not a readable NPY array: {error}") from error
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
 @lru_cache(maxsize=4096)
