@@ -48,6 +48,9 @@ class VLAConfig:
     token_rows: Literal["codes", "vocabulary"] = (
         "codes"  # tokens: a softmax over codes, or over words and codes
     )
+    # tokens: share of the samples that see no code before another in training (word dropout, Bowman et al. 2016,
+    # arXiv:1511.06349): image and instruction alone tell them all, which is learned later where codes tell each other
+    code_dropout: float = 0.0
     expert_dim: int = 256  # width of the flow head's expert
     expert_depth: int = 4  # and its blocks
     num_inference_steps: int = 10  # of the flow's integration
@@ -128,9 +131,9 @@ class CodeHead(nn.Module):
 class TokensHead(CodeHead):
     """Autoregressive: loss as of next-token prediction, at the positions of codes alone."""
 
-    def __init__(self, dim: int, space: LatentSpace, chunk_size: int, token_rows: str):
-        super().__init__(dim, space, chunk_size)
-        self.in_vocabulary = token_rows == "vocabulary"
+    def __init__(self, dim: int, space: LatentSpace, config: VLAConfig):
+        super().__init__(dim, space, config.chunk_size)
+        self.in_vocabulary, self.code_dropout = config.token_rows == "vocabulary", config.code_dropout
         self.embeddings = nn.Parameter(torch.randn_like(self.rows) * 0.02)  # as wide as word embeddings are
 
     def embed(self, indices: Tensor, first: int = 0) -> Tensor:
@@ -142,8 +145,12 @@ class TokensHead(CodeHead):
         self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
     ) -> Scored:
         targets = latents.flatten(1)  # b n
-        suffix = vlm.embed_scale * self.embed(targets[:, :-1])
-        encoded = vlm(images, tasks, suffix)
+        suffix = self.embed(targets[:, :-1])
+        if self.training and self.code_dropout:
+            any_code = self.embeddings.mean(1).repeat(self.chunk_size, 1)[: self.length - 1]  # n d
+            is_dropped = torch.rand(len(targets), 1, 1, device=suffix.device) < self.code_dropout
+            suffix = torch.where(is_dropped, any_code, suffix)
+        encoded = vlm(images, tasks, vlm.embed_scale * suffix)
         hidden, prompt = encoded.hidden[:, -self.length :], encoded.without(self.length - 1)
         if not self.in_vocabulary:
             return self.score(self.logits(hidden), targets, prompt, is_pad)
@@ -255,7 +262,7 @@ class VLA(nn.Module):
         self.config, self.space, self.vlm = config, space, vlm
         match config.head:
             case "tokens":
-                self.head = TokensHead(vlm.dim, space, config.chunk_size, config.token_rows)
+                self.head = TokensHead(vlm.dim, space, config)
             case "parallel":
                 self.head = ParallelHead(vlm.dim, space, config.chunk_size)
             case "flow":
@@ -376,6 +383,10 @@ def check(config: VLAConfig) -> None:
     for name in ("chunk_size", "num_inference_steps", "flow_draws", "expert_dim", "expert_depth"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
+    if not 0 <= config.code_dropout <= 1 or config.code_dropout and config.head != "tokens":
+        raise ValueError(
+            f"code_dropout={config.code_dropout}; expected 0 to 1, above 0 with head=tokens alone"
+        )
     if config.expert_dim % 4:
         raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")
     for name in ("action_weight", "feature_weight", "point_weight"):

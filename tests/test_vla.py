@@ -82,6 +82,25 @@ def predict(vla, images, tasks, temperature=0.0):
     return predicted.vectors if predicted.indices is None else predicted.indices
 
 
+@pytest.mark.parametrize("row", [{"head": "tokens"}, VOCABULARY], ids=name)
+def test_code_dropout_hides_the_codes_before_each_one_in_training_alone(row, saved, monkeypatch):
+    vla, logits = make(saved("smolvlm"), chunk_size=2, code_dropout=1.0, **row), []
+    score = vla.head.score
+    monkeypatch.setattr(vla.head, "score", lambda *args: logits.append(args[0]) or score(*args))
+    batch = make_batch(vla)
+    other = batch | {"latent_indices": (batch["latent_indices"] + 1) % vla.space.codebook_size}
+    vla.train()(batch), vla(other), vla.eval()(batch), vla(other)
+    hidden, hidden_too, seen, other_seen = logits
+    assert torch.equal(hidden, hidden_too)
+    assert not torch.allclose(hidden[:, 1], hidden[:, 4])  # which of the two latent actions it is of
+    assert torch.equal(seen[:, 0], other_seen[:, 0]) and not torch.allclose(seen[:, 1:], other_seen[:, 1:])
+
+    vla.head.code_dropout = 0.5
+    vla.train()(batch)
+    is_dropped = [torch.equal(*rows) for rows in zip(logits[-1], hidden, strict=True)]
+    assert 0 < sum(is_dropped) < len(is_dropped)
+
+
 def test_what_tokens_expects_at_a_place_is_the_mean_over_the_sequences_before_it(saved, monkeypatch):
     """Also where the likeliest sequence is not like the mean."""
     vla = make(saved("smolvlm"), num_tokens=2, head="tokens").eval()
@@ -406,6 +425,8 @@ def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_pre
         ({"head": "flow", "expert_depth": 0}, "expert_depth=0"),
         ({"action_weight": -1.0}, "action_weight=-1.0; expected 0 or more"),
         ({"point_weight": -1.0}, "point_weight=-1.0; expected 0 or more"),
+        ({"head": "tokens", "code_dropout": 1.5}, "code_dropout=1.5; expected 0 to 1"),
+        ({"head": "flow", "code_dropout": 0.5}, "code_dropout=0.5; expected .* with head=tokens alone"),
         ({"action_weight": 1.0}, "action_weight=1.0, but no source in the data has actions"),
         ({"head": "tokens", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
         ({"head": "parallel", "num_tokens": 0}, "head=tokens and head=parallel .*: head=flow fits"),
