@@ -100,7 +100,7 @@ def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
-    from hlrp.clips import Clips, choose_clips, is_stream, split_episodes
+    from hlrp.clips import Clips, choose_clips
     from hlrp.data import Mixture, loader
     from hlrp.demonstrations import (
         choose_demonstrations,
@@ -118,6 +118,7 @@ def main(args: Args) -> None:
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import expand, instructions, open_source, parse_uri
+    from hlrp.splits import is_stream, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.validation import scalars

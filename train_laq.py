@@ -63,7 +63,7 @@ class Args:
 
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
-    from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
+    from hlrp.clips import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
@@ -71,6 +71,7 @@ def main(args: Args) -> None:
     from hlrp.sharding import distribute, gathered
     from hlrp.shown import encoded
     from hlrp.sources import expand, open_source, parse_uri
+    from hlrp.splits import first_share, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transformer import Block

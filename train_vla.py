@@ -68,7 +68,7 @@ class Args:
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.checkpoints import load_config
-    from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
+    from hlrp.clips import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
@@ -78,6 +78,7 @@ def main(args: Args) -> None:
     from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import expand, instructions, open_source, parse_uri
+    from hlrp.splits import first_share, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transforms import regrid

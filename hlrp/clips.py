@@ -11,47 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hlrp.images import decode_clips
-from hlrp.permutation import hash_integers
 from hlrp.transforms import fit, fit_all
-
-
-class EpisodeRange(NamedTuple):
-    """The episodes of a stream whose hash lies in [low, high): a part of it, known without a look at the whole."""
-
-    seed: int
-    low: float
-    high: float
-
-    def __contains__(self, episode: int) -> bool:
-        return self.low <= hash_integers(self.seed, 3, episode)[0] / 2**64 < self.high
-
-
-def split_episodes(
-    source, val_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray] | tuple[EpisodeRange, EpisodeRange]:
-    """Episode numbers for training and for validation, disjoint, at least one each; of a stream, ranges of them."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}; a share between 0 and 1 fits")
-    if is_stream(source):
-        return EpisodeRange(seed, val_fraction, 1.0), EpisodeRange(seed, 0.0, val_fraction)
-    num_episodes = len(source.lengths)
-    if num_episodes < 2:
-        raise ValueError(f"{source.uri}: {num_episodes} episode; training and validation need 2 or more")
-    num_val = min(max(round(val_fraction * num_episodes), 1), num_episodes - 1)
-    shuffled = np.random.default_rng(seed).permutation(num_episodes)
-    return np.sort(shuffled[num_val:]), np.sort(shuffled[:num_val])
-
-
-def is_stream(source) -> bool:
-    """Whether a source is read from one end to the other (`hlrp.streams`)."""
-    return hasattr(source, "num_shards")
-
-
-def first_share(episodes: np.ndarray | EpisodeRange, share: float) -> np.ndarray | EpisodeRange:
-    """That share of some episodes, from the first on."""
-    if isinstance(episodes, EpisodeRange):
-        return episodes._replace(high=episodes.low + share * (episodes.high - episodes.low))
-    return episodes[: round(share * len(episodes))]
 
 
 class Sizes(NamedTuple):
@@ -313,12 +273,7 @@ class Clips(Dataset):
         source, (samples, _, episode, frames, place) = self.source, request
         number = episode if self.episode_numbers is None else self.episode_numbers[episode]
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
-        native, fitted, labels, task = (
-            read.pop("native"),
-            read.pop("frames"),
-            read.pop("labels"),
-            read.pop("task"),
-        )
+        native, fitted, labels, task = map(read.pop, ("native", "frames", "labels", "task"))
         state, point = read.pop("state", None), read.pop("point", None)
         pictures = {}
         if self.input_size is not None:

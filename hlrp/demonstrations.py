@@ -10,7 +10,8 @@ from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
-from hlrp.clips import Clips, is_stream
+from hlrp.clips import Clips
+from hlrp.splits import is_stream
 
 
 def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:

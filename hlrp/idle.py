@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hlrp.clips import is_stream
+from hlrp.splits import is_stream
 from hlrp.transforms import fit
 
 IMAGE_SIZE = 64  # at which motion is measured [pixel]

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
-from hlrp.clips import Clips, action_statistics, split_episodes
+from hlrp.clips import Clips, action_statistics
 from hlrp.data import Mixture, loader
 from hlrp.demonstrations import choose_demonstrations
 from hlrp.laq import standardise
 from hlrp.metrics import r2_per_dim
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.sources import open_source, parse_uri
+from hlrp.splits import split_episodes
 from hlrp.training import seed_step
 from hlrp.transformer import Block, Transformer, patchify
 from hlrp.transforms import fit

@@ -29,7 +29,7 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import draw
-from hlrp.clips import action_statistics, choose_clips, first_share, split_episodes
+from hlrp.clips import action_statistics, choose_clips
 from hlrp.controls import (
     predicted_actions,
     principal_components,
@@ -44,6 +44,7 @@ from hlrp.pictures import bindings_of, draw_pictures
 from hlrp.probes import MIN_EPISODES, episode_split
 from hlrp.shown import encoded
 from hlrp.sources import open_source, parse_uri
+from hlrp.splits import first_share, split_episodes
 from hlrp.streams import clips_of
 from hlrp.validation import Share, code_use, encode_all
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from hlrp.clips import Clips, is_stream
+from hlrp.clips import Clips
+from hlrp.splits import is_stream
 
 COLUMNS = ("episode", "time", "index", "vector", "codes", "delta")
 

@@ -5,8 +5,8 @@ from itertools import chain, islice
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from hlrp.clips import is_stream
 from hlrp.open_x import MIXTURES, mixture
+from hlrp.splits import is_stream
 
 
 def true_or_false(text: str) -> bool:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlrp.clips import Clips, EpisodeRange, Sizes
+from hlrp.clips import Clips, Sizes
 from hlrp.images import decode_all
 from hlrp.permutation import hash_integers, permute
+from hlrp.splits import EpisodeRange
 
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
 MAX_EPISODES = 1_000_000  # in a shard; sample["episode"] is shard * this + the place in the shard

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hlrp.clips import Clips, choose_clips, split_episodes
+from hlrp.clips import Clips, choose_clips
 from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
 from hlrp.sources import expand, open_source, parse_uri
+from hlrp.splits import split_episodes
 
 
 class Counting:

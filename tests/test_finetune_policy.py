@@ -249,7 +249,7 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):
-    from hlrp.clips import split_episodes
+    from hlrp.splits import split_episodes
 
     source = open_source("world:clean?episodes=24")
     train_episodes, val_episodes = split_episodes(source, 0.1, 0)

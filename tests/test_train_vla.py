@@ -176,14 +176,14 @@ def clean_laq(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["parallel", "tokens", "flow"])
 def test_every_head_looks_and_reads_and_tells_the_actions_of_the_world(head, clean_laq, tmp_path):
-    """R2 .6 is asked for as the mean of three seeds; one alone may lie a little below."""
     flags = ["--laq", clean_laq, "--data", "world:clean?episodes=20000", "--head", head, "--seed", "2"]
     flags += ["--chunk-size", "4", "--point-weight", "4", "--feature-weight", "3", "--steps", "1250"]
     flags += ["--mixed-precision", "bf16", "--num-workers", "0", "--pictures", "usage"]
+    flags += ["--code-dropout", "0.5"] if head == "tokens" else []
     subprocess.run([sys.executable, SCRIPT, *flags, "--output-dir", tmp_path], check=True)
     config = json.loads((tmp_path / "checkpoints/last/pretrained_model/config.json").read_text())
     figures = config["report"]["world-clean"]
-    assert figures["action_r2"] >= 0.57 and abs(figures["action_r2_random"]) < 0.05
+    assert figures["action_r2"] >= 0.6 and abs(figures["action_r2_random"]) < 0.05
     assert min(figures["loss_shuffled_text"], figures["loss_blank_image"]) > 1.1 * figures["loss"]
 
 
