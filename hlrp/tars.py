@@ -113,7 +113,7 @@ def as_column(name: str, array: np.ndarray) -> np.ndarray:
 def to_object(data: bytes, name: str) -> dict:
     """A JSON object. Raises ValueError that begins with `name`."""
     try:
-        content = json.loads(data.decode())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -62,7 +62,7 @@ class Packets(NamedTuple):
 
     pts: np.ndarray  # int64 (frames,), increasing
     key_pts: np.ndarray  # int64 (keys,), increasing: where decoding can start
-    key_seek: np.ndarray  # int64 (keys,): and the time stamp that a seek finds it by
+    key_dts: np.ndarray  # int64 (keys,): and when it is decoded
     are_plain: bool  # what torchcodec 0.11 decodes without fault: nothing hidden, closed groups, and no AVI
 
 
@@ -188,7 +188,7 @@ class PyAV:
         """The packets from a key frame on, or from an earlier one. In most files, a seek to when it is shown leads
         there; where it leads further, one to when it is decoded does."""
         key_pts = self.packets.key_pts[key]
-        for stamp in (key_pts, self.packets.key_seek[key]):
+        for stamp in (key_pts, self.packets.key_dts[key]):
             self.container.seek(int(stamp), stream=self.stream)
             packets = self.container.demux(self.stream)
             first = next(packets)
@@ -225,19 +225,18 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
 def scan(container: InputContainer, stream: VideoStream) -> Packets:
     """Reads all packets of a stream, and decodes none."""
     pts, keys = [], []
-    seeks_by_pts = "matroska" in container.format.name
     are_plain = container.format.name != "avi"
     for packet in packets_of(container, stream):
         if packet.is_keyframe:
-            keys.append((packet.pts, packet.pts if seeks_by_pts or packet.dts is None else packet.dts))
+            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
         is_hidden = packet.is_discard  # by an edit list
         are_plain &= not is_hidden and bool(keys) and packet.pts >= keys[-1][0]
         if not is_hidden:
             pts.append(packet.pts)
     if not pts or not keys:
         raise RuntimeError("it has no frames")
-    key_pts, key_seek = np.array(sorted(keys), dtype=np.int64).T
-    return Packets(np.array(sorted(pts), dtype=np.int64), key_pts, key_seek, are_plain)
+    key_pts, key_dts = np.array(sorted(keys), dtype=np.int64).T
+    return Packets(np.array(sorted(pts), dtype=np.int64), key_pts, key_dts, are_plain)
 
 
 class Header(NamedTuple):
