@@ -175,7 +175,7 @@ def main(args: Args) -> None:
     )
     start = run.step * run.samples_per_step
     train_loader = loader(
-        mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.turns
+        mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.intake.turns
     )
     for batch in run.batches(train_loader):
         lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)

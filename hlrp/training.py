@@ -14,13 +14,12 @@ the weights and the optimizer's state, and continues to the bit.
 """
 
 import json
-import logging
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,13 +41,13 @@ from hlrp.checkpoints import (
     write_json,
     write_text,
 )
+from hlrp.intake import Intake
 from hlrp.launch import keep_freed_memory, wait_for_all
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
 from hlrp.run_folder import git_state, last_checkpoint, lock
 from hlrp.sharding import full, full_copies, sharding
 from hlrp.watchdog import Stopwatch, Watchdog, stragglers
 
-logger = logging.getLogger(__name__)
 # exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
 INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
 FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
@@ -108,12 +107,8 @@ class Run:
         self.refuse_other_settings(fingerprint)
         self.step = int(self.checkpoint.name) if self.checkpoint else 0
         self.report = None  # of the last validation, kept in every checkpoint
-        self.turns: dict[str, int] = {}  # where streams begin, see hlrp.streams
-        self.reached: dict[str, dict[int, int]] = {}  # and where each of this rank's readers is
-        self.num_broken = 0  # clips and parts of streams left out on this rank since the start
-
+        self.intake = Intake(settings["num_workers"], settings["max_broken"])
         self.first_fault = torch.full((), math.inf, device=accelerator.device)
-        self.seen: dict[int, list] = {}  # step -> what the batch was made of, until it is known to be sound
         self.stop_signal = 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.request_stop)
@@ -185,9 +180,9 @@ class Run:
                 load_weights(saved, model)
             load_optimizer(self.checkpoint / "training_state", optimizer)
             step = json.loads((self.checkpoint / "training_state" / "training_step.json").read_text())
-            self.report, self.turns = step["report"], step["turns"]
+            self.report, self.intake.turns = step["report"], step["turns"]
             self.print(f"resumed {self.output_dir} at step {self.step}")
-            for name, turn in self.turns.items():
+            for name, turn in self.intake.turns.items():
                 self.print(
                     f"{name} is a stream: it goes on at the beginning of shard {turn} since its start; what was read "
                     "of it and of later ones is seen again"
@@ -207,12 +202,7 @@ class Run:
             self.waited += time.monotonic() - before
             labelled = self.share_of_labelled(batches)
             for i, batch in enumerate(batches):
-                for name, reader, turn in batch.pop("turns", ()):
-                    self.reached.setdefault(name, {})[reader] = turn
-                self.count_broken(batch.pop("skipped", ()))
-                self.seen.setdefault(self.step + 1, []).extend(
-                    zip(batch["dataset"], batch["episode"].tolist(), strict=True)
-                )
+                self.take_in(batch)
                 self.samples += len(batch["dataset"])
                 batch = {
                     k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
@@ -221,41 +211,24 @@ class Run:
                 seed_step(self.seed, self.step * accumulation + i, self.accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
 
-    def count_broken(self, messages: Sequence[str]) -> None:
-        """Tells what was left out, and raises ValueError where it is too much."""
-        for message in messages:
-            self.num_broken += 1
-            logger.warning("skipped %s", message)
-            if self.num_broken > self.settings["max_broken"]:
-                self.finish("failed")
-                raise ValueError(
-                    f"max_broken={self.settings['max_broken']}, but more cannot be read, at last {message}; "
-                    "mend the data, or allow more"
-                )
-
-    def next_turns(self) -> dict[str, int]:
-        """For each stream, the earliest shard that a reader on any rank has not used up."""
-        names, num_readers = sorted(self.reached), max(1, self.settings["num_workers"])
-        turns = [
-            min(self.reached[name].values())
-            if len(self.reached[name]) == num_readers
-            else self.turns.get(name, 0)
-            for name in names
-        ]
-        if names and dist.is_initialized():
-            lowest = torch.tensor(turns, device=self.accelerator.device)
-            dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-            turns = lowest.tolist()
-        return dict(zip(names, turns, strict=True))
+    def take_in(self, batch: dict) -> None:
+        try:
+            self.intake.take(batch, self.step + 1)
+        except ValueError:
+            self.finish("failed")
+            raise
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
-        """How many samples of an optimizer step, on all ranks, have actions, and how many have latent actions, for
-        each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
+        """How many samples of an optimizer step, on all ranks, have actions, how many have latent actions, and of how
+        many the point is known, for each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
         counts = {}
         if "action_is_pad" in batches[0]:
             counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
         if "latent_is_pad" in batches[0]:
             counts["num_latent"] = sum((~batch["latent_is_pad"]).any(1).sum() for batch in batches)
+        if self.settings.get("point_weight"):  # a batch may have no point at all, and not so on each rank
+            points = [batch["point"] for batch in batches if "point" in batch]
+            counts["num_points"] = torch.cat([torch.zeros(0, 2), *points]).isfinite().all(1).sum()
         for name, count in counts.items():
             count = count.to(self.accelerator.device, torch.float32)
             counts[name] = self.accelerator.reduce(count, "mean") / len(batches)
@@ -279,10 +252,10 @@ class Run:
             self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
         )
         if math.isinf(first := float(first)):
-            self.seen.clear()
+            self.intake.seen.clear()
             return
         mine = float(self.first_fault) == first
-        sources = sorted({f"{name} episode {episode}" for name, episode in self.seen.get(int(first), [])})
+        sources = sorted(set(self.intake.seen.get(int(first), [])))
         self.finish("failed")
         raise FloatingPointError(
             f"step {int(first)}: the loss or its gradient is not finite"
@@ -314,8 +287,8 @@ class Run:
             means = self.accelerator.reduce(means, "mean").tolist()
             self.tell_stragglers()
             values = values | dict(zip(names, means, strict=True)) | self.speed(step)
-            if self.num_broken:
-                values["broken"] = self.num_broken
+            if self.intake.num_broken:
+                values["broken"] = self.intake.num_broken
         if not self.accelerator.is_main_process:
             return
         self.metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
@@ -394,7 +367,7 @@ class Run:
         model, is_main = self.accelerator.unwrap_model(model), self.accelerator.is_main_process
         weights = full_copies(model.state_dict(), is_main)
         state = full_copies(moments(optimizer), is_main)
-        turns = self.next_turns()
+        turns = self.intake.next_turns(self.accelerator.device)
         if is_main and not folder.is_dir():
             with whole_folder(folder) as partial:
                 (partial / "pretrained_model").mkdir()

@@ -293,7 +293,7 @@ class VLA(nn.Module):
             loss = loss + self.config.feature_weight * term
             metrics["feature_loss"] = term.detach()
         if self.config.point_weight:
-            term = self.point_loss(scored.prompt.hidden[:, -1], batch.get("point"))
+            term = self.point_loss(scored.prompt.hidden[:, -1], batch)
             loss = loss + self.config.point_weight * term
             metrics["point_loss"] = term.detach()
         if self.config.action_weight:
@@ -302,16 +302,17 @@ class VLA(nn.Module):
             metrics["action_loss"] = term.detach()
         return loss, metrics
 
-    def point_loss(self, hidden: Tensor, point: Tensor | None) -> Tensor:
+    def point_loss(self, hidden: Tensor, batch: dict) -> Tensor:
         """Cross-entropy of the bins that the place of the named thing falls into, a mean over the samples that know it.
 
-        hidden (b, d) at the last word, which has read image and instruction; point (b, 2), nan where unknown, or None.
+        hidden (b, d) at the last word, which has read image and instruction. batch: point (b, 2), nan where unknown, if
+        any is known; num_points as `masked_mean`'s count.
         """
         logits = self.to_point(hidden).float().unflatten(1, (2, POINT_BINS))
-        place = hidden.new_full((len(hidden), 2), torch.nan) if point is None else point
+        place = batch.get("point", hidden.new_full((len(hidden), 2), torch.nan))
         bins = ((place + 1) / 2 * POINT_BINS).nan_to_num().long().clamp(0, POINT_BINS - 1)
         errors = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(-1, 2)
-        return masked_mean(errors.mean(1), place.isfinite().all(1))
+        return masked_mean(errors.mean(1), place.isfinite().all(1), batch.get("num_points"))
 
     def block_classes(self) -> set[type[nn.Module]]:
         """The repeated layers: units to compile. Those of `vlm` are units to shard; the expert's have two entries."""

@@ -104,9 +104,17 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, laq_folder
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
-def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(laq_folder, tmp_path):
+def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(laq_folder, tmp_path, monkeypatch):
+    read = World.read
+
+    def with_few_points(world, episode, indices):
+        sample = read(world, episode, indices)
+        return sample | {"point": sample["point"] * (1 if episode % 3 else torch.nan)}
+
+    monkeypatch.setattr(World, "read", with_few_points)
+
     def grad_norm(name, **settings):
-        train(tmp_path / name, laq_folder, {"action_weight": 1.0}, steps=2, **settings)
+        train(tmp_path / name, laq_folder, {"action_weight": 1.0, "point_weight": 2.0}, steps=2, **settings)
         return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
 
     large = grad_norm("large", batch_size=4)

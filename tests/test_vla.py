@@ -371,10 +371,13 @@ def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_kno
     assert terms[-1] < 0.7 * terms[0]
 
     hidden, point, known = torch.randn(4, vla.vlm.dim), batch["point"], [0, 2, 3]
-    expected = vla.point_loss(hidden, point)
-    torch.testing.assert_close(vla.point_loss(hidden[known], point[known]), expected)
+    expected = vla.point_loss(hidden, {"point": point})
+    torch.testing.assert_close(vla.point_loss(hidden[known], {"point": point[known]}), expected)
+    count = {"num_points": torch.tensor(3 / 2)}
+    halves = [vla.point_loss(hidden[half], {"point": point[half]} | count) for half in ([0, 1], [2, 3])]
+    torch.testing.assert_close(sum(halves) / 2, expected)
     vla.zero_grad()
-    nothing = vla.point_loss(hidden, None)
+    nothing = vla.point_loss(hidden, {})
     nothing.backward()  # every rank takes part, whatever its samples know
     assert nothing == 0 and not vla.to_point.weight.grad.any()
 
