@@ -238,10 +238,10 @@ class Clips(Dataset):
     def _read_encoded(self, plan: Plan) -> Iterator[dict]:
         source, encoded, reads = self.source, [], []
         for request in plan.requests:
-            with naming(source, request.episode):
-                encoded.append(source.encoded(request.episode, request.frames))
-                reads.append(source.about(request.episode, request.frames))
-                reads[-1]["labels"] = self._labels(plan, request)
+            _, _, episode, frames, _ = request
+            with naming(source, episode):
+                encoded.append(source.encoded(episode, frames))
+                reads.append(source.about(episode, frames) | {"labels": self._labels(plan, request)})
 
         def name(number: int) -> str:
             shown = [(request.episode, frame) for request in plan.requests for frame in request.frames]

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,13 @@ def is_indexed(location: str | Path) -> bool:
     if is_url(location):
         return False
     return any(Path(tar).expanduser().with_suffix(SUFFIX).is_file() for tar in find_tars(location))
+
+
+class Members(NamedTuple):
+    """Those of an episode that are no frames."""
+
+    place: str  # of the episode, for errors
+    data: dict[str, bytes]  # by kind
 
 
 class Shards:
@@ -97,7 +104,7 @@ class Shards:
         self.first_rows = np.cumsum(self.lengths) - self.lengths
         num_episodes = [len(index.lengths) for index in self.shards]
         self.first_episodes = (np.cumsum(num_episodes) - num_episodes).tolist()  # of each shard
-        self._last: tuple[int, dict[str, bytes]] = -1, {}
+        self._last: tuple[int, Members] = -1, Members("", {})
         digests = b"".join(index.digest for index in self.shards)
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
@@ -110,7 +117,7 @@ class Shards:
         """The frames as they lie in the TAR."""
         shard, row = self._locate(episode)
         length = int(self.lengths[episode])
-        indices = [int(index) for index in indices]
+        indices = np.asarray(indices).tolist()
         low, high = min(indices), max(indices)
         if low < 0 or high >= length:
             raise ValueError(f"{self.place(episode)}: frames {low} to {high} of {length}")
@@ -122,24 +129,21 @@ class Shards:
 
     def about(self, episode: int, indices: Sequence[int]) -> dict:
         """What read() gives, without the frames."""
-        members = self._members(episode)
-        place = self.place(episode)
+        place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
         for name in self.read_columns:
-            read[name] = self._rows(members, episode, name, indices)
+            read[name] = self._rows(episode, name, indices)
         return read | header.get("facts", {})
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
-        return self._rows(self._members(episode), episode, "action", indices)
+        return self._rows(episode, "action", indices)
 
     def states(self, episode: int, indices: Sequence[int]) -> Tensor:
-        return self._rows(self._members(episode), episode, "state", indices)
+        return self._rows(episode, "state", indices)
 
     def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        names = [name for name in LABELS if name in self.columns]
-        members = self._members(episode)
-        return {name: self._rows(members, episode, name, indices) for name in names}
+        return {name: self._rows(episode, name, indices) for name in LABELS if name in self.columns}
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
         """Of "state" or "action", over all frames: float64 (n,) each of count, mean, std, min, max, q01, q99."""
@@ -166,19 +170,20 @@ class Shards:
         number = bisect_right(self.first_episodes, episode) - 1
         return self.shards[number], int(episode) - self.first_episodes[number]
 
-    def _members(self, episode: int) -> dict[str, bytes]:
-        """Those of an episode that are no frames, by kind; of the last episode they are still there."""
+    def _members(self, episode: int) -> Members:
+        """Those of the last episode are still there."""
         if self._last[0] != episode:
             shard, row = self._locate(episode)
             rows: list[Row] = shard.rows("members", row, row + 1)
             kinds = {row: kind for row, kind in zip(rows, shard.facts["kinds"], strict=True) if row != ABSENT}
             data = shard.read(list(kinds), lambda row: f"{kinds[row]} of episode {episode}")
-            self._last = episode, {kind: data[row] for row, kind in kinds.items()}
+            members = {kind: data[row] for row, kind in kinds.items()}
+            self._last = episode, Members(self.place(episode), members)
         return self._last[1]
 
-    def _rows(self, members: dict[str, bytes], episode: int, name: str, indices: Sequence[int]) -> Tensor:
-        place = f"{self.place(episode)}, {name}.npy"
-        array = as_column(name, to_array(members[f"{name}.npy"], place))
+    def _rows(self, episode: int, name: str, indices: Sequence[int]) -> Tensor:
+        place, members = self._members(episode)
+        array = as_column(name, to_array(members[f"{name}.npy"], f"{place}, {name}.npy"))
         return torch.from_numpy(array.take(indices, axis=0))
 
 

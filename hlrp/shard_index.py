@@ -32,7 +32,7 @@ SUFFIX = ".index"
 FORMAT = 1
 ROW = np.dtype([("start", "<i8"), ("size", "<u4"), ("checksum", "<u4")])
 UNPACK_ROWS = struct.Struct("<qII").iter_unpack
-ABSENT = (-1, 0, 1)  # an episode without this member; a row of zeros is none that could be meant
+ABSENT = (-1, 0, 1)  # an episode without this member
 DTYPES = {"U8": "uint8", "U32": "uint32", "I64": "int64", "F32": "float32", "F64": "float64"}
 HEAD_SIZE = 2**16  # read at once when an index is opened [byte]
 GAP = 4 * tarfile.BLOCKSIZE  # between members that are read together: up to padding and extended headers
@@ -80,20 +80,20 @@ class Index(NamedTuple):
 
     def read(self, rows: Sequence[Row], what: Callable[[Row], str]) -> dict[Row, bytes]:
         """The data at these rows, adjacent ones in one go, each checked. what: names a row for an error."""
-        found = {}
-        tar, tar_size = self.tar_file(), self.facts["tar_size"]
+        found, tar, tar_size = {}, self.tar_file(), self.facts["tar_size"]
         for run in runs(sorted(set(rows))):
-            start, (last, size, _) = run[0][0], run[-1]
-            if start < 0 or last + size > tar_size or not all(row[1] for row in run):
+            start, end = run[0][0], run[-1][0] + run[-1][1]
+            if not tarfile.BLOCKSIZE <= start <= end <= tar_size:
                 raise ValueError(f"{self.path}: its row of {what(run[-1])} is no place in {self.tar.name}")
-            block = tar.read(start, last + size - start)
+            block = tar.read(start, end - start)
             for row in run:
-                data = block[row[0] - start : row[0] - start + row[1]]
-                if google_crc32c.value(data) != row[2]:
+                at, size, checksum = row
+                found[row] = data = block[at - start : at - start + size]
+                if google_crc32c.value(data) != checksum or not size:
                     self.table("frames"), self.table("members")  # is the row itself damaged?
-                    name = self.name_of(row) or what(row)
-                    raise ValueError(f"{self.tar}: {name}: checksum differs; the file is damaged")
-                found[row] = data
+                    if size:
+                        name = self.name_of(row) or what(row)
+                        raise ValueError(f"{self.tar}: {name}: checksum differs; the file is damaged")
         return found
 
     def name_of(self, row: Row) -> str:

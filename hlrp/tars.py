@@ -111,14 +111,19 @@ def as_column(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def to_object(data: bytes, name: str) -> dict:
-    """A JSON object. Raises ValueError that begins with `name`."""
+    """A JSON object, not to be changed. Raises ValueError that begins with `name`."""
     try:
-        content = json.loads(data)
+        content = _json(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: a JSON {type(content).__name__}; an object fits")
     return content
+
+
+@lru_cache(maxsize=256)
+def _json(data: bytes):
+    return json.loads(data)
 
 
 def task_of(header: dict, text: bytes, name: str) -> str:

@@ -222,13 +222,15 @@ def test_a_frame_rate_is_by_json_by_time_stamps_or_by_option(tmp_path):
 
 
 def test_an_instruction_is_by_json_or_text_and_may_be_missing(tmp_path):
-    named, text, missing = plain_sample("a"), plain_sample("b"), plain_sample("c")
-    text["json"], text["txt"], missing["json"] = {"fps": 5}, "close it\n", {"fps": 5}
-    plain_tar(tmp_path / "a.tar", named, text, missing)
+    named, text, missing, empty = map(plain_sample, "abcd")
+    text["json"] = missing["json"] = empty["json"] = {"fps": 5}
+    text["txt"], empty["txt"] = "close it\n", ""
+    plain_tar(tmp_path / "a.tar", named, text, missing, empty)
     tasks = [episode.task for episode in ShardStream(tmp_path).episodes(0)]
     main(Args(tmp_path, index=True))
     source = Shards(tmp_path)
-    assert tasks == [source.read(e, [0])["task"] for e in range(3)] == ["open the door", "close it", ""]
+    found = [source.read(e, [0])["task"] for e in range(4)]
+    assert tasks == found == ["open the door", "close it", "", ""]
 
 
 def test_idle_scores_cached_labels_and_facts_stay(tmp_path, world, monkeypatch):
