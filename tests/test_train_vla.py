@@ -109,7 +109,7 @@ def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(laq_folder,
 
     def with_few_points(world, episode, indices):
         sample = read(world, episode, indices)
-        return sample | {"point": sample["point"] * (1 if episode % 3 else torch.nan)}
+        return sample | {"point": sample["point"] * (1 if episode % 2 else torch.nan)}
 
     monkeypatch.setattr(World, "read", with_few_points)
 
