@@ -366,6 +366,10 @@ def parts(
     chosen["freeze"] = tuple(config.freeze)
     if folder is None and config.vla is not None:
         vla = VLA.from_pretrained(config.vla, **chosen)
+        if config.image_size not in (None, vla.vlm.image_size):
+            raise ValueError(
+                f"image_size={config.image_size}, but vla={config.vla} sees {vla.vlm.image_size} pixels; leave it out"
+            )
         config.stage2 = {"vla": asdict(vla.config), "latent_space": asdict(vla.space)}
         return vla.vlm, vla.head
     if config.stage2 is not None:

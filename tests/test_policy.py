@@ -292,6 +292,13 @@ def test_what_the_robot_does_not_send_is_named(change, message):
         policy.predict_action_chunk(batch)
 
 
+def test_another_image_size_than_that_of_stage_2_is_refused(stage2):
+    config = make_config(vla=stage2("parallel"))
+    config.image_size = 64
+    with pytest.raises(ValueError, match="image_size=64, but vla=.* sees 32 pixels"):
+        HLRPPolicy(config)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
