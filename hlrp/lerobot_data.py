@@ -11,14 +11,15 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hlrp.videos import naming, probe_all, read_frames
+from hlrp.images import decode_all
+from hlrp.videos import probe_all, read_frames
 
 STATE, ACTION = "observation.state", "action"
 POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
@@ -79,24 +80,33 @@ class LeRobotData:
             raise ValueError(f"{self.uri}, {next(iter(broken.values()))}")
         for error in broken.values():
             logging.getLogger(__name__).warning("skipped %s, %s", self.uri, error)
-        self.num_skipped = len(broken)
         kept = np.setdiff1d(np.arange(len(episodes["length"])), list(broken))
-        used = ("length", "data_file", "row_in_file", "first_row", "video_file", "video_start")
+        used = (
+            "episode_index",
+            "length",
+            "data_file",
+            "row_in_file",
+            "first_row",
+            "video_file",
+            "video_start",
+        )
         self.episodes = {key: episodes[key][kept] for key in used if key in episodes}
-        self.lengths = self.episodes["length"]
-        self.fps = np.full(len(self.lengths), float(info["fps"]))
-
         views = [LeRobotData(repo_or_dir, other, self.uri, skip_broken=skip_broken) for other in others]
         self.views = {view.camera: view for view in views if view.camera != self.camera}
-        for view in views:
-            if not np.array_equal(view.lengths, self.lengths):
-                raise ValueError(
-                    f"{self.uri}: {view.camera} lacks other episodes than {self.camera}; mend the files"
-                )
+        whole = reduce(np.intersect1d, (camera.episodes["episode_index"] for camera in (self, *views)))
+        if not len(whole):
+            raise ValueError(f"{self.uri}: no episode of which all cameras can be read")
+        for camera in (self, *views):
+            kept = np.isin(camera.episodes["episode_index"], whole)
+            camera.episodes = {key: column[kept] for key, column in camera.episodes.items()}
+            camera.lengths = camera.episodes["length"]
+            camera.fps = np.full(len(whole), float(info["fps"]))
+        self.num_skipped = len(episodes["length"]) - len(whole)
 
         files = [path for path in self.data_files + self.video_files if path.exists()]
         sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
-        what = repr((self.camera, *self.views, info["fps"], self.lengths.tolist(), sizes))
+        tasks = sorted(self.tasks.items())
+        what = repr((self.camera, *self.views, info["fps"], self.lengths.tolist(), sizes, tasks))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
@@ -295,19 +305,13 @@ def broken_episodes(paths: list[Path], episodes: Columns, fps: float) -> dict[in
 
 def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:
     """Images that stand as PNG or JPEG in the rows of a parquet file; uint8 (t, c, h, w)."""
-    from torchvision.io import ImageReadMode, decode_image
-
-    ends = row_group_ends(path)
+    ends, rows = row_group_ends(path), rows.tolist()
     images = []
-    for row in rows.tolist():
+    for row in rows:
         group = int(np.searchsorted(ends, row, side="right"))
         first = ends[group - 1] if group else 0
-        data = row_group(path, group, camera)[row - first]["bytes"].as_py()
-        with naming(path):
-            images.append(
-                decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            )
-    return torch.stack(images)
+        images.append(row_group(path, group, camera)[row - first]["bytes"].as_py())
+    return decode_all(images, lambda i: f"{path}, row {rows[i]}")
 
 
 @lru_cache(maxsize=256)

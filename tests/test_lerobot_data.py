@@ -190,6 +190,30 @@ def test_time_stamps_past_the_end_of_the_video_name_episode_and_file_or_are_skip
     assert LeRobotData(copy, camera="wrist").num_skipped == 0
 
 
+def test_an_episode_that_one_camera_lacks_is_left_out_for_all(copy):
+    starts = {
+        f"videos/{TOP}/from_timestamp": [0.0, 9.0, 4.2],
+        f"videos/{WRIST}/from_timestamp": [0.0, 1.2, 9.0],
+    }
+    change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
+    source = open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
+    assert source.lengths.tolist() == [12] and source.num_skipped == 2
+    assert shown(255 - source.look(WRIST, 0, [5])) == shown(source.read(0, [5])["frames"]) == [5]
+    starts |= {
+        f"videos/{WRIST}/from_timestamp": [9.0, 1.2, 4.2],
+        f"videos/{TOP}/from_timestamp": [0.0, 9.0, 9.0],
+    }
+    change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
+    with pytest.raises(ValueError, match="no episode of which all cameras can be read"):
+        open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
+
+
+def test_the_fingerprint_is_of_the_instructions_too(copy):
+    before = LeRobotData(copy).fingerprint
+    change(copy / "meta/tasks.parquet", task_index=[1, 0])
+    assert LeRobotData(copy).fingerprint != before
+
+
 def test_missing_and_broken_files_are_named(copy):
     video = copy / "videos" / TOP / "chunk-000" / "file-000.mp4"
     video.write_bytes(video.read_bytes()[:2000])
