@@ -257,19 +257,24 @@ def probe(path: str | Path) -> Header:
         if first is None or not rate:
             raise RuntimeError("it has no frames")
         container.seek(2**40, stream=stream)  # to the last key frame
-        shown = (packet.pts for packet in packets_of(container, stream) if not packet.is_discard)
-        last = max(shown, default=None)
+        last, end = None, 0.0  # of this stream, and where the last of all streams is [s]
+        for packet in container.demux():
+            if not packet.size or packet.pts is None:
+                continue
+            time = float(packet.pts * packet.time_base)
+            end = max(end, time)
+            if packet.stream == stream and not packet.is_discard:
+                last = time if last is None else max(last, time)
         if last is None:
             raise RuntimeError("its end cannot be read; is it cut off?")
-        first, last = float(first * stream.time_base), float(last * stream.time_base)
 
         if stream.duration is not None:
-            duration = float(stream.duration * stream.time_base)
-        else:
+            end, duration = last, float(stream.duration * stream.time_base)
+        else:  # that of the longest stream, which may be the sound
             duration = (container.duration or 0) / av.time_base
-        if last + 1 / rate < 0.9 * duration:
-            raise RuntimeError(f"it ends at {last:.2f} s and not at {duration:.2f} s; is it cut off?")
-        return Header(float(rate), first, last)
+        if end + 1 / rate < 0.9 * duration:
+            raise RuntimeError(f"it ends at {end:.2f} s and not at {duration:.2f} s; is it cut off?")
+        return Header(float(rate), float(first * stream.time_base), last)
 
 
 def probe_all(paths: Sequence[Path]) -> dict[Path, Header | ValueError]:
@@ -294,6 +299,25 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: not a readable video: {error}") from error
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files below a folder, also behind links, each folder once."""
+    seen = set()
+    for parent, folders, names in folder.walk(follow_symlinks=True):
+        if (real := parent.resolve()) in seen:  # a link leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (parent / name for name in names if (parent / name).is_file())
+
+
+def read_task(path: Path) -> str:
+    """The instruction in a text file; "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8: {error}") from error
+
+
 class Videos:
     """A folder of video files, searched recursively: each file is an episode, in the order of their paths.
 
@@ -307,8 +331,7 @@ class Videos:
         folder = Path(folder).expanduser().resolve()
         self.uri, self.name = uri or f"videos:{folder}", f"videos-{folder.name}"
         self.action_dim, self.state_dim, self.camera = 0, 0, ""
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        paths = sorted(p for p in found if p.is_file())
+        paths = sorted(p for p in files_in(folder) if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not paths:
             raise ValueError(
                 f"{self.uri}: no video in {folder}; a folder of {', '.join(SUFFIXES)} files fits"
@@ -325,8 +348,7 @@ class Videos:
         self.paths = [path for path, header in headers.items() if isinstance(header, Header)]
         self.fps, self.first, last = np.array([headers[path] for path in self.paths]).T
         self.lengths = np.floor((last - self.first) * self.fps + 0.1).astype(np.int64) + 1
-        texts = [path.with_suffix(".txt") for path in self.paths]
-        self.tasks = [text.read_text().strip() if text.is_file() else "" for text in texts]
+        self.tasks = [read_task(path.with_suffix(".txt")) for path in self.paths]
 
         names = [path.relative_to(folder).as_posix() for path in self.paths]
         sizes = [path.stat().st_size for path in self.paths]

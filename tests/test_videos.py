@@ -223,6 +223,43 @@ def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
         assert numbers(inside) == [start, start + (15 if i < 35 else 5)]
 
 
+def test_folders_behind_links_are_searched_once_each(tmp_path):
+    (tmp_path / "far").mkdir()
+    write(tmp_path / "far" / "a.mp4")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "near")
+    assert [path.name for path in Videos(tmp_path / "near").paths] == ["a.mp4"]
+
+
+def test_an_instruction_is_utf_8_with_or_without_a_mark_or_an_error_that_names_its_file(tmp_path):
+    write(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_bytes("\ufefföffne\r\n".encode())
+    assert Videos(tmp_path).read(0, [0])["task"] == "öffne"
+    (tmp_path / "a.txt").write_bytes("öffne".encode("latin-1"))
+    with pytest.raises(ValueError, match="a.txt: not a text in UTF-8"):
+        Videos(tmp_path)
+
+
+def test_sound_that_outlasts_the_pictures_is_no_fault(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        video, sound = out.add_stream("libx264", rate=10), out.add_stream("aac", rate=8000)
+        video.width, video.height = SIZE
+        for number in range(20):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture(number), "rgb24")))
+        out.mux(video.encode())
+        for i in range(24):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+            frame.rate, frame.pts = 8000, 1024 * i
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode())
+    assert Videos(tmp_path).lengths.tolist() == [20]
+    data = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(ValueError, match="a.mkv"):
+        Videos(tmp_path)
+
+
 def test_a_folder_without_videos_is_refused(tmp_path):
     with pytest.raises(ValueError, match=".mp4, .webm"):
         Videos(tmp_path)
