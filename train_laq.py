@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.sharding import distribute, gathered
     from hlrp.shown import encoded
-    from hlrp.sources import expand, open_source, parse_uri
+    from hlrp.sources import expand, open_sources, parse_uri
     from hlrp.splits import first_share, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
@@ -88,7 +88,7 @@ def main(args: Args) -> None:
 
     # data: pairs of frames, from other episodes in training and validation
     with first_alone():  # which renders what is not there yet
-        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+        sources = open_sources(args.data, args.skip_broken, args.max_broken)
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
@@ -99,11 +99,10 @@ def main(args: Args) -> None:
         val_clips.append(clips_of(source, val_episodes, **pairs))
     weights = [parse_uri(uri).weight for uri in args.data]
     mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
-    val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    chosen = partial(choose_clips, seed=args.seed, skip_broken=args.skip_broken)
+    val_sets = {clips.source.name: chosen(clips, args.val_samples) for clips in val_clips}
     check_fields(buckets, val_sets)
-    fit_sets = {
-        clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
-    }
+    fit_sets = {clips.source.name: chosen(clips, 4 * args.val_samples) for clips in train_clips}
 
     # model
     torch.manual_seed(args.seed)

@@ -77,7 +77,7 @@ def main(args: Args) -> None:
     from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
     from hlrp.sharding import distribute, gathered
-    from hlrp.sources import expand, instructions, open_source, parse_uri
+    from hlrp.sources import expand, instructions, open_sources, parse_uri
     from hlrp.splits import first_share, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
@@ -107,15 +107,15 @@ def main(args: Args) -> None:
 
     # model and data: an image and the frames that follow it, from other episodes in training and validation
     with first_alone():  # which renders what is not there yet
-        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+        sources = open_sources(args.data, args.skip_broken, args.max_broken)
     if args.model.vlm.vlm == "tiny" and args.model.vlm.image_size is None:
         args.model.vlm.image_size = space.image_size
     torch.manual_seed(args.seed)
-    vlm = VLM.from_config(args.model.vlm, instructions(sources))
+    vlm = VLM.from_config(args.model.vlm, instructions(sources, args.skip_broken))
     times = tuple(space.delta * i for i in range(args.model.chunk_size + 1))
     is_labelled = all(getattr(source, "latent_space", None) for source in sources)  # by hlrp.label
     cached = asdict(space) if is_labelled else None
-    train_clips, val_clips = [], []
+    train_clips, fit_clips, val_clips = [], [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
         labelled = first_share(train_episodes, args.label_fraction)
@@ -123,16 +123,16 @@ def main(args: Args) -> None:
         sizes["seed"] = args.seed
         labels = {"labelled_episodes": labelled, "latent_space": cached}
         train_clips.append(clips_of(source, train_episodes, times, min_times=2, **sizes, **labels))
+        fit_clips.append(clips_of(source, train_episodes, times, labelled_episodes=labelled, **sizes))
         val_clips.append(clips_of(source, val_episodes, times, **sizes))
     weights = [parse_uri(uri).weight for uri in args.data]
     mixture = Mixture(train_clips, weights, args.seed, args.skip_broken, args.temperature)
-    val_sets = {clips.source.name: choose_clips(clips, args.val_samples, args.seed) for clips in val_clips}
+    chosen = partial(choose_clips, seed=args.seed, skip_broken=args.skip_broken)
+    val_sets = {clips.source.name: chosen(clips, args.val_samples) for clips in val_clips}
     check_fields(buckets, val_sets)
     if args.model.point_weight and not any("point" in samples[0] for samples in val_sets.values()):
         raise ValueError(f"point_weight={args.model.point_weight}, but no source in the data has a point")
-    fit_sets = {
-        clips.source.name: choose_clips(clips, 4 * args.val_samples, args.seed) for clips in train_clips
-    }
+    fit_sets = {clips.source.name: chosen(clips, 4 * args.val_samples) for clips in fit_clips}
     if args.model.feature_weight is None:
         args.model.feature_weight = 1.0 if args.model.vlm.vlm == "tiny" else 0.0
     if args.model.feature_weight:

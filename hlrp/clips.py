@@ -1,8 +1,11 @@
 """Clips: the samples of a source, frames of one episode at stated times. The contract is in `hlrp.data`."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +15,12 @@ from torch.utils.data import Dataset, Subset
 
 from hlrp.images import decode_clips
 from hlrp.transforms import fit, fit_all
+
+logger = logging.getLogger(__name__)
+STRIDE = (
+    7919  # clips from a broken one to that which takes its place, or a few more: rarely of the same episode
+)
+MAX_STEPS = 1000  # of this length, before all of a source are called broken
 
 
 class Sizes(NamedTuple):
@@ -252,18 +261,17 @@ class Clips(Dataset):
         for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size), strict=True):
             yield read | {"native": native, "frames": frames}
 
-    def _labels(self, plan: Plan, request: Request) -> dict[str, Tensor]:
+    def _labels(self, plan: Plan, request: Request) -> dict[str, Sequence[Tensor]]:
         """The labelled actions and the cached latent actions of each sample, where there are some."""
         source, labels, samples = self.source, {}, request.samples
         samples = slice(samples[0], samples[0] + 1) if len(samples) == 1 else samples  # a view
         if self.is_labelled[request.row]:
             frames = plan.action_frames[samples, : self._chunk_size(request.row)]
-            actions = source.actions(request.episode, frames.ravel())
-            labels["action"] = actions.view(*frames.shape, source.action_dim)
+            labels["action"] = per_sample(source.actions(request.episode, frames.ravel()), frames)
         if self.latent_space is not None:
             frames = plan.clip_frames[samples, :-1]
             for name, column in source.labels(request.episode, frames.ravel()).items():
-                labels[name] = column.unflatten(0, frames.shape)
+                labels[name] = per_sample(column, frames)
         return labels
 
     def _chunk_size(self, row: int) -> int:
@@ -304,7 +312,8 @@ class Clips(Dataset):
             for key, column in labels.items():
                 sample[key] = column[j]
             if "action" in labels:
-                sample["action_is_pad"] = plan.action_is_pad[i][: labels["action"].shape[1]]
+                is_pad, chunk_size = plan.action_is_pad[i], len(sample["action"])
+                sample["action_is_pad"] = is_pad if len(is_pad) == chunk_size else is_pad[:chunk_size]
             if self.min_times < len(self.times):
                 sample["latent_is_pad"] = plan.latent_is_pad[i]
             for key, value in read.items():
@@ -327,6 +336,11 @@ def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     return unique, place.reshape(frames.shape).tolist()
 
 
+def per_sample(column: Tensor, frames: np.ndarray) -> Sequence[Tensor]:
+    """A column (n * t, ...) as n tensors (t, ...), where frames are (n, t)."""
+    return [column] if len(frames) == 1 else column.unflatten(0, frames.shape)
+
+
 def select(frames: Tensor, indices: list[int]) -> Tensor:
     """frames[indices], without a copy where these are evenly spaced."""
     if indices == list(range(len(frames))):
@@ -347,7 +361,46 @@ def action_statistics(clips) -> tuple[Tensor, Tensor]:
     return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
 
 
-def choose_clips(clips, max_clips: int, seed: int) -> Subset:
+def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:
+    """The clips at `indices`, and what could not be read: with `skip_broken`, another clip takes its place."""
+    if not skip_broken:
+        return clips.__getitems__(indices), []
+    try:
+        return clips.__getitems__(indices), []
+    except ValueError:
+        skipped = []
+        return [read_or_next(clips, int(index), skipped) for index in indices], skipped
+
+
+def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
+    """The clip, or the first one to be read of a walk from it through all of them."""
+    stride = next(n for n in count(STRIDE) if gcd(n, len(clips)) == 1)
+    for step in range(min(len(clips), MAX_STEPS)):
+        try:
+            return clips[(index + step * stride) % len(clips)]
+        except ValueError as error:
+            skipped.append(str(error))
+    raise ValueError(f"{clips.source.uri}: none of {step + 1} clips all over it can be read: {skipped[-1]}")
+
+
+class Chosen(Subset):
+    """Some clips. With `skip_broken`, another takes the place of one that cannot be read, which is logged."""
+
+    def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
+        super().__init__(clips, indices)
+        self.skip_broken = skip_broken
+
+    def __getitem__(self, place: int) -> dict:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[dict]:
+        found, skipped = read_clips(self.dataset, [self.indices[i] for i in places], self.skip_broken)
+        for message in skipped:
+            logger.warning("skipped %s", message)
+        return found
+
+
+def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) -> Chosen:
     """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches. Of a stream, eight of
     each of its first episodes."""
     everywhere = clips
@@ -356,7 +409,7 @@ def choose_clips(clips, max_clips: int, seed: int) -> Subset:
     chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
     if clips is not everywhere:
         clips.source.forget_all_but(clips.frames_of(chosen))
-    return Subset(clips, chosen)
+    return Chosen(clips, chosen, skip_broken)
 
 
 def held(clips, num_episodes: int) -> Clips:

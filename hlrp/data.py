@@ -51,13 +51,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from hlrp.clips import Clips, Sizes
+from hlrp.clips import Clips, Sizes, read_clips
 from hlrp.permutation import hash_integers, permute
 from hlrp.streams import StreamClips
 from hlrp.transforms import stacked
 
 BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
-STRIDE = 7919  # clips from a broken one to that which takes its place: rarely of the same episode
 
 
 class Mixture(Dataset):
@@ -179,7 +178,8 @@ class Mixture(Dataset):
                 skipped += clips.skipped
                 clips.skipped = []
             else:
-                found = self._read(clips, index[wanted], skipped)
+                found, broken = read_clips(clips, index[wanted], self.skip_broken)
+                skipped += broken
             for position, sample in zip(wanted, found, strict=True):
                 samples[position] = sample
         if skipped:
@@ -187,23 +187,6 @@ class Mixture(Dataset):
         if self.streams:
             samples[0]["turns"] = [(c.name, c.reader, c.turn) for c in self.streams]
         return samples
-
-    def _read(self, clips: Clips, indices: np.ndarray, skipped: list[str]) -> list[dict]:
-        if not self.skip_broken:
-            return clips.__getitems__(indices)
-        try:
-            return clips.__getitems__(indices)
-        except ValueError:
-            return [self._read_or_next(clips, index, skipped) for index in indices.tolist()]
-
-    def _read_or_next(self, clips: Clips, index: int, skipped: list[str]) -> dict:
-        """The clip, or the first one to be read of a walk from it through all of them."""
-        for step in range(len(clips)):
-            try:
-                return clips[(index + step * STRIDE) % len(clips)]
-            except ValueError as error:
-                skipped.append(str(error))
-        raise ValueError(f"{clips.source.uri}: none of its clips can be read: {skipped[-1]}")
 
 
 @lru_cache(maxsize=8)
@@ -224,7 +207,7 @@ def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.
 
 
 def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
-    """Stacks samples; strings become lists, and keys that not all samples have are left out.
+    """Stacks samples; what is no number becomes a list, what not all samples have, or not in one shape, is left out.
 
     State and action are filled with zeros up to `sizes` (those of the mixture; by default the largest in the
     batch), also in samples that have none. Where an action is filled in, `action_is_pad` is true. A point that a sample
@@ -244,10 +227,10 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
         if key not in common:
             continue
         values = [s[key] for s in samples]
-        if isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
+            batch[key] = torch.tensor(values) if {type(v) for v in values} <= {bool, int, float} else values
+        elif all(v.shape == value.shape for v in values):
             batch[key] = stacked(values)
-        else:
-            batch[key] = values if isinstance(value, str) else torch.tensor(values)
     if sizes.state:
         batch["state"] = _filled(samples, "state", (sizes.state,), 0.0)
     if sizes.action:

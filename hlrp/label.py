@@ -39,6 +39,7 @@ from hlrp.lerobot_data import (
     find_dataset,
 )
 from hlrp.sources import open_source, parse_uri
+from hlrp.splits import is_stream
 from hlrp.transforms import fit
 from hlrp.vla import LatentSpace
 
@@ -74,6 +75,8 @@ def main(args: Args) -> None:
     if scheme == "lerobot":
         find_dataset(location, "*")  # also the cameras that are not labelled
     source = open_source(args.data)
+    if is_stream(source):
+        raise ValueError(f"{source.uri} is a stream; python -m hlrp.shards makes a source that fits")
     if is_lerobot and source.latent_space is not None:
         origin = source.latent_space["source"]
         raise ValueError(f"{source.uri} has latent actions already; what it was made from fits: {origin}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from hlrp.images import decode_all
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
-from hlrp.tars import Sample, as_column, read_samples, task_of, to_array, to_object
+from hlrp.tars import Sample, as_column, facts_of, read_samples, task_of, to_array, to_object
 
 logger = logging.getLogger(__name__)
 PLAN = "shards.json"  # in a folder that hlrp.shards writes
@@ -134,7 +134,7 @@ class Shards:
         read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
         for name in self.read_columns:
             read[name] = self._rows(episode, name, indices)
-        return read | header.get("facts", {})
+        return read | facts_of(header, f"{place}, json")
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self._rows(episode, "action", indices)
@@ -256,7 +256,7 @@ class ShardStream:
         self.default_fps, self.ignore = fps, tuple(filter(None, ignore.split(",")))
         self.num_shards = len(self.urls)
         self.name = f"shards-{Path(self.urls[0]).absolute().parent.name}"
-        first = next(self._samples(0))
+        first = self._first()
         episode = to_episode(first, fps)
         self.fps, self.camera = episode.fps, first.header.get("camera") or ""
         self.state_dim, self.action_dim = map(width, (episode.state, episode.action))
@@ -281,6 +281,15 @@ class ShardStream:
                 f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; one fits"
             )
         return episode
+
+    def _first(self) -> Sample:
+        """The first sample; with `skip_broken`, that of the first TAR that has one."""
+        for shard in range(self.num_shards):
+            try:
+                return next(self._samples(shard))
+            except ValueError:  # which the training tells
+                if not self.skip_broken or shard + 1 == self.num_shards:
+                    raise
 
     def _samples(self, shard: int) -> Iterator[Sample]:
         url = self.urls[shard]

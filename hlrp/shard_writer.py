@@ -106,7 +106,10 @@ def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
                 for suffix, data in members.items():
                     tar.write(member_bytes(f"{key}.{suffix}", data))
             if not scores:
-                raise ValueError(f"{job.uri}, episodes from {job.start} on: none can be read: {skipped}")
+                raise ValueError(
+                    f"{job.uri}, episodes from {job.start} on: none of this shard can be read: {skipped}; "
+                    "a source without them fits, or a larger frames_per_shard in another folder"
+                )
             tar.write(END)
         sync(partial_tar)
         facts = {"skipped": skipped}

@@ -1,12 +1,13 @@
 """URIs of data sources: `scheme:location?option=value&option=value@weight`."""
 
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 from hlrp.open_x import MIXTURES, mixture
 from hlrp.splits import is_stream
+from hlrp.streams import readable
 
 
 def true_or_false(text: str) -> bool:
@@ -68,9 +69,14 @@ def parse_uri(text: str) -> SourceURI:
         fits = ", ".join(f"{known}:..." for known in OPTIONS)
         raise ValueError(f"{text}: not a data source; one of {fits} fits")
 
-    options = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
+    options, others = {}, []
+    for part in filter(None, query.split("&")):
+        key, _, value = part.partition("=")
+        value = unquote(value)
         if key not in OPTIONS[scheme]:
+            if "://" in location:  # where a query may be the address's own
+                others.append(part)
+                continue
             known = ", ".join(OPTIONS[scheme]) or "none"
             raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {known}")
         to_type = OPTIONS[scheme][key]
@@ -78,6 +84,7 @@ def parse_uri(text: str) -> SourceURI:
             options[key] = to_type(value)
         except ValueError:
             raise ValueError(f"{text}: {key}={value!r}; a value of type {to_type.__name__} fits") from None
+    location += "?" * bool(others) + "&".join(others)
     return SourceURI(uri, scheme, location, options, weight)
 
 
@@ -122,14 +129,30 @@ def open_source(uri: str, skip_broken: bool = False):
     return LeRobotData(location, **options, uri=uri, skip_broken=skip_broken)
 
 
-def instructions(sources) -> list[str]:
+def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> list:
+    """Raises ValueError where more than `max_broken` files or episodes of them are skipped."""
+    sources = [open_source(uri, skip_broken) for uri in uris]
+    num_skipped = sum(getattr(source, "num_skipped", 0) for source in sources)
+    if num_skipped > max_broken:
+        raise ValueError(
+            f"max_broken={max_broken}, but {num_skipped} files or episodes cannot be read; mend the data, or allow more"
+        )
+    return sources
+
+
+def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:
     """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
     found = set()
     for source in sources:
         if is_stream(source):
-            some = islice(chain.from_iterable(map(source.episodes, range(source.num_shards))), 256)
-            found |= {episode.task for episode in some}
+            episodes = (pair[1] for shard in range(source.num_shards) for pair in readable(source, shard))
+            found |= {episode.task for episode in islice(episodes, 256)}
             continue
-        episodes = range(0, len(source.lengths), max(1, len(source.lengths) // 256))
-        found |= {source.read(episode, [0])["task"] for episode in episodes}
+        read = getattr(source, "about", source.read)
+        for episode in range(0, len(source.lengths), max(1, len(source.lengths) // 256)):
+            try:
+                found.add(read(episode, [0])["task"])
+            except ValueError:  # which the training tells
+                if not skip_broken:
+                    raise
     return sorted(found)

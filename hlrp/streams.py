@@ -150,7 +150,7 @@ class StreamClips:
 
     def draw(self, count: int) -> list[dict]:
         """The next samples, as those of `Clips`, but with the episode numbered by its shard and its place in it."""
-        samples = []
+        samples, fruitless = [], None  # since which turn nothing could be read
         while len(samples) < count:
             while not self.buffer or (self.has_room() and self.at - self.turn < self.source.num_shards):
                 self.buffer.append(next(self.arriving))
@@ -159,11 +159,13 @@ class StreamClips:
             waiting = self.buffer[chosen]
             try:
                 samples.append(waiting.clips[waiting.order.pop()])
+                fruitless = None
             except ValueError as error:
-                if not self.source.skip_broken:
-                    raise
-                self.skipped.append(str(error))
+                self.leave_out(str(error), error)
                 waiting.order.clear()
+                fruitless = waiting.turn if fruitless is None else fruitless
+                if waiting.turn - fruitless > 2 * self.source.num_shards:
+                    raise ValueError(f"{self.source.uri}: none of its clips can be read: {error}") from error
             if not waiting.order:
                 self.buffer[chosen] = self.buffer[-1]
                 self.buffer.pop()
@@ -184,13 +186,31 @@ class StreamClips:
             shard = self.shard(self.at)
             fruitless.add(shard)
             for number, episode in self.part(shard):
-                clips = self.clips_of([episode], [number])
+                try:
+                    clips = self.clips_of([episode], [number])
+                    self.check_chunk(clips)
+                except ValueError as error:
+                    self.leave_out(f"{episode.name}: {error}", error)
+                    continue
                 fruitless.clear()
                 order = self.rng.permutation(len(clips)).tolist()
                 yield Waiting(self.at, clips, order, episode.size)
             if len(fruitless) == self.source.num_shards:
                 raise ValueError(self.nothing())
             self.at += self.num_readers
+
+    def leave_out(self, message: str, error: Exception) -> None:
+        """Tells it in `skipped`, with the source's `skip_broken`; else raises ValueError."""
+        if not self.source.skip_broken:
+            raise ValueError(message) from error
+        self.skipped.append(message)
+
+    def check_chunk(self, clips: Clips) -> None:
+        if clips.sizes.chunk > self.sizes.chunk:
+            raise ValueError(
+                f"{clips.source.fps[0]:g} fps make {clips.sizes.chunk} actions of {self.times[-1]:g} s, the "
+                f"{self.source.fps:g} fps of the first episode {self.sizes.chunk}; hlrp.shards makes a source that fits"
+            )
 
     def nothing(self) -> str:
         return (
@@ -211,18 +231,7 @@ class StreamClips:
         With the source's `skip_broken`, faults are told in `skipped`, and it goes on behind them where the source can.
         """
         shortest = self.times[(self.settings.get("min_times") or len(self.times)) - 1]
-        episodes = iter(self.source.episodes(shard))
-        for number in count(shard * MAX_EPISODES):
-            try:
-                episode = next(episodes)
-            except StopIteration:
-                return
-            except (ValueError, OSError) as error:
-                message = f"{self.source.uri}, shard {shard}: {error}"
-                if not self.source.skip_broken:
-                    raise ValueError(message) from error
-                self.skipped.append(message)
-                continue
+        for number, episode in readable(self.source, shard, self.skipped):
             if number in self.episodes and len(episode.frames) > round(episode.fps * shortest):
                 yield number, episode
 
@@ -249,6 +258,23 @@ class StreamClips:
         if not episodes:
             raise ValueError(self.nothing())
         return self.clips_of(episodes, numbers)
+
+
+def readable(source, shard: int, skipped: list[str] | None = None) -> Iterator[tuple[int, Episode]]:
+    """The episodes of a shard with their numbers. Faults are told in `skipped` with the source's `skip_broken`, and it
+    goes on behind them where the source can; else they raise ValueError."""
+    episodes = iter(source.episodes(shard))
+    for number in count(shard * MAX_EPISODES):
+        try:
+            yield number, next(episodes)
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:
+            message = f"{source.uri}, shard {shard}: {error}"
+            if not source.skip_broken:
+                raise ValueError(message) from error
+            if skipped is not None:
+                skipped.append(message)
 
 
 def clips_of(source, episodes, *args, seed: int = 0, **settings) -> Clips | StreamClips:

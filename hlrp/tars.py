@@ -26,6 +26,18 @@ END = bytes(2 * tarfile.BLOCKSIZE)  # of a TAR
 PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")  # what webdataset would unpickle
 IMAGES = ("jpg", "jpeg", "png")
 YUV = "yuv.npy"
+TAKEN = {
+    "frames",
+    "images",
+    "task",
+    "dataset",
+    "source",
+    "episode",
+    "index",
+    "fps",
+    "action_is_pad",
+    "latent_is_pad",
+}
 
 
 class Member(NamedTuple):
@@ -64,6 +76,8 @@ class Sample:
             if is_image(suffix) or not suffix.endswith(".npy"):
                 continue
             name, place = suffix.removesuffix(".npy"), f"{self.path}: {member.name}"
+            if name in TAKEN:
+                raise ValueError(f"{place}: a sample has its own {name}; an array of another name fits")
             array = to_array(member.data, place)
             if array.ndim == 0 or len(array) != num_frames:
                 raise ValueError(f"{place}: of shape {array.shape}, but the episode has {num_frames} frames")
@@ -75,7 +89,10 @@ class Sample:
         """The JSON member, an object."""
         if "json" not in self.members:
             return {}
-        return to_object(self.members["json"].data, f"{self.path}: {self.members['json'].name}")
+        place = f"{self.path}: {self.members['json'].name}"
+        header = to_object(self.members["json"].data, place)
+        facts_of(header, place)
+        return header
 
     @property
     def task(self) -> str:
@@ -126,13 +143,23 @@ def _json(data: bytes):
     return json.loads(data)
 
 
+def facts_of(header: dict, name: str) -> dict:
+    """What the JSON `name` knows of an episode beside its own keys."""
+    facts = header.get("facts", {})
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name}: facts={facts!r}; an object fits")
+    if taken := sorted({*TAKEN, "state", "action"} & facts.keys()):
+        raise ValueError(f"{name}: facts has {', '.join(taken)}, which a sample has itself; other names fit")
+    return facts
+
+
 def task_of(header: dict, text: bytes, name: str) -> str:
     """The instruction by the JSON, or by the text member `name`; "" where there is none."""
     for key in ("task", "instruction", "text"):
         if isinstance(header.get(key), str):
             return header[key]
     try:
-        return text.decode().strip()
+        return text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not a text in UTF-8: {error}") from error
 

@@ -4,13 +4,15 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from hlrp.clips import Clips, choose_clips
 from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
-from hlrp.sources import expand, open_source, parse_uri
+from hlrp.sources import expand, open_source, open_sources, parse_uri
 from hlrp.splits import split_episodes
 
 
@@ -275,8 +277,45 @@ def test_a_clip_that_cannot_be_read_gives_way_to_another_and_is_told():
     with pytest.raises(ValueError, match="kitchen.mp4"):
         next(iter(loader(Mixture(mixture.clips), 64)))
     broken = Mixture([Clips(Partly([105, 55]), [1], (0.0, 0.5), 8)], skip_broken=True)
-    with pytest.raises(ValueError, match="none of its clips can be read: .* kitchen.mp4"):
+    with pytest.raises(ValueError, match=r"none of \d+ clips all over it can be read: .* kitchen.mp4"):
         next(iter(loader(broken, 8)))
+
+
+def test_a_chosen_clip_that_cannot_be_read_gives_way_too(caplog):
+    class Partly(Counting):
+        def read(self, episode, indices):
+            if episode == 1:
+                raise ValueError("kitchen.mp4: cannot be decoded")
+            return super().read(episode, indices)
+
+    clips = clips_of(Partly([105, 55]))
+    with pytest.raises(ValueError, match="kitchen.mp4"):
+        list(DataLoader(choose_clips(clips, 20, seed=0), 8, collate_fn=collate))
+    batches = list(DataLoader(choose_clips(clips, 20, seed=0, skip_broken=True), 8, collate_fn=collate))
+    assert sum(len(batch["episode"]) for batch in batches) == 20 and "kitchen.mp4" in caplog.text
+    assert not any(batch["episode"].any() for batch in batches)
+
+
+def test_more_broken_files_than_allowed_stop_before_training(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    with av.open(str(tmp_path / "c.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width = stream.height = 16
+        for _ in range(9):
+            out.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        out.mux(stream.encode())
+    assert len(open_sources([f"videos:{tmp_path}"], True, 2)) == 1
+    with pytest.raises(ValueError, match="max_broken=1, but 2 files or episodes cannot be read"):
+        open_sources([f"videos:{tmp_path}"], True, 1)
+
+
+def test_facts_of_any_kind_and_arrays_of_other_shapes_stack_or_stay_apart():
+    sample = clips_of(Counting([9]))[0]
+    some = [sample | {"place": 1, "note": None, "x": torch.zeros(2)}]
+    some.append(sample | {"place": 2, "note": "dark", "x": torch.zeros(3)})
+    batch = collate(some)
+    assert batch["place"].tolist() == [1, 2] and batch["note"] == [None, "dark"] and "x" not in batch
 
 
 def test_robot_data_and_human_video_share_a_batch():
@@ -328,6 +367,9 @@ def test_uris_carry_options_and_a_weight():
     assert uri.options == {"camera": "observation.image"}
     uri = parse_uri("world:clean?episodes=200&seed=1")
     assert uri.options == {"episodes": 200, "seed": 1} and uri.uri == "world:clean?episodes=200&seed=1"
+    assert parse_uri("rlds:octo24?root=/data/a+b%20c").options == {"root": "/data/a+b c"}
+    uri = parse_uri("shards:https://host/a.tar?sig=x%3D&fps=5@2")
+    assert (uri.location, uri.options) == ("https://host/a.tar?sig=x%3D", {"fps": 5.0})
     uri = parse_uri("metaworld:reach-v3,push-v3?episodes=5@2")
     assert uri.location == "reach-v3,push-v3" and uri.weight == 2
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from hlrp.lerobot_data import LeRobotData
 from hlrp.predictions import label
 from hlrp.sources import open_source
 
+FIXTURE = Path(__file__).parent / "data/rlds_fixture"
 CONFIG = LAQConfig(delta=0.3, image_size=32, patch_size=8, codebook_size=64)  # 3 frames at 10 fps
 
 
@@ -235,6 +237,10 @@ def test_what_cannot_be_labelled_is_named_before_anything_is_written(base, new, 
         (replace(args, image_size=64), "image_size=64, but lerobot:"),
         (replace(args, batch_size=0), "batch_size=0"),
         (replace(args, data="world:nowhere"), "unknown variant"),
+        (
+            replace(args, data=f"rlds:{FIXTURE}?fps=5&camera=image"),
+            "is a stream; python -m hlrp.shards makes",
+        ),
         (replace(args, data="world:clean?episodes=2", laq=base / "slow"), "delta=9 s|clips last 9 s"),
     ]
     for refused, message in refusals:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 from safetensors.numpy import load_file
 from torchvision.io import encode_jpeg, encode_png
 
@@ -473,6 +474,12 @@ FOREIGN_FAULTS = [
     (faulty(plain_sample(), json={"fps": "fast"}), "a/e0.json: fps='fast'"),
     (faulty(plain_sample(), json=[1]), "a/e0.json: a JSON list"),
     (faulty(plain_sample(), json=b"{"), "a/e0.json: not readable as JSON"),
+    (faulty(plain_sample(), json={"fps": 5, "facts": None}), "a/e0.json: facts=None; an object fits"),
+    (
+        faulty(plain_sample(), json={"fps": 5, "facts": {"fps": 9}}),
+        "a/e0.json: facts has fps, which a sample has",
+    ),
+    (faulty(plain_sample(), index__npy=np.zeros(3)), "a/e0.index.npy: a sample has its own index"),
     (faulty(plain_sample(), x__npy=array_bytes(np.zeros(3))[:-1]), "a/e0.x.npy: not a readable NPY array"),
 ]
 
@@ -701,6 +708,12 @@ def test_a_png_member_and_a_plain_image_decode(tmp_path):
     assert torch.equal(episode.read([0])["frames"][0], image)
     main(Args(tmp_path, index=True, fps=1.0))
     assert torch.equal(Shards(tmp_path).read(0, [0])["frames"][0], image)
+
+
+def test_of_16_bits_the_upper_ones_are_shown():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0x1280, 0xFF00]], dtype=np.uint16)).save(file, "PNG")
+    assert decode(file.getvalue(), "").tolist() == [[[0x12, 0xFF]]] * 3
 
 
 def test_an_index_of_another_format_is_refused(tmp_path, png):

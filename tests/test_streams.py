@@ -157,6 +157,29 @@ def test_a_frame_that_cannot_be_decoded_costs_its_episode(monkeypatch):
     assert len(reader.draw(30)) == 30 and "0.tar, 1, frame 0" in reader.skipped[0]
 
 
+def test_a_stream_of_which_nothing_can_be_read_ends(monkeypatch):
+    source = Passing(num_shards=2, lengths=(9, 9))
+    source.skip_broken = True
+    rotten = [Episode("0.tar", [b"no image"] * 9, 10.0, action=np.zeros((9, 2), np.float32))]
+    monkeypatch.setattr(source, "episodes", lambda shard: iter(rotten))
+    with pytest.raises(ValueError, match="test:passing: none of its clips can be read: .* 0.tar, frame"):
+        clips(source, 0.001).draw(1)
+
+
+def test_an_episode_of_a_higher_rate_than_the_first_is_named_where_actions_would_not_fit(monkeypatch):
+    source = Passing(num_shards=1, lengths=(40, 40))
+    slow, fast = source.episodes(0)
+    fast.fps = 20.0
+    monkeypatch.setattr(source, "episodes", lambda shard: iter([slow, fast]))
+    with pytest.raises(
+        ValueError, match="0.tar, 1: 20 fps make 10 actions of 0.5 s, the 10 fps .* 5; hlrp.shards"
+    ):
+        clips(source, 0.001).draw(50)
+    source.skip_broken = True
+    batch = next(iter(loader(Mixture([clips(source, 0.001)]), 50)))
+    assert batch["action"].shape == (50, 5, 2) and all(place == 0 for _, place, _ in shown(batch))
+
+
 def test_what_a_stream_cannot_give_names_what_fits():
     source = Passing(lengths=(3, 4))
     with pytest.raises(ValueError, match="none of its episodes .* lasts 0.5 s"):
