@@ -24,7 +24,7 @@ import tyro
 
 from hlrp.checkpoints import load_config, write_json
 from hlrp.idle import IdleConfig
-from hlrp.lerobot_flags import lerobot_flags
+from hlrp.lerobot_flags import lerobot_flags, policy_settings
 from hlrp.policy import HLRPConfig
 
 STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
@@ -94,6 +94,9 @@ class Args:
     eval: EvalArgs = field(default_factory=EvalArgs)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+    given: tyro.conf.Suppress[frozenset[str]] = (
+        frozenset()
+    )  # settings of the policy that the command line has
 
 
 def main(args: Args) -> None:
@@ -117,7 +120,7 @@ def main(args: Args) -> None:
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
     from hlrp.sharding import distribute, gathered, sharding
-    from hlrp.sources import expand, instructions, open_source, parse_uri
+    from hlrp.sources import expand, instructions, open_sources, parse_uri
     from hlrp.splits import is_stream, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
@@ -125,16 +128,18 @@ def main(args: Args) -> None:
 
     die_with_launcher()
     check_loop(args)
-    check(args)
     args.data = expand(args.data) or data_of(args)
+    check(args)
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-    config = args.policy if args.policy_path is None else saved_config(args.policy_path, args.policy)
+    config = args.policy if args.policy_path is None else saved_config(args)
     config.device = accelerator.device.type
+    if args.env.type:
+        environment(args)  # there is one of this name
 
     # demonstrations, and other video
     with first_alone():  # which renders what is not there yet
-        sources = [open_source(uri, skip_broken=args.skip_broken) for uri in args.data]
+        sources = open_sources(args.data, args.skip_broken, args.max_broken)
     splits = [split_episodes(source, args.val_fraction, args.seed) for source in sources]
     if args.episodes is None:
         shown = [
@@ -153,12 +158,15 @@ def main(args: Args) -> None:
         config.input_features, config.output_features = robot_features(robots, args.state)
     refuse_other_cameras(sources, config)
     stats = statistics(robots, config.robot_state_feature is not None)
+    truths = sources  # what validation compares with
     if args.pseudo_actions is not None:
         sources = [PseudoLabelled(*sources, args.pseudo_actions, *shown)]
 
     # policy
     torch.manual_seed(args.seed)
-    policy, preprocessor, postprocessor = make_policy(args, config, stats, instructions(sources))
+    policy, preprocessor, postprocessor = make_policy(
+        args, config, stats, instructions(sources, args.skip_broken)
+    )
     laq, times = None, (0.0,)
     if policy.latent_head is not None and config.latent_weight:
         stage2 = config.stage2
@@ -175,8 +183,8 @@ def main(args: Args) -> None:
     sizes["input_size"] = policy.vlm.image_size
 
     clips, weights, val_sets = [], [], {}
-    for i, (uri, source, (train, val), labelled) in enumerate(
-        zip(args.data, sources, splits, shown, strict=True)
+    for i, (uri, source, truth, (train, val), labelled) in enumerate(
+        zip(args.data, sources, truths, splits, shown, strict=True)
     ):
         weight, others = parse_uri(uri).weight, train if is_stream(source) else np.setdiff1d(train, labelled)
         busy = {"frames": busy_frames(source, args.idle) if args.idle.is_set() else None}
@@ -185,8 +193,8 @@ def main(args: Args) -> None:
         if len(labelled):
             clips.append(Clips(source, labelled, times, source_index=i, latent_space=cached, **busy, **sizes))
             weights.append(weight * (1 - args.action_free))
-            val_clips = Clips(source, val, times, source_index=i, **sizes)
-            val_sets[source.name] = choose_clips(val_clips, args.val_samples, args.seed)
+            val_clips = Clips(truth, val, times, source_index=i, **sizes)
+            val_sets[source.name] = choose_clips(val_clips, args.val_samples, args.seed, args.skip_broken)
         if len(others) and args.action_free and (laq is not None or args.pseudo_actions):
             labelled = others if args.pseudo_actions else ()
             name = {"labelled_episodes": labelled, "latent_space": cached, "name": f"{source.name}-video"}
@@ -219,7 +227,8 @@ def main(args: Args) -> None:
     def roll_out() -> None:
         if accelerator.is_main_process:
             result = in_environment(args, learned, preprocessor, postprocessor, run.step)
-            run.report = (run.report or {}) | {"environment": result}
+            if run.step == args.steps:
+                write_json(args.output_dir / "environment.json", result)
             rates = {name: row["success"] for name, row in (result["tasks"] | {"all": result["all"]}).items()}
             run.log("env", {f"success/{name}": rate for name, rate in rates.items()}, run.step)
             run.show((args.output_dir / "videos" / f"step_{run.step:06d}").rglob("*.mp4"), run.step)
@@ -273,13 +282,15 @@ def main(args: Args) -> None:
             run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or is_last:
             validate()
-        if args.env.type and (is_last or args.env_eval_freq and step % args.env_eval_freq == 0):
-            roll_out()
         stop = run.must_stop()
         if stop or step % args.save_freq == 0 or is_last:
             run.save(model, optimizer, average, write, data=args.data, laq=laq and laq.fingerprint)
         if stop and not is_last:
             run.interrupt()
+        if args.env_eval_freq and step % args.env_eval_freq == 0 and not is_last:
+            roll_out()
+    if args.env.type and not (args.output_dir / "environment.json").is_file():
+        roll_out()  # of what is saved: a fault of the environment costs no step
     run.finish()
     if accelerator.is_main_process and config.push_to_hub:
         push_to_hub(policy, args.output_dir / "checkpoints" / "last" / "pretrained_model", args.data)
@@ -327,10 +338,11 @@ def data_of(args: Args) -> tuple[str, ...]:
     return tuple(load_config(args.policy.vla, "vla")["data"])
 
 
-def saved_config(folder: Path, given: HLRPConfig) -> HLRPConfig:
+def saved_config(args: Args) -> HLRPConfig:
     """That of a checkpoint, with the settings that were given; raises ValueError for one that it cannot take."""
     from lerobot.configs import PreTrainedConfig
 
+    folder, given = args.policy_path, args.policy
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"policy.path={folder} holds no config.json; expected a policy's pretrained_model folder"
@@ -341,13 +353,18 @@ def saved_config(folder: Path, given: HLRPConfig) -> HLRPConfig:
     fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins expert_dim expert_depth".split()
     default = Args().policy
     for name, value in ((f.name, getattr(given, f.name)) for f in fields(HLRPConfig)):
-        if value == getattr(default, name):
+        if value == getattr(default, name) and name not in args.given:
             continue
         if name in fixed and value != getattr(config, name):
             raise ValueError(
                 f"policy.{name}={value}, but policy.path={folder} has {getattr(config, name)}; leave it out"
             )
         setattr(config, name, value)
+    # what the checkpoint was pushed to stays as it is
+    config.push_to_hub, config.repo_id = given.push_to_hub, given.repo_id
+    if not args.state and config.robot_state_feature is not None:
+        raise ValueError(f"no-state, but policy.path={folder} reads the state; leave it out")
+    config.__post_init__()
     return config
 
 
@@ -373,18 +390,26 @@ def make_policy(args: Args, config: HLRPConfig, stats: dict, instructions: list[
     return policy.train(), *make_hlrp_pre_post_processors(config, stats)
 
 
-def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -> dict:
-    """Success in simulation, with a video of each task in OUTPUT_DIR/videos."""
-    from hlrp.rollout import evaluate, table, use_egl
+def environment(args: Args):
+    """LeRobot's configuration of --env. Raises ValueError where there is no such environment or task."""
+    from hlrp.rollout import use_egl
 
     use_egl()
     from lerobot.envs import make_env_config
-    from lerobot.utils.random_utils import set_seed
 
     import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
     import hlrp.world_env  # noqa: F401  the type hlrp_world
 
-    env_config = make_env_config(args.env.type, **({"task": args.env.task} if args.env.task else {}))
+    return make_env_config(args.env.type, **({"task": args.env.task} if args.env.task else {}))
+
+
+def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -> dict:
+    """Success in simulation, with a video of each task in OUTPUT_DIR/videos."""
+    from hlrp.rollout import evaluate, table
+
+    env_config = environment(args)
+    from lerobot.utils.random_utils import set_seed
+
     videos_dir = args.output_dir / "videos" / f"step_{step:06d}"
     set_seed(args.seed)
     result = evaluate(
@@ -419,6 +444,7 @@ def settings(args: Args) -> dict:
     """The settings by the names of their flags, as plain values."""
     values = asdict(args)
     values |= {f"policy.{name}": value for name, value in values.pop("policy").items()}
+    del values["given"]
     return json.loads(json.dumps(values, default=str))
 
 
@@ -426,15 +452,17 @@ def summary(output_dir: Path, report: dict) -> str:
     """Where things are, and the figures that matter."""
     lines = [f"\npolicy         {output_dir / 'checkpoints' / 'last' / 'pretrained_model'}"]
     for name, figures in report.items():
-        if name != "environment":
-            lines.append(
-                f"{name}: actions off by {figures['action_error']:.2f} standard deviations (the mean action "
-                f"{figures['action_error_mean']:.2f}, shuffled text {figures['action_error_shuffled_text']:.2f}, "
-                f"blank image {figures['action_error_blank_image']:.2f})"
-            )
+        lines.append(
+            f"{name}: actions off by {figures['action_error']:.2f} standard deviations (the mean action "
+            f"{figures['action_error_mean']:.2f}, shuffled text {figures['action_error_shuffled_text']:.2f}, "
+            f"blank image {figures['action_error_blank_image']:.2f})"
+        )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     config = (tyro.conf.AvoidSubcommands,)
-    main(tyro.cli(Args, description=__doc__, args=lerobot_flags(sys.argv[1:]), config=config))
+    argv = lerobot_flags(sys.argv[1:])
+    args = tyro.cli(Args, description=__doc__, args=argv, config=config)
+    args.given = policy_settings(argv)
+    main(args)

@@ -41,7 +41,7 @@ def evaluate(
             raise ValueError(
                 f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
             )
-        tasks = sorted({task for _, batch in share.batches(dataset) for task in batch["task"]})
+        tasks = share.tasks(dataset)
         rows, losses, episodes = [], [], []
         for _, batch in share.batches(dataset):
             truth = preprocessor(to_lerobot(batch, policy.config))
@@ -54,12 +54,15 @@ def evaluate(
             rows.append(torch.stack(errors, dim=1))
             torch.manual_seed(seed)
             labelled = {"latent_is_pad": batch["latent_is_pad"]} | label(laq, batch["frames"]) if laq else {}
-            _, metrics = policy(truth | labelled)
+            counts = {"num_labelled": (~truth["action_is_pad"]).any(1).sum()}  # here, and not of all ranks
+            if labelled:
+                counts["num_latent"] = (~batch["latent_is_pad"]).any(1).sum()
+            _, metrics = policy(truth | labelled | counts)
             losses.append(torch.tensor([list(metrics.values())] * len(batch["task"]), device=share.device))
             episodes.append(batch["episode"])
         means = share.gather(torch.cat(rows)).double().mean(0).tolist()
         figures = {"samples": len(dataset), "episodes": len(share.gather(torch.cat(episodes)).unique())}
-        figures["tasks"] = int(share.gather(torch.tensor([len(tasks)], device=share.device)).max())
+        figures["tasks"] = len(tasks)
         figures |= dict(zip(metrics, share.gather(torch.cat(losses)).mean(0).tolist(), strict=True))
         figures |= {"action_error_mean": means[0]}
         figures |= {f"action_error{c}": mean for c, mean in zip(CONDITIONS, means[1:], strict=True)}

@@ -11,9 +11,10 @@
     random     hlrp, with a LAQ that has learned nothing
     shuffled   hlrp, with the latent actions of other samples
 
-Stages 1 and 2 are trained once, with seed 0; a seed is of the demonstrations, the third stage and its weights. Each
-cell is a run folder below OUTPUT_DIR. What is finished is not run again, what was cut is resumed, and several processes
-may share the table: each waits for a stage that another one trains. Gives curve.json, curve.md and curve.png.
+Stages 1 and 2 are trained once, with seed 0; a seed is of the demonstrations, the third stage and its weights. bc and
+idm get the vlm of stage 2 as it was before. Each cell is a run folder below OUTPUT_DIR. What is finished is not run
+again, what was cut is resumed, and several processes may share the table: each waits for a stage that another one
+trains. Gives curve.json, curve.md and curve.png.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ from typing import Literal, NamedTuple, get_args
 
 import tyro
 
-from hlrp.checkpoints import write_json, write_text
+from hlrp.checkpoints import load_config, write_json, write_text
 from hlrp.metrics import wilson
 
 Method = Literal["hlrp", "bc", "idm", "random", "shuffled"]
@@ -139,7 +140,7 @@ def run_cell(args: Args, cell: Cell) -> None:
         flags |= {"--laq": laq / LAST, "--policy.vla": vla / LAST}
         more += ["--shuffle-latents"] if cell.method == "shuffled" else []
     else:
-        flags |= {"--policy.vla": "None", "--policy.vlm": "tiny"}
+        flags |= {"--policy.vla": "None"} | backbone(args)
     if cell.method == "idm":
         labels = args.output_dir / f"inverse_k{cell.demonstrations}_seed{cell.seed}"
         with exclusive(labels):
@@ -156,6 +157,17 @@ def run_cell(args: Args, cell: Cell) -> None:
         if not (policy / "rollout.json").is_file():
             batch = {"--batch-size": min(args.episodes, 5), "--policy": policy / LAST, "--output-dir": policy}
             run(["-m", "hlrp.rollout", *tasks], count | batch)
+
+
+def backbone(args: Args) -> dict:
+    """Flags by which rivals without stage 2 get its vlm, where the table has a method with it."""
+    staged = [method for method in args.methods if method in ("hlrp", "random", "shuffled")]
+    if not staged:
+        return {"--policy.vlm": "tiny"}
+    vlm = load_config(stages(args, staged[0])[1] / LAST, "vla")["vla"]["vlm"]
+    return {"--policy.vlm": vlm["vlm"]} | (
+        {"--policy.image-size": vlm["image_size"]} if vlm["image_size"] else {}
+    )
 
 
 def stages(args: Args, method: str) -> tuple[Path, Path]:

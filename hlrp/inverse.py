@@ -8,6 +8,7 @@ The rival that latent actions have to beat: video is labelled by what the same d
 inverse.json, which says whose they are and how good on held-out episodes.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,7 +148,9 @@ class PseudoLabelled:
                 "--val-fraction fit"
             )
         self.source, self.demonstrations = source, set(facts["demonstrations"])
-        self.labels = load_file(folder / ACTIONS)["actions"].split(source.lengths.tolist())
+        self.pseudo_actions = load_file(folder / ACTIONS)["actions"].split(source.lengths.tolist())
+        content = source.fingerprint.encode() + (folder / ACTIONS).read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def __getattr__(self, name: str):
         return getattr(self.source, name)
@@ -155,7 +158,7 @@ class PseudoLabelled:
     def actions(self, episode: int, indices) -> Tensor:
         if episode in self.demonstrations:
             return self.source.actions(episode, indices)
-        return self.labels[episode][torch.as_tensor(np.asarray(indices))]
+        return self.pseudo_actions[episode][torch.as_tensor(np.asarray(indices))]
 
 
 if __name__ == "__main__":

@@ -53,3 +53,9 @@ def lerobot_flags(argv: list[str]) -> list[str]:
     if dataset:
         found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
     return found
+
+
+def policy_settings(argv: list[str]) -> frozenset[str]:
+    """The names of the policy's settings that a command line gives, whatever their values."""
+    flags = [token.removeprefix("--policy.") for token in argv if token.startswith("--policy.")]
+    return frozenset(flag.split(".")[0].removeprefix("no-").replace("-", "_") for flag in flags)

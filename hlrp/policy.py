@@ -11,7 +11,7 @@ The second term is the head of stage 2, kept where the batch has latent actions,
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -182,6 +182,12 @@ class HLRPPolicy(PreTrainedPolicy):
             self.latent_head.requires_grad_(False)
         action_dim = config.action_feature.shape[0]
         self.trunk.requires_grad_(True)
+        if shared and not config.latent_weight:
+            for layers in (self.trunk.from_space, self.trunk.to_space):
+                layers["latent"].requires_grad_(False)
+        tells_words = config.latent_weight and getattr(self.latent_head, "in_vocabulary", False)
+        if self.vlm.lm_head is not None and not tells_words:
+            self.vlm.lm_head.requires_grad_(False)  # nothing reads it
         num_bins = config.num_bins if config.action_head == "bins" else 1
         self.trunk.add_space("action", action_dim, action_dim * num_bins)
         state = config.robot_state_feature
@@ -281,7 +287,8 @@ class HLRPPolicy(PreTrainedPolicy):
         if self.config.n_obs_steps > 1:
             keys = {key: batch[key] for key in self.config.image_features}
             self._queues = populate_queues(self._queues, keys)
-            batch = batch | {key: torch.stack([*self._queues[key]], dim=1) for key in keys}
+            seen = {key: [*self._queues[key]][:: self.config.action_repeat] for key in keys}
+            batch = batch | {key: torch.stack(frames, dim=1) for key, frames in seen.items()}
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch, noise)[:, : self.config.n_action_steps]
             self._action_queue.extend(chunk.repeat_interleave(self.config.action_repeat, dim=1).unbind(1))
@@ -290,7 +297,8 @@ class HLRPPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forgets the observations and actions of an episode."""
         self._action_queue: deque[Tensor] = deque()
-        self._queues = {key: deque(maxlen=self.config.n_obs_steps) for key in self.config.image_features}
+        length = (self.config.n_obs_steps - 1) * self.config.action_repeat + 1
+        self._queues = {key: deque(maxlen=length) for key in self.config.image_features}
 
     def init_rtc_processor(self) -> None:
         """Real-time chunking (Black et al. 2025, arXiv:2506.07339), as `config.rtc_config` has it now."""
@@ -313,6 +321,10 @@ class HLRPPolicy(PreTrainedPolicy):
                     f"the policy sees {key}, the batch has {found}; --rename_map maps other names"
                 )
             frames = batch[key] if batch[key].ndim == 5 else batch[key][:, None]  # b t c h w
+            if frames.shape[1] != self.config.n_obs_steps:
+                raise ValueError(
+                    f"{key} has {frames.shape[1]} frames, the policy sees {self.config.n_obs_steps}, one step apart"
+                )
             pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8)
             views.append(fit(pixels.flatten(0, 1), self.vlm.image_size).unflatten(0, frames.shape[:2]))
         return torch.cat(views, dim=1)
@@ -365,7 +377,8 @@ def parts(
     }
     chosen["freeze"] = tuple(config.freeze)
     if folder is None and config.vla is not None:
-        vla = VLA.from_pretrained(config.vla, **chosen)
+        vla = VLA.from_pretrained(config.vla, gradient_checkpointing=config.gradient_checkpointing)
+        vla.vlm.choose_trainable(replace(vla.config.vlm, **chosen))
         if config.image_size not in (None, vla.vlm.image_size):
             raise ValueError(
                 f"image_size={config.image_size}, but vla={config.vla} sees {vla.vlm.image_size} pixels; leave it out"

@@ -124,10 +124,10 @@ def evaluate(
             raise ValueError(
                 f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
             )
-        tasks = sorted({task for _, batch in share.batches(dataset) for task in batch["task"]})
+        tasks = share.tasks(dataset)
         found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks, with_errors=True)
         figures = {"samples": len(dataset), "episodes": len(found.episodes.unique())}
-        figures["tasks"] = int(share.gather(torch.tensor([len(tasks)], device=share.device)).max())
+        figures["tasks"] = len(tasks)
         for i, condition in enumerate(CONDITIONS):
             figures[f"loss{condition}"] = float(found.errors[:, i].double().mean())
         if found.indices is not None and found.true_indices is not None:

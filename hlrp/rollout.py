@@ -100,7 +100,9 @@ def evaluate(
 
     env_processors = make_env_pre_post_processors(env_config, policy.config)
     envs = make_env(env_config, n_envs=batch_size, use_async_envs=False)
-    names = {(group, i): env.call("task")[0] for group, tasks in envs.items() for i, env in tasks.items()}
+    names = {
+        (group, i): name_of(env, f"{group}/{i}") for group, tasks in envs.items() for i, env in tasks.items()
+    }
     with latencies_of(policy) as latencies:
         info = eval_policy_all(
             envs,
@@ -117,6 +119,14 @@ def evaluate(
         names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]
     }
     return summary(successes, latencies)
+
+
+def name_of(env, default: str) -> str:
+    """Of the task of a vectorised environment; not all have one."""
+    try:
+        return env.call("task")[0]
+    except AttributeError:
+        return default
 
 
 def check(args: Args) -> None:

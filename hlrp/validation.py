@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -48,6 +49,15 @@ class Share(NamedTuple):
             place = slice(first, first + len(batch["frames"]))
             yield place, {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
             first = place.stop
+
+    def tasks(self, dataset: Dataset) -> list[str]:
+        """The different instructions of a whole set, on every rank."""
+        tasks = {task for _, batch in self.batches(dataset) for task in batch["task"]}
+        if self.num_ranks > 1:
+            parts = [None] * self.num_ranks
+            dist.all_gather_object(parts, tasks)
+            tasks = set().union(*parts)
+        return sorted(tasks)
 
     def gather(self, tensor: Tensor) -> Tensor:
         return gather(tensor) if self.num_ranks > 1 else tensor

@@ -174,7 +174,9 @@ class VLM(nn.Module):
             raise ValueError(f"{name} has {found}; expected {expected}, in files beside the model's")
 
     def choose_trainable(self, config: VLMConfig) -> None:
-        """Sets `requires_grad` and adds the adapters."""
+        """Sets `requires_grad` and adds the adapters; those that are there become one with what they adapt."""
+        self.merge_adapters()
+        self.requires_grad_(True)
         if unknown := set(config.freeze) - {"vision", "language"}:
             raise ValueError(f"freeze={sorted(unknown)}; expected some of vision, language")
         if not 0 <= config.freeze_layers <= len(self.layers):
@@ -203,6 +205,13 @@ class VLM(nn.Module):
             ]
             lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
             inject_adapter_in_model(lora, self.text[0])
+
+    def merge_adapters(self) -> None:
+        text = self.text[0]
+        for name, module in [*text.named_modules()]:
+            if hasattr(module, "lora_A"):
+                module.merge()
+                text.set_submodule(name, module.get_base_layer())
 
     def train(self, mode: bool = True):
         super().train(mode)

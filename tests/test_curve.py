@@ -21,6 +21,11 @@ def runs(monkeypatch):
         folder = Path(flags["output-dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"state": "done"}))
+        if script == "train_vla.py":
+            checkpoint = folder / curve.LAST
+            checkpoint.mkdir(parents=True)
+            vlm = {"vlm": "owner/name", "image_size": 96}
+            (checkpoint / "config.json").write_text(json.dumps({"type": "vla", "vla": {"vlm": vlm}}))
         if script == "hlrp.rollout":
             count = {"successes": success[folder.name.split("_")[0]], "episodes": 10}
             (folder / "rollout.json").write_text(json.dumps({"all": count}))
@@ -53,6 +58,8 @@ def test_rivals_get_what_makes_them_rivals(runs, tmp_path):
     assert stage2["bc"] == stage2["idm"] == "None" and "vla_hlrp" in stage2["hlrp"]
     assert "laq_random" in str(policies["random"]["laq"]) and "vla_random" in stage2["random"]
     assert "vla_shuffled" in stage2["shuffled"] and "--shuffle-latents" in policies["shuffled"]["more"]
+    for rival in ("bc", "idm"):
+        assert (policies[rival]["policy.vlm"], policies[rival]["policy.image-size"]) == ("owner/name", 96)
     assert "inverse_k5_seed2" in str(policies["idm"]["pseudo-actions"])
     assert all(flags["demonstrations"] == 5 and flags["seed"] == 2 for flags in policies.values())
     assert [f["more"][-1] for s, f in runs if s == "train_vla.py"].count("--shuffle-latents") == 1
@@ -64,7 +71,8 @@ def test_a_cell_alone_is_run_for_a_job_array(runs, tmp_path, capsys):
     args = Args(demonstrations=(1,), seeds=(0,), methods=("hlrp", "bc"), output_dir=tmp_path)
     args.cell = 1
     main(args)
-    assert [Path(f["output-dir"]).name for _, f in runs] == ["bc_k1_seed0"] * 2
+    names = [Path(f["output-dir"]).name for _, f in runs]
+    assert names == ["laq", "vla_hlrp", "bc_k1_seed0", "bc_k1_seed0"]  # whose vlm it gets
     assert "| 1 | – | 0.40" in capsys.readouterr().out
     args.list = True
     main(args)

@@ -22,7 +22,7 @@ from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.lerobot_flags import lerobot_flags
+from hlrp.lerobot_flags import lerobot_flags, policy_settings
 from hlrp.policy import HLRPConfig, HLRPPolicy
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run
@@ -167,6 +167,19 @@ def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(sta
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     with pytest.raises(ValueError, match="policy.chunk_size=9, but policy.path=.* has 4; leave it out"):
         train(tmp_path / "other", stages, head=None, policy_path=folder, policy={"chunk_size": 9})
+    given = policy_settings(["--steps", "2", "--policy.n-action-steps", "8", "--policy.no-push-to-hub"])
+    assert given == {"n_action_steps", "push_to_hub"}
+    with pytest.raises(ValueError, match="n_action_steps=8 is more than chunk_size=4"):
+        train(
+            tmp_path / "other",
+            stages,
+            head=None,
+            policy_path=folder,
+            policy={"n_action_steps": 8, "chunk_size": 16},
+            given=given,
+        )
+    with pytest.raises(ValueError, match="no-state, but policy.path=.* reads the state"):
+        train(tmp_path / "other", stages, head=None, policy_path=folder, state=False)
 
 
 class Poisoned:
@@ -314,6 +327,13 @@ def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, mo
     assert [line["step"] for line in logged] == [2, 4]
     assert {"success/reach-v3", "success/door-open-v3", "success/all"} <= set(logged[0])
     assert len([*(tmp_path / "run/videos").rglob("*.mp4")]) == 4
+    tried = json.loads((tmp_path / "run/environment.json").read_text())
+    assert logged[-1]["success/all"] == tried["all"]["success"]
+    (tmp_path / "run/environment.json").unlink()  # as where the environment has failed behind the last step
+    train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
+    assert [line["step"] for line in lines(tmp_path / "run", "env")] == [2, 4, 4]
+    with pytest.raises(ValueError, match="nowhere"):
+        train(tmp_path / "other", stages, head=None, data=data, env=EnvArgs("nowhere"))
 
 
 def test_a_finished_policy_goes_to_the_hub_with_its_card(stages, tmp_path, monkeypatch):

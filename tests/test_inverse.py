@@ -29,6 +29,7 @@ def test_few_demonstrations_label_the_other_video(folder):
     true, pseudo = (s.actions(other, range(source.lengths[other] - 1)) for s in (source, labelled))
     assert not torch.equal(true, pseudo)
     assert torch.equal(labelled.actions(int(shown[0]), [0, 1]), source.actions(int(shown[0]), [0, 1]))
+    assert labelled.fingerprint != source.fingerprint
     assert labelled.read(other, [0])["task"] == source.read(other, [0])["task"]
 
 

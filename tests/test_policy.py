@@ -215,6 +215,21 @@ def test_a_history_of_images_is_the_same_in_training_and_on_a_robot():
         policy.select_action(moment)
     assert torch.equal(shown[1], seen)
     assert torch.equal(shown[0][:, 0], seen[:, 0]) and torch.equal(shown[0][:, 1], seen[:, 0])
+    with pytest.raises(ValueError, match="top has 1 frames, the policy sees 2"):
+        policy.predict_action_chunk(later)
+
+
+def test_a_history_is_one_frame_of_the_data_apart_where_actions_are_held():
+    policy = make_policy(n_obs_steps=2, action_repeat=3, n_action_steps=1, chunk_size=1).eval()
+    shown, images = [], policy.images
+    policy.images = lambda batch: shown.append(images(batch)) or shown[-1]
+    for brightness in range(7):
+        batch = {
+            TOP: torch.full((1, 3, 40, 40), brightness / 255),
+            "observation.state": torch.zeros(1, STATE),
+        }
+        policy.select_action(batch | {"task": TASKS[:1]})
+    assert [frames[0, :, 0, 0, 0].tolist() for frames in shown] == [[0, 0], [0, 3], [3, 6]]
 
 
 def test_real_time_chunking_goes_on_where_the_last_chunk_was():
@@ -290,6 +305,31 @@ def test_what_the_robot_does_not_send_is_named(change, message):
     change(batch)
     with pytest.raises(ValueError, match=message):
         policy.predict_action_chunk(batch)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2), (2, 3)])
+def test_adapters_of_stage_2_become_weights_and_new_ones_are_added(before, after, tmp_path):
+    torch.manual_seed(0)
+    vlm = VLMConfig(image_size=32, lora_rank=before, freeze=("vision",))
+    vla = VLA(VLAConfig(vlm=vlm), LatentSpace(0.2, 2, 5, 6, 32, ""), VLM.from_config(vlm, TASKS))
+    (tmp_path / "vla").mkdir()
+    nudge(vla).save_pretrained(tmp_path / "vla")
+    policy = make_policy(vla=str(tmp_path / "vla"), lora_rank=after).eval()
+    images = torch.randint(256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    same = policy.vlm(images, TASKS).hidden, vla.eval().vlm(images, TASKS).hidden
+    torch.testing.assert_close(*same, rtol=1e-3, atol=1e-4)
+    trained = [name for name, p in policy.vlm.named_parameters() if p.requires_grad]
+    assert trained and all(("lora" in name) == bool(after) for name in trained)
+    assert bool(after) or any("visual" in name for name in trained)  # what stage 2 froze, this one does not
+    policy.save_pretrained(tmp_path / "policy")
+    loaded = HLRPPolicy.from_pretrained(tmp_path / "policy")
+    torch.testing.assert_close(loaded.vlm(images, TASKS).hidden, same[0])
+
+
+def test_what_nothing_reads_is_not_trained(stage2):
+    policy = make_policy(vla=stage2("flow"), latent_weight=0.0)
+    loss_of(policy, make_batch(policy)).backward()
+    assert not [n for n, p in policy.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_another_image_size_than_that_of_stage_2_is_refused(stage2):
