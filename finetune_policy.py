@@ -103,7 +103,8 @@ def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
-    from hlrp.clips import Clips, choose_clips
+    from hlrp.chosen import choose_clips
+    from hlrp.clips import Clips
     from hlrp.data import Mixture, loader
     from hlrp.demonstrations import (
         choose_demonstrations,

@@ -63,7 +63,7 @@ class Args:
 
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
-    from hlrp.clips import action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr

@@ -68,7 +68,7 @@ class Args:
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.checkpoints import load_config
-    from hlrp.clips import action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ

@@ -179,7 +179,8 @@ def read(variant: str, delta: float) -> tuple[Cached, Cached]:
 def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     """Trains and probes one model: r2, ridge, mlp with intervals; leakage of what moves by itself; use and health."""
     from hlrp.card import Z, features_of, health, interval, leakage, read_pairs, score
-    from hlrp.clips import Clips, action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips
+    from hlrp.clips import Clips
     from hlrp.controls import predicted_actions, trained_on_labels, untrained
     from hlrp.controls import train as trained
     from hlrp.judging import encode

@@ -51,7 +51,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from hlrp.clips import Clips, Sizes, read_clips
+from hlrp.chosen import read_clips
+from hlrp.clips import Clips, Sizes
 from hlrp.permutation import hash_integers, permute
 from hlrp.streams import StreamClips
 from hlrp.transforms import stacked

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
-from hlrp.clips import Clips, action_statistics
+from hlrp.chosen import action_statistics
+from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
 from hlrp.demonstrations import choose_demonstrations
 from hlrp.laq import standardise

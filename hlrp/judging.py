@@ -29,7 +29,7 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import draw
-from hlrp.clips import action_statistics, choose_clips
+from hlrp.chosen import action_statistics, choose_clips
 from hlrp.controls import (
     predicted_actions,
     principal_components,

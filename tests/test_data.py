@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hlrp.clips import Clips, choose_clips
+from hlrp.chosen import choose_clips
+from hlrp.clips import Clips
 from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
 from hlrp.sources import expand, open_source, open_sources, parse_uri
 from hlrp.splits import split_episodes

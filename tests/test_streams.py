@@ -7,7 +7,7 @@ import torch
 from torchvision.io import encode_png
 
 from hlrp import streams
-from hlrp.clips import action_statistics, choose_clips
+from hlrp.chosen import action_statistics, choose_clips
 from hlrp.data import Mixture, loader
 from hlrp.splits import first_share, split_episodes
 from hlrp.streams import MAX_EPISODES, Episode, StreamClips

@@ -1,0 +1,84 @@
+"""Clips chosen for validation and statistics; and which one takes the place of a clip that cannot be read."""
+
+import logging
+from collections.abc import Sequence
+from itertools import count
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from hlrp.clips import Clips
+
+logger = logging.getLogger(__name__)
+STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
+MAX_STEPS = 1000  # of this length, before all of a source are called broken
+
+
+def action_statistics(clips) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (a,) of the actions in the labelled episodes; 0 and 1 where there are none."""
+    clips = held(clips, num_episodes=256) if clips.source.action_dim else clips
+    source = clips.source
+    episodes = clips.labelled_episodes[:1000] if source.action_dim else []
+    if not len(episodes):
+        return torch.zeros(source.action_dim), torch.ones(source.action_dim)
+    actions = torch.cat([source.actions(int(i), np.arange(source.lengths[i])) for i in episodes])
+    return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
+
+
+def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:
+    """The clips at `indices`, and what could not be read: with `skip_broken`, another clip takes its place."""
+    if not skip_broken:
+        return clips.__getitems__(indices), []
+    try:
+        return clips.__getitems__(indices), []
+    except ValueError:
+        skipped = []
+        return [read_or_next(clips, int(index), skipped) for index in indices], skipped
+
+
+def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
+    """The clip, or the first one to be read of a walk from it through all of them."""
+    stride = next(n for n in count(STRIDE) if gcd(n, len(clips)) == 1)
+    for step in range(min(len(clips), MAX_STEPS)):
+        try:
+            return clips[(index + step * stride) % len(clips)]
+        except ValueError as error:
+            skipped.append(str(error))
+    raise ValueError(f"{clips.source.uri}: none of {step + 1} clips all over it can be read: {skipped[-1]}")
+
+
+class Chosen(Subset):
+    """Some clips. With `skip_broken`, another takes the place of one that cannot be read, which is logged."""
+
+    def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
+        super().__init__(clips, indices)
+        self.skip_broken = skip_broken
+
+    def __getitem__(self, place: int) -> dict:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[dict]:
+        found, skipped = read_clips(self.dataset, [self.indices[i] for i in places], self.skip_broken)
+        for message in skipped:
+            logger.warning("skipped %s", message)
+        return found
+
+
+def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) -> Chosen:
+    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches. Of a stream, eight of
+    each of its first episodes."""
+    everywhere = clips
+    clips = held(clips, num_episodes=-(-max_clips // 8))
+    borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
+    chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
+    if clips is not everywhere:
+        clips.source.forget_all_but(clips.frames_of(chosen))
+    return Chosen(clips, chosen, skip_broken)
+
+
+def held(clips, num_episodes: int) -> Clips:
+    """The clips; of a stream, those of its first episodes, in memory."""
+    return clips if isinstance(clips, Clips) else clips.hold(num_episodes)
