@@ -99,7 +99,10 @@ def algebra(
     if len(episodes[has_third].unique()) >= 2 * MIN_FITTED:
         a, b, c = frames[has_third].unbind(1)
         first, second, both = forward[has_third.to(device)], z(b, c), z(a, c)
-        other, of = second.roll(1, dims=0), episodes[has_third]
+        other, of = (
+            second[partners(torch.zeros(len(second), dtype=torch.int64), seed).to(device)],
+            episodes[has_third],
+        )
         figures["additivity"] = {
             "true": relative_error(first + second, both),
             "shuffled": relative_error(first + other, both),

@@ -192,14 +192,15 @@ def vectors_of(pairs: Pairs) -> Tensor:
 
 
 def transfer_matrix(cells: list[dict]) -> Figure:
-    names = list(dict.fromkeys(cell["fitted"] for cell in cells))
+    names = list(dict.fromkeys(name for cell in cells for name in (cell["fitted"], cell["scored"])))
     values = np.full((len(names), len(names)), np.nan)
     for cell in cells:
         values[names.index(cell["fitted"]), names.index(cell["scored"])] = cell["r2"]
     figure = Figure(figsize=(2.4 + 0.9 * len(names), 1.2 + 0.7 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(values, vmin=0, vmax=1, cmap="Blues")
-    for (i, j), value in np.ndenumerate(values):
+    for i, j in np.argwhere(np.isfinite(values)):
+        value = values[i, j]
         axes.text(j, i, f"{value:z.2f}", ha="center", va="center", color="white" if value > 0.5 else INK)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)

@@ -2,7 +2,7 @@
 them, and a policy that learns them learns to wait.
 
     motion(t)   mean absolute change of the image from t to t + span, at 64 pixels, of 255
-    action(t)   root mean square of the actions in between, in standard deviations of an action
+    action(t)   root mean square of the actions in between, above the least of each dimension; 1 is the source's mean
 
 A frame is idle where each measure that has a threshold is below it. Scores are computed once for a source and a span
 and kept in $HLRP_CACHE or ~/.cache/hlrp, so that other thresholds need no frame again.
@@ -27,7 +27,7 @@ SHOWN_EPISODES, SHOWN_FRAMES = 6, 12
 @dataclass
 class IdleConfig:
     motion: float = 0.0  # frames before less change of the image than this are idle [of 255]; 0: not measured
-    action: float = 0.0  # frames before less action than this [standard deviations]; 0: not measured
+    action: float = 0.0  # frames before less action than this [mean action of the source]; 0: not measured
     span: float = 0.2  # over this time [s]
 
     def is_set(self) -> bool:
@@ -37,7 +37,7 @@ class IdleConfig:
 def scores(source, span: float) -> dict[str, np.ndarray]:
     """motion, and action where the source has them, of every frame of every episode in their order."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "idle"
-    file = cache / f"{source.fingerprint}_{span:g}s.npz"
+    file = cache / f"{source.fingerprint}_{span:g}s_above_least.npz"
     if not file.is_file():
         episodes = tqdm(
             range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None
@@ -46,16 +46,23 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
         if found is None:
             parts = [episode_scores(source, episode, span) for episode in episodes]
             found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        if "action" in found:  # by the deviation of each dimension over the whole source
-            found["action"] = np.sqrt(
-                (found["action"] / found["action"].mean(axis=0).clip(1e-12)).mean(axis=1)
-            )
+        if "action" in found:
+            found["action"] = activity(found["action"])
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.npz")
         np.savez(partial, **found)
         partial.replace(file)
     with np.load(file, allow_pickle=False) as saved:
         return dict(saved)
+
+
+def activity(squares: np.ndarray) -> np.ndarray:
+    """Mean squared actions (t, a) -> (t,), 1 on average: how far each dimension is above its least over the source,
+    which is where nothing is done, also where a gripper is held by a constant."""
+    above = squares - squares.min(axis=0)
+    mean = above.mean(axis=0)
+    moves = mean > 1e-9 * squares.mean(axis=0)
+    return np.sqrt((above[:, moves] / mean[moves]).mean(axis=1)) if moves.any() else np.zeros(len(squares))
 
 
 def episode_scores(source, episode: int, span: float) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """A probe card's subjects: a checkpoint, which is asked, and a file, which says what it has."""
 
 import json
+import logging
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ from hlrp.sources import open_source, parse_uri
 from hlrp.splits import first_share, split_episodes
 from hlrp.streams import clips_of
 from hlrp.validation import Share, code_use, encode_all
+
+logger = logging.getLogger(__name__)
 
 FIT_SHARE = 0.6  # of the pairs
 DECODED = ("reconstructions", "one-code", "many-codes")  # pictures
@@ -133,7 +136,7 @@ class Checkpoint:
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
         laq, args, seed = self.laq, self.args, self.args.seed
-        train, val = split_episodes(source, args.val_fraction, seed)
+        train, val = self.split(source)
         times = {"times": (0.0, laq.config.delta), "image_size": laq.config.image_size, "seed": seed}
         train_clips, val_clips = (clips_of(source, part, **times) for part in (train, val))
         num_fit = round(FIT_SHARE * args.pairs)
@@ -149,7 +152,7 @@ class Checkpoint:
         encoders[RANDOM] = partial(encode_unquantized, untrained(laq.config, seed).to(share.device))
         codebook_sizes[RANDOM] = None
         if laq.config.action_weight and source.action_dim:
-            labelled = first_share(train, self.label_fraction())
+            labelled = first_share(train, self.setting("label_fraction", args.label_fraction))
             model = self.train_on_labels(clips_of(source, labelled, **times), share.device)
             encoders[LABELS] = lambda frames: LatentActions(predicted_actions(model, frames)[:, None], None)
             codebook_sizes[LABELS] = None
@@ -182,12 +185,16 @@ class Checkpoint:
         every, names, groups = [pairs], {0: source.name}, [torch.zeros_like(pairs.episodes)]
         for uri in self.args.transfer_to:
             other, number = open_source(parse_uri(uri).uri), len(names)
+            if other.name in names.values():
+                raise ValueError(
+                    f"transfer_to={uri}: a source named {other.name} is there already; another fits"
+                )
             if other.action_dim != source.action_dim:
                 raise ValueError(
                     f"transfer_to={uri} has actions of {other.action_dim} dimensions, {source.uri} of "
                     f"{source.action_dim}; the same action space fits"
                 )
-            split = split_episodes(other, self.args.val_fraction, self.args.seed)
+            split = self.split(other)
             config, count = self.laq.config, self.args.pairs // 2
             sets = [
                 choose_clips(
@@ -223,16 +230,26 @@ class Checkpoint:
         laq.save_pretrained(folder, data=list(args.data), step=args.train_shuffled, report=None)
         return laq
 
-    def label_fraction(self) -> float:
-        """Of the training episodes, those whose actions the LAQ has seen."""
-        if self.args.label_fraction is not None:
-            return self.args.label_fraction
-        record = self.args.latents.resolve().parents[2] / "run.json"
-        if not record.is_file():
-            raise ValueError(
-                f"{self.args.latents} used labels, and {record} is missing: give --label-fraction"
+    def setting(self, name: str, given: float | None, default: float | None = None) -> float:
+        """One that the LAQ was trained with: the given one, or that of its run.json, or the default with a warning."""
+        record = self.args.latents.resolve().parent.parent.parent / "run.json"
+        if given is None and record.is_file():
+            return json.loads(record.read_text())["settings"][name]
+        if given is None and default is None:
+            raise ValueError(f"{record} is missing, which has it: give --{name.replace('_', '-')}")
+        if given is None:
+            logger.warning(
+                "%s is missing: %s=%s is taken, by which episodes may be scored that it has seen",
+                record,
+                name,
+                default,
             )
-        return json.loads(record.read_text())["settings"]["label_fraction"]
+        return default if given is None else given
+
+    def split(self, source):
+        """The episodes that the LAQ has learned from, and those held out."""
+        fraction = self.setting("val_fraction", self.args.val_fraction, 0.1)
+        return split_episodes(source, fraction, self.setting("seed", self.args.split_seed, 0))
 
     def train_on_labels(self, clips, device):
         return trained_on_labels(

@@ -45,7 +45,7 @@ SIZES = {
 @dataclass
 class LAQConfig:
     delta: float = 0.2  # time between the two frames of a pair [s]
-    size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 32 or 330 million parameters
+    size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 34 or 350 million parameters
     image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by size
     patch_size: int | None = None  # [pixel]; None: 8, 16 or 32 by size
 

@@ -25,8 +25,11 @@ class Args:
     compare: tuple[Path, ...] = ()  # cards to put side by side: folders, or card.json files
 
     pairs: int = 5000  # of frames, of each source; three fifths to fit probes on, the rest to score them
-    val_fraction: float = 0.1  # share of the episodes that are scored; as for train_laq.py
-    seed: int = 0  # of the split, likewise, and of what is drawn
+    val_fraction: float | None = (
+        None  # of the episodes are scored: as of train_laq.py; None: as run.json has it
+    )
+    split_seed: int | None = None  # --seed of train_laq.py, by which episodes were held out; likewise
+    seed: int = 0  # of what is drawn
     delta: float | None = None  # of a file that has none [s]
     groups: tuple[str, ...] = ()  # of action dimensions, each with figures of its own: position=0-2 gripper=6
     transfer_to: tuple[str, ...] = ()  # sources of other embodiments, which probes fitted here are scored on
@@ -127,9 +130,14 @@ def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
         config = json.loads((args.latents / "config.json").read_text())
         subject, data = Checkpoint(laq, args), expand(args.data or tuple(config["data"]))
 
+    opened = [open_source(parse_uri(uri).uri) for uri in data]
+    names = [source.name for source in opened]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"data={data}: sources {', '.join(names) or 'none'}; one or more of different names fit"
+        )
     sources, pictures = {}, {}
-    for uri in data:
-        source = open_source(parse_uri(uri).uri)
+    for uri, source in zip(data, opened, strict=True):
         if args.groups and (stray := [i for g in groups.values() for i in g if i >= source.action_dim]):
             raise ValueError(
                 f"groups: dimension {stray[0]}, but the actions of {uri} have {source.action_dim}"

@@ -171,7 +171,8 @@ def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int,
     residual = times @ of_episodes((pred - target).square())
     count = times @ of_episodes(torch.ones_like(target))
     total = times @ of_episodes(target.square()) - (times @ of_episodes(target)).square() / count
-    return 1 - residual / total.clamp(min=1e-12)
+    of_all = target.square().mean(dim=0) * count  # where hardly anything varies in what was drawn
+    return 1 - residual / torch.where(total < 0.1 * of_all, of_all, total).clamp(min=1e-12)
 
 
 def probe_r2(

@@ -16,6 +16,7 @@ the weights and the optimizer's state, and continues to the bit.
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -153,7 +154,7 @@ class Run:
         }
         write_json(self.output_dir / "run.json", self.record)
         wandb = {
-            "id": f"{self.output_dir.name}-{self.record['started']}",
+            "id": re.sub(r"[^\w.-]", "-", f"{self.output_dir.name}-{self.record['started']}"),
             "resume": "allow",
             "dir": self.output_dir,
         }

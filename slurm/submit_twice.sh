@@ -2,7 +2,7 @@
 # One run in two queues, of one cluster or of two that share a file system: the job that starts first trains, the other
 # one cancels itself when its turn comes.
 #
-#     slurm/submit_twice.sh slurm/train_laq.sbatch --lr 1e-4 --output-dir outputs/laq
+#     slurm/submit_twice.sh slurm/train_laq.sbatch --size base --output-dir outputs/laq
 #
 # QUEUE_A and QUEUE_B of slurm/site.env are the flags of sbatch by which the two differ.
 set -euo pipefail

@@ -61,6 +61,7 @@ if ((dry_run)); then
   cat "$template"
   exit
 fi
+[[ -z ${RUNS-} || -e outputs ]] || { mkdir -p "$RUNS" && ln -s "$RUNS" outputs; }
 mkdir -p "$folder"
 export HLRP_CELLS=$folder/cells.txt # a cell finds its arguments in the line of its number
 [[ ! -f $HLRP_CELLS || $(<"$HLRP_CELLS") == "$lines" ]] || fail "$folder holds another sweep (cells.txt); give another folder"

@@ -16,6 +16,7 @@ from hlrp.card import (
     ratio_of_transfer,
     transfer,
 )
+from hlrp.card_plots import transfer_matrix
 from hlrp.laq import LatentActions
 from hlrp.probes import episode_split
 from hlrp.verdict import passed, verdict
@@ -139,6 +140,12 @@ def test_a_latent_action_that_means_the_opposite_elsewhere_does_not_transfer(pai
     assert ratio_of_transfer(opposite) < -1
     assert [cell["r2"] > 0.99 for cell in opposite] == [True, False, False, True]
     assert ratio_of_transfer(same[:1]) is None
+
+
+def test_the_matrix_of_transfer_shows_what_was_only_scored(tmp_path):
+    cells = [{"fitted": "a", "scored": "a", "r2": 0.9}, {"fitted": "a", "scored": "b", "r2": 0.2}]
+    axes = transfer_matrix(cells).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.90", "0.20"]
 
 
 def test_neighbours_are_of_other_episodes_each_of_its_own():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hlrp.clips import Clips
-from hlrp.idle import IdleConfig, busy_frames, save_picture, scores
+from hlrp.idle import IdleConfig, activity, busy_frames, save_picture, scores
 
 
 class Waiting:
@@ -41,6 +41,12 @@ def test_frames_after_which_nothing_happens_are_left_out(source):
     assert busy_frames(source, IdleConfig(action=0.1))[1].tolist() == [0, 1, 2, 3, 4, *range(7, 20)]
     both = busy_frames(source, IdleConfig(motion=1.0, action=0.1))  # left out where both say so
     assert both[0].tolist() == [0, 1, 2, 3, 4, *range(7, 20)]
+
+
+def test_a_gripper_that_is_held_by_a_constant_is_no_action():
+    squares = np.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0], [4.0, 1.0, 1.0], [4.0, 1.0, 1.0]])
+    assert activity(squares).tolist() == pytest.approx([0, 0, 2**0.5, 2**0.5])
+    assert not activity(np.ones((3, 2))).any()
 
 
 def test_other_thresholds_need_no_frame_again(source):

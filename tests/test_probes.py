@@ -143,6 +143,16 @@ def test_intervals_are_over_episodes_and_cover_the_figure():
     assert torch.equal(draws, resampled_r2(pred, actions, episodes, 500, seed=0).mean(dim=1))
 
 
+def test_an_interval_is_finite_where_a_dimension_is_constant_in_most_episodes():
+    generator = torch.Generator().manual_seed(0)
+    episodes = torch.arange(10).repeat_interleave(20)
+    target = torch.where(episodes[:, None] < 8, -1.0, torch.randn(200, 1, generator=generator))
+    pred = target + 0.1 * torch.randn(200, 1, generator=generator)
+    draws = resampled_r2(pred, target, episodes, 500, seed=0).flatten()
+    whole = 1 - (pred - target).square().sum() / (target - target.mean()).square().sum()
+    assert 0 < draws.quantile(0.025) < whole < draws.quantile(0.975) < 1
+
+
 def test_many_codes_are_read_by_their_vectors_and_few_by_which_they_are():
     codes, indices = torch.randn(10, 4, 3), torch.randint(0, 8, (10, 4))
     assert torch.equal(probe_features(codes, indices, 8), one_hot_features(indices, 8))
