@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hlrp.clips import SAMPLE_KEYS
 from hlrp.controls import flat, principal_components
 from hlrp.laq import LatentActions
 from hlrp.losses import mean_action
@@ -28,18 +29,6 @@ NUM_DRAWS = 1000  # of the bootstrap
 NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # of k-means; of the codes against the actions, for the null
 MIN_TRANSFERRED = 0.05  # R2 within an embodiment, below which a ratio to it means nothing
 MAX_EPISODES = 50  # told apart by their latent actions
-CONTRACT = {
-    "frames",
-    "images",
-    "task",
-    "dataset",
-    "source",
-    "episode",
-    "index",
-    "fps",
-    "action",
-    "action_is_pad",
-}
 
 Z, OBSERVATION, BOTH, CHANGE = "z", "observation", "observation + z", "change of pixels"
 RANDOM, SHUFFLED, LABELS = "random encoder", "shuffled futures", "labels only"
@@ -107,7 +96,7 @@ def facts_of(batch: dict) -> dict[str, Tensor]:
     if "state" in batch:
         facts["state"] = batch["state"].double()
     for name, value in batch.items():
-        if name in CONTRACT or name == "state" or not isinstance(value, Tensor):
+        if name in SAMPLE_KEYS or not isinstance(value, Tensor):
             continue
         name = name.replace("_", " ")
         if value.is_floating_point() and value.ndim == 3:  # b 2 f, at the first and the second frame

@@ -13,6 +13,12 @@ from torch.utils.data import Dataset
 from hlrp.images import decode_clips
 from hlrp.transforms import fit, fit_all
 
+# of a sample, as `hlrp.data` has them; what else a source knows of a frame or an episode has other names
+SAMPLE_KEYS = frozenset("frames images task dataset source episode index fps state action".split()) | {
+    "action_is_pad",
+    "latent_is_pad",
+}
+
 
 class Sizes(NamedTuple):
     """The sizes that the optional parts of a batch are filled up to; 0 where a part is absent."""

@@ -22,22 +22,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from hlrp.clips import SAMPLE_KEYS
+
 END = bytes(2 * tarfile.BLOCKSIZE)  # of a TAR
 PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")  # what webdataset would unpickle
 IMAGES = ("jpg", "jpeg", "png")
 YUV = "yuv.npy"
-TAKEN = {
-    "frames",
-    "images",
-    "task",
-    "dataset",
-    "source",
-    "episode",
-    "index",
-    "fps",
-    "action_is_pad",
-    "latent_is_pad",
-}
 
 
 class Member(NamedTuple):
@@ -76,7 +66,7 @@ class Sample:
             if is_image(suffix) or not suffix.endswith(".npy"):
                 continue
             name, place = suffix.removesuffix(".npy"), f"{self.path}: {member.name}"
-            if name in TAKEN:
+            if name in SAMPLE_KEYS - {"state", "action"}:
                 raise ValueError(f"{place}: a sample has its own {name}; an array of another name fits")
             array = to_array(member.data, place)
             if array.ndim == 0 or len(array) != num_frames:
@@ -148,7 +138,7 @@ def facts_of(header: dict, name: str) -> dict:
     facts = header.get("facts", {})
     if not isinstance(facts, dict):
         raise ValueError(f"{name}: facts={facts!r}; an object fits")
-    if taken := sorted({*TAKEN, "state", "action"} & facts.keys()):
+    if taken := sorted(SAMPLE_KEYS & facts.keys()):
         raise ValueError(f"{name}: facts has {', '.join(taken)}, which a sample has itself; other names fit")
     return facts
 
