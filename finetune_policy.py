@@ -94,9 +94,8 @@ class Args:
     eval: EvalArgs = field(default_factory=EvalArgs)
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
-    given: tyro.conf.Suppress[frozenset[str]] = (
-        frozenset()
-    )  # settings of the policy that the command line has
+    # settings of the policy that the command line has
+    given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
 
 def main(args: Args) -> None:
@@ -120,6 +119,7 @@ def main(args: Args) -> None:
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
+    from hlrp.rollout import environment
     from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import expand, instructions, open_sources, parse_uri
     from hlrp.splits import is_stream, split_episodes
@@ -136,7 +136,7 @@ def main(args: Args) -> None:
     config = args.policy if args.policy_path is None else saved_config(args)
     config.device = accelerator.device.type
     if args.env.type:
-        environment(args)  # there is one of this name
+        environment(args.env.type, args.env.task)  # there is one of this name
 
     # demonstrations, and other video
     with first_alone():  # which renders what is not there yet
@@ -391,24 +391,11 @@ def make_policy(args: Args, config: HLRPConfig, stats: dict, instructions: list[
     return policy.train(), *make_hlrp_pre_post_processors(config, stats)
 
 
-def environment(args: Args):
-    """LeRobot's configuration of --env. Raises ValueError where there is no such environment or task."""
-    from hlrp.rollout import use_egl
-
-    use_egl()
-    from lerobot.envs import make_env_config
-
-    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
-    import hlrp.world_env  # noqa: F401  the type hlrp_world
-
-    return make_env_config(args.env.type, **({"task": args.env.task} if args.env.task else {}))
-
-
 def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -> dict:
     """Success in simulation, with a video of each task in OUTPUT_DIR/videos."""
-    from hlrp.rollout import evaluate, table
+    from hlrp.rollout import environment, evaluate, table
 
-    env_config = environment(args)
+    env_config = environment(args.env.type, args.env.task)
     from lerobot.utils.random_utils import set_seed
 
     videos_dir = args.output_dir / "videos" / f"step_{step:06d}"

@@ -99,10 +99,8 @@ def algebra(
     if len(episodes[has_third].unique()) >= 2 * MIN_FITTED:
         a, b, c = frames[has_third].unbind(1)
         first, second, both = forward[has_third.to(device)], z(b, c), z(a, c)
-        other, of = (
-            second[partners(torch.zeros(len(second), dtype=torch.int64), seed).to(device)],
-            episodes[has_third],
-        )
+        swapped = partners(torch.zeros(len(second), dtype=torch.int64), seed)
+        other, of = second[swapped.to(device)], episodes[has_third]
         figures["additivity"] = {
             "true": relative_error(first + second, both),
             "shuffled": relative_error(first + other, both),

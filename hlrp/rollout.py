@@ -41,23 +41,19 @@ class Args:
 
 
 def main(args: Args) -> None:
-    use_egl()
+    check(args)
+    env_config = environment(args.env, ",".join(args.tasks))
     from lerobot.configs import PreTrainedConfig
-    from lerobot.envs import make_env_config
     from lerobot.policies import make_policy, make_pre_post_processors
     from lerobot.utils.random_utils import set_seed
 
-    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
     import hlrp.policy  # noqa: F401  the type hlrp
-    import hlrp.world_env  # noqa: F401  the type hlrp_world
 
-    check(args)
     set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too
     config = PreTrainedConfig.from_pretrained(args.policy)
     config.pretrained_path = args.policy
     if args.device != "auto":
         config.device = args.device
-    env_config = make_env_config(args.env, **({"task": ",".join(args.tasks)} if args.tasks else {}))
     policy = make_policy(config, env_cfg=env_config, rename_map=args.rename_map).eval()
     overrides = {
         "device_processor": {"device": config.device},
@@ -77,9 +73,18 @@ def main(args: Args) -> None:
     print(f"{args.output_dir / 'rollout.json'}" + (f", {videos_dir}" if args.videos else ""))
 
 
-def use_egl() -> None:
-    """Has MuJoCo, which reads it when it is imported, draw without a screen."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+def environment(type: str, tasks: str | None):
+    """LeRobot's configuration of an environment and some of its tasks, by commas; by default its own choice. Raises
+    ValueError where there is none such."""
+    os.environ.setdefault(
+        "MUJOCO_GL", "egl"
+    )  # MuJoCo, which reads it when it is imported, draws without a screen
+    from lerobot.envs import make_env_config
+
+    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
+    import hlrp.world_env  # noqa: F401  the type hlrp_world
+
+    return make_env_config(type, **({"task": tasks} if tasks else {}))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 from hlrp.images import decode_all
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
-from hlrp.tars import Sample, as_column, facts_of, read_samples, task_of, to_array, to_object
+from hlrp.tars import Sample, as_column, read_samples, task_of, to_array, to_object
 
 logger = logging.getLogger(__name__)
 PLAN = "shards.json"  # in a folder that hlrp.shards writes
@@ -134,7 +134,7 @@ class Shards:
         read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
         for name in self.read_columns:
             read[name] = self._rows(episode, name, indices)
-        return read | facts_of(header, f"{place}, json")
+        return read | header.get("facts", {})  # which the index was made from, and has been checked
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self._rows(episode, "action", indices)
