@@ -47,27 +47,23 @@ class Args:
     # sources, each with @WEIGHT behind it or 1; by default those that stage 2 learned from
     data: tuple[str, ...] = ()
     demonstrations: int | None = None  # episodes of each task whose actions are learned; all by default
-    episodes: tuple[int, ...] | None = (
-        None  # numbers of these, in place of --demonstrations, of the only source
-    )
+    # numbers of these, in place of --demonstrations, of the only source
+    episodes: tuple[int, ...] | None = None
     action_free: float = 0.5  # share of the samples that are of other episodes, for their latent actions
-    pseudo_actions: Path | None = (
-        None  # folder of hlrp.inverse, whose actions other episodes of the only source get
-    )
+    # folder of hlrp.inverse, whose actions other episodes of the only source get
+    pseudo_actions: Path | None = None
     shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
     idle: IdleConfig = field(default_factory=IdleConfig)  # frames that are left out of training
     state: bool = True  # the policy reads the robot's state where the data have it
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
     skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
-    max_broken: int = (
-        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
-    )
+    # with --skip-broken: files, clips and parts of streams that a process may leave out
+    max_broken: int = 100
 
     policy: HLRPConfig = field(default_factory=lambda: HLRPConfig(vla=str(STAGE2), push_to_hub=False))
-    policy_path: Path | None = (
-        None  # checkpoint of a policy to start from, in place of policy.vla and policy.vlm
-    )
+    # checkpoint of a policy to start from, in place of policy.vla and policy.vlm
+    policy_path: Path | None = None
     laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # stage 1, which stage 2 learned from
 
     output_dir: Path = Path("outputs/policy")
@@ -79,9 +75,8 @@ class Args:
     warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
     weight_decay: float = 0.05
     grad_clip: float = 1.0  # largest gradient norm
-    ema_decay: float = (
-        0.0  # above 0: the policy is the exponential moving average of the weights, such as .999
-    )
+    # above 0: the policy is the exponential moving average of the weights, such as .999
+    ema_decay: float = 0.0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
     seed: int = 0
     num_workers: int = 2  # loader processes per training process
@@ -105,13 +100,7 @@ def main(args: Args) -> None:
     from hlrp.chosen import choose_clips
     from hlrp.clips import Clips
     from hlrp.data import Mixture, loader
-    from hlrp.demonstrations import (
-        choose_demonstrations,
-        refuse_other_cameras,
-        robot_features,
-        statistics,
-        to_lerobot,
-    )
+    from hlrp.demonstrations import choose_demonstrations, refuse_other_cameras, robot_features, statistics, to_lerobot
     from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
@@ -150,11 +139,7 @@ def main(args: Args) -> None:
     else:
         shown = [only(args.episodes, sources, splits)]
     sizes = {"min_times": 1, "chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
-    robots = [
-        Clips(s, e, (0.0,), labelled_episodes=e, **sizes)
-        for s, e in zip(sources, shown, strict=True)
-        if len(e)
-    ]
+    robots = [Clips(s, e, (0.0,), labelled_episodes=e, **sizes) for s, e in zip(sources, shown, strict=True) if len(e)]
     if args.policy_path is None:
         config.input_features, config.output_features = robot_features(robots, args.state)
     refuse_other_cameras(sources, config)
@@ -165,9 +150,7 @@ def main(args: Args) -> None:
 
     # policy
     torch.manual_seed(args.seed)
-    policy, preprocessor, postprocessor = make_policy(
-        args, config, stats, instructions(sources, args.skip_broken)
-    )
+    policy, preprocessor, postprocessor = make_policy(args, config, stats, instructions(sources, args.skip_broken))
     laq, times = None, (0.0,)
     if policy.latent_head is not None and config.latent_weight:
         stage2 = config.stage2
@@ -199,9 +182,7 @@ def main(args: Args) -> None:
         if len(others) and args.action_free and (laq is not None or args.pseudo_actions):
             labelled = others if args.pseudo_actions else ()
             name = {"labelled_episodes": labelled, "latent_space": cached, "name": f"{source.name}-video"}
-            clips.append(
-                clips_of(source, others, times, source_index=i, seed=args.seed, **name, **busy, **sizes)
-            )
+            clips.append(clips_of(source, others, times, source_index=i, seed=args.seed, **name, **busy, **sizes))
             weights.append(weight * args.action_free)
     mixture = Mixture(clips, weights, args.seed, args.skip_broken)
 
@@ -277,9 +258,7 @@ def main(args: Args) -> None:
         if step % args.log_freq == 0:
             consumed = mixture.consumed(0, step * run.samples_per_step)
             shares = {f"share/{c.name}": n / consumed.sum() for c, n in zip(clips, consumed, strict=True)}
-            metrics = {
-                name: torch.tensor(x, device=loss.device) for name, x in metrics.items()
-            }  # of this rank
+            metrics = {name: torch.tensor(x, device=loss.device) for name, x in metrics.items()}  # of this rank
             run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or is_last:
             validate()
@@ -301,17 +280,11 @@ def main(args: Args) -> None:
 def check(args: Args) -> None:
     """Raises ValueError for settings that do not fit each other."""
     if args.demonstrations is not None and (args.demonstrations < 1 or args.episodes is not None):
-        raise ValueError(
-            f"demonstrations={args.demonstrations}; expected 1 or more, and no --episodes beside it"
-        )
+        raise ValueError(f"demonstrations={args.demonstrations}; expected 1 or more, and no --episodes beside it")
     if args.episodes is not None and len(args.data) != 1:
-        raise ValueError(
-            f"episodes={args.episodes} are of one source; data={args.data} fits with --demonstrations"
-        )
+        raise ValueError(f"episodes={args.episodes} are of one source; data={args.data} fits with --demonstrations")
     if args.pseudo_actions is not None and len(args.data) > 1:
-        raise ValueError(
-            f"pseudo_actions={args.pseudo_actions} are of one source; data={args.data} are several"
-        )
+        raise ValueError(f"pseudo_actions={args.pseudo_actions} are of one source; data={args.data} are several")
     if args.action_free == 1:
         raise ValueError("action_free=1 leaves no sample with actions; expected less than 1")
     if args.policy.push_to_hub and not args.policy.repo_id:
@@ -328,14 +301,10 @@ def data_of(args: Args) -> tuple[str, ...]:
     if args.policy_path is not None:
         file = args.policy_path / "provenance.json"
         if not file.is_file():
-            raise ValueError(
-                f"data is empty, and {args.policy_path} does not say what it learned from; give --data"
-            )
+            raise ValueError(f"data is empty, and {args.policy_path} does not say what it learned from; give --data")
         return tuple(json.loads(file.read_text())["data"])
     if args.policy.vla is None:
-        raise ValueError(
-            "data is empty, and without policy.vla there is no stage 2 to take it from; give --data"
-        )
+        raise ValueError("data is empty, and without policy.vla there is no stage 2 to take it from; give --data")
     return tuple(load_config(args.policy.vla, "vla")["data"])
 
 
@@ -345,9 +314,7 @@ def saved_config(args: Args) -> HLRPConfig:
 
     folder, given = args.policy_path, args.policy
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"policy.path={folder} holds no config.json; expected a policy's pretrained_model folder"
-        )
+        raise ValueError(f"policy.path={folder} holds no config.json; expected a policy's pretrained_model folder")
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
@@ -401,15 +368,7 @@ def in_environment(args: Args, policy, preprocessor, postprocessor, step: int) -
     videos_dir = args.output_dir / "videos" / f"step_{step:06d}"
     set_seed(args.seed)
     result = evaluate(
-        policy,
-        preprocessor,
-        postprocessor,
-        env_config,
-        args.eval.n_episodes,
-        1000,
-        args.eval.batch_size,
-        1,
-        videos_dir,
+        policy, preprocessor, postprocessor, env_config, args.eval.n_episodes, 1000, args.eval.batch_size, 1, videos_dir
     )
     print(table(result))
     return result

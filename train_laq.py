@@ -24,16 +24,14 @@ from hlrp.laq import LAQ, LAQConfig
 class Args:
     # sources, each with @WEIGHT behind it or 1: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...
     data: tuple[str, ...] = ("metaworld:mt10",)
-    temperature: float | None = (
-        None  # also weigh sources by their number of clips ** (1 / temperature); 1: by size
-    )
+    # also weigh sources by their number of clips ** (1 / temperature); 1: by size
+    temperature: float | None = None
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # pairs of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
     skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
-    max_broken: int = (
-        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
-    )
+    # with --skip-broken: files, clips and parts of streams that a process may leave out
+    max_broken: int = 100
 
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
@@ -158,10 +156,7 @@ def main(args: Args) -> None:
 
         if step % args.log_freq == 0:
             consumed = mixture.consumed(0, step * run.samples_per_step)
-            shares = {
-                f"share/{source.name}": n / consumed.sum()
-                for source, n in zip(sources, consumed, strict=True)
-            }
+            shares = {f"share/{source.name}": n / consumed.sum() for source, n in zip(sources, consumed, strict=True)}
             run.log("train", {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": lr, **shares}, step)
         if step % args.eval_freq == 0 or step == args.steps:
             validate()

@@ -27,17 +27,15 @@ class Args:
     accept_failed_laq: bool = False  # also one whose report or probe card says that its codes mean nothing
     # sources, each with @WEIGHT behind it or 1, as for train_laq.py; by default those that the LAQ learned from
     data: tuple[str, ...] = ()
-    temperature: float | None = (
-        None  # also weigh sources by their number of clips ** (1 / temperature); 1: by size
-    )
+    # also weigh sources by their number of clips ** (1 / temperature); 1: by size
+    temperature: float | None = None
     val_fraction: float = 0.1  # share of each source's episodes held out
     val_samples: int = 512  # samples of each source in a validation
     label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
     shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
     skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
-    max_broken: int = (
-        100  # with --skip-broken: files, clips and parts of streams that a process may leave out
-    )
+    # with --skip-broken: files, clips and parts of streams that a process may leave out
+    max_broken: int = 100
 
     model: VLAConfig = field(default_factory=VLAConfig)
 
@@ -94,9 +92,7 @@ def main(args: Args) -> None:
     stage1 = load_config(args.laq, "laq")
     faults = laq_alarms(stage1["report"] or {}) + card_faults(args.laq)
     if faults and not args.accept_failed_laq:
-        raise ValueError(
-            f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same"
-        )
+        raise ValueError(f"laq={args.laq} has failed: {' '.join(faults)} --accept-failed-laq trains on it all the same")
     args.data = expand(args.data) or tuple(stage1["data"])
     accelerator = make_accelerator(args)
     ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}

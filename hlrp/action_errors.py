@@ -38,9 +38,7 @@ def evaluate(
     report = {}
     for name, dataset in sets.items():
         if len(dataset) < num_ranks:
-            raise ValueError(
-                f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
-            )
+            raise ValueError(f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes")
         tasks = share.tasks(dataset)
         rows, losses, episodes = [], [], []
         for _, batch in share.batches(dataset):

@@ -94,9 +94,7 @@ class ActionExpert(nn.Module):
     spaces: name -> dimensions of one step. Values are expected at zero mean and unit variance.
     """
 
-    def __init__(
-        self, spaces: dict[str, int], context_dim: int, dim: int = 256, depth: int = 4, num_heads: int = 4
-    ):
+    def __init__(self, spaces: dict[str, int], context_dim: int, dim: int = 256, depth: int = 4, num_heads: int = 4):
         super().__init__()
         if dim % num_heads or dim % 2:
             raise ValueError(f"dim={dim} is not an even multiple of num_heads={num_heads}")
@@ -129,12 +127,7 @@ class ActionExpert(nn.Module):
         return self.to_space[space](norm(hidden)).float()
 
     def errors(
-        self,
-        space: str,
-        actions: Tensor,
-        context: Context,
-        is_pad: Tensor | None = None,
-        num_draws: int = 1,
+        self, space: str, actions: Tensor, context: Context, is_pad: Tensor | None = None, num_draws: int = 1
     ) -> Tensor:
         """The flow-matching loss (b,) of actions (b, t, a), over the steps that is_pad (b, t) does not mark.
 
@@ -143,9 +136,7 @@ class ActionExpert(nn.Module):
         of them (CogACT, arXiv:2411.19650, Sec. 3.3).
         """
         (b, *shape), device = actions.shape, actions.device
-        u = (
-            torch.arange(num_draws, device=device)[:, None] + torch.rand(num_draws, b, device=device)
-        ) / num_draws
+        u = (torch.arange(num_draws, device=device)[:, None] + torch.rand(num_draws, b, device=device)) / num_draws
         time = LAST_TIME * (1 - u ** (1 / 1.5)).flatten()  # u^(1/1.5) is Beta(1.5, 1)
         noise = torch.randn(num_draws * b, *shape, device=device)
         if is_pad is not None:

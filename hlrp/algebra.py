@@ -35,9 +35,7 @@ def relative_error(pred: Tensor, target: Tensor) -> float:
 
 
 @torch.no_grad()
-def algebra(
-    laq: LAQ, frames: Tensor, tasks: list[str], episodes: Tensor, has_third: Tensor, seed: int = 0
-) -> dict:
+def algebra(laq: LAQ, frames: Tensor, tasks: list[str], episodes: Tensor, has_third: Tensor, seed: int = 0) -> dict:
     """frames: uint8 (b, 3, c, h, w), a, b, c, delta apart; has_third: bool (b,), whether the episode reaches c.
 
     Plain JSON:
@@ -57,9 +55,7 @@ def algebra(
 
     def linear(x: Tensor, y: Tensor, of: Tensor) -> float:
         is_fit = episode_split(of, share=0.5, seed=seed).to(device)
-        return relative_error(
-            ridge(x[is_fit], y[is_fit], x[~is_fit], of.to(device)[is_fit]), y[~is_fit].double()
-        )
+        return relative_error(ridge(x[is_fit], y[is_fit], x[~is_fit], of.to(device)[is_fit]), y[~is_fit].double())
 
     def label(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
         pairs = torch.stack([first, second], dim=1).split(BATCH_SIZE)
@@ -112,10 +108,7 @@ def algebra(
         decoded = [decode(laq, *part, device) for part in parts(a, b, tasks)]
         again, indices = label(a, torch.cat(decoded))
         again = again - origin
-        figures["cycle"] = {
-            "true": relative_error(again, forward),
-            "shuffled": relative_error(again[others], forward),
-        }
+        figures["cycle"] = {"true": relative_error(again, forward), "shuffled": relative_error(again[others], forward)}
         if indices is not None:
             figures["cycle_tokens"] = {
                 "true": float((indices == true_indices).double().mean()),

@@ -126,9 +126,7 @@ def cells_of(args: Args) -> list[Cell]:
         for share in args.label_fractions:
             rivals = [(LABELS_ONLY, 0)] if share else []
             rivals += [(quantizer, n) for n in args.num_tokens for quantizer in args.quantizers]
-            cells += [
-                Cell(quantizer, n, share, variant, seed) for seed in args.seeds for quantizer, n in rivals
-            ]
+            cells += [Cell(quantizer, n, share, variant, seed) for seed in args.seeds for quantizer, n in rivals]
     return cells
 
 
@@ -255,10 +253,7 @@ def table(args: Args, results: dict[Cell, dict]) -> str:
         tokens = str(cell.num_tokens or "-")
         row = [cell.variant, f"{cell.label_fraction:g}", tokens, cell.quantizer]
         row += [f"{mean('r2')} ({low:z.2f} to {high:z.2f})", mean("ridge", "r2"), mean("mlp", "r2")]
-        row += [mean("leakage", name) for name in leaks] + [
-            mean("true_over_copy"),
-            mean("shuffled_over_true"),
-        ]
+        row += [mean("leakage", name) for name in leaks] + [mean("true_over_copy"), mean("shuffled_over_true")]
         rows.append(row + [mean("health", "usage"), mean("health", "perplexity")])
     facts = f"{args.steps} steps of {args.batch_size} pairs, {len(args.seeds)} seeds, codebooks of {args.codebook_size}"
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

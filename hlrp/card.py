@@ -47,17 +47,13 @@ class Pairs(NamedTuple):
     latents: dict[str, LatentActions]  # vectors (b, n, e), indices (b, m)
 
 
-def read_pairs(
-    sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share
-) -> Pairs:
+def read_pairs(sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
     """Reads two sets, of the episodes to fit on and of those to score, once, and encodes them by every model."""
     rows, latents, num_fit = [], {name: [] for name in encoders}, len(sets[0])
     for side, dataset in enumerate(sets):
         for _, batch in share.batches(dataset):
             first, second = batch["frames"].unbind(1)
-            episodes = (
-                len(sets) * batch["episode"] + side
-            )  # a stream's episodes are numbered anew on each side
+            episodes = len(sets) * batch["episode"] + side  # a stream's episodes are numbered anew on each side
             row = {"episodes": episodes, "facts": facts_of(batch)}
             row["first"], row["second"] = (resize(x, (OBSERVED_SIZE, OBSERVED_SIZE)) for x in (first, second))
             if "action" in batch:
@@ -170,9 +166,7 @@ def information(
     """
     which = varying(pairs.actions, pairs.is_fit)
     if not which.any():
-        raise ValueError(
-            "no dimension of the actions varies in these episodes: there is nothing to probe for"
-        )
+        raise ValueError("no dimension of the actions varies in these episodes: there is nothing to probe for")
     y, dims = pairs.actions[:, which], which.nonzero().flatten().tolist()
     scored = y[~pairs.is_fit]
     fitted_mean = y[pairs.is_fit].mean(dim=0)
@@ -252,9 +246,7 @@ def episode_identity(pairs: Pairs, features: dict[str, Tensor]) -> dict | None:
     rows = rows[number[rows].argsort(stable=True)]
     label = (number[rows][:, None] == chosen).double()  # b k
     is_fit = torch.arange(len(rows)) % 2 == 0
-    half = (
-        torch.arange(len(rows))[is_fit] // 2 % 2
-    )  # penalties are chosen between the halves of the fitted half
+    half = torch.arange(len(rows))[is_fit] // 2 % 2  # penalties are chosen between the halves of the fitted half
     figures = {"episodes": len(chosen), "chance": float(label.mean(dim=0).max())}
     for name, x in inputs.items():
         pred = ridge(x[rows][is_fit], label[is_fit], x[rows][~is_fit], half)
@@ -277,10 +269,7 @@ def dependence(indices: Tensor, actions: Tensor, seed: int) -> dict:
         null = torch.tensor([mutual_information(codes.roll(k), bins)[1] for k in offsets.tolist()])
         return {"mi": mi, "nmi": nmi, "null": float(null.mean()), "null_95": float(null.quantile(0.95))}
 
-    return {
-        "positions": [against_null(column) for column in indices.unbind(1)],
-        "sequence": against_null(sequence),
-    }
+    return {"positions": [against_null(column) for column in indices.unbind(1)], "sequence": against_null(sequence)}
 
 
 def health(latents: LatentActions, codebook_size: int | None) -> dict:
@@ -297,9 +286,7 @@ def health(latents: LatentActions, codebook_size: int | None) -> dict:
     return {"dims": vectors.shape[1], "effective_dims": float(effective)}
 
 
-def transfer(
-    x: Tensor, y: Tensor, pairs: Pairs, groups: Tensor, names: dict[int, str], seed: int
-) -> list[dict]:
+def transfer(x: Tensor, y: Tensor, pairs: Pairs, groups: Tensor, names: dict[int, str], seed: int) -> list[dict]:
     """Ridge probes fitted on each group of episodes and scored on each: fitted, scored, r2, interval."""
     which, cells = varying(y, pairs.is_fit), []
     for a in names:
@@ -330,11 +317,7 @@ def neighbours(vectors: Tensor, episodes: Tensor, rows: Sequence[int], count: in
     """For each row the pairs of the nearest latent actions (b, d), of other episodes, one of each."""
     vectors, found = F.normalize(vectors - vectors.mean(dim=0), dim=1), []
     for row in rows:
-        order, seen, near = (
-            (vectors @ vectors[row]).argsort(descending=True).tolist(),
-            {int(episodes[row])},
-            [],
-        )
+        order, seen, near = ((vectors @ vectors[row]).argsort(descending=True).tolist(), {int(episodes[row])}, [])
         for i in order:
             if int(episodes[i]) not in seen:
                 seen.add(int(episodes[i]))

@@ -49,9 +49,7 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     "Leakage": (
         "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
         "as goes together with the true action is no leak.",
-        {
-            "leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."
-        },
+        {"leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."},
     ),
     "Use by the decoder": (
         "A decoder that gets along without the code leaves it free to mean nothing. Its error has to grow where it is "
@@ -81,9 +79,7 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     ),
 }
 GRIDS = ("reconstructions", "one-code", "many-codes", "usage", "neighbours")  # as wide as the page
-NEIGHBOURS = (
-    "Pairs and those with the nearest latent actions in other episodes: the same motion, whatever the scene?"
-)
+NEIGHBOURS = "Pairs and those with the nearest latent actions in other episodes: the same motion, whatever the scene?"
 
 
 def document(title: str, body: str) -> str:
@@ -101,9 +97,7 @@ def page(card: dict, pictures: dict[str, dict[str, bytes]]) -> str:
             f"{found['pairs']} pairs of frames of {found['episodes']} episodes; probes are fitted on some and scored "
             f"on {found['scored_pairs']} pairs of {found['scored_episodes']} other episodes"
         )
-        parts.append(
-            f"<h2>{escape(name)}</h2><p class=why>{escape(found['uri'])}. {counts}.</p>{verdict(found)}"
-        )
+        parts.append(f"<h2>{escape(name)}</h2><p class=why>{escape(found['uri'])}. {counts}.</p>{verdict(found)}")
         parts += sections(found, pictures[name])
     return document(f"Probe card of {card['latents']}", "".join(parts))
 

@@ -20,9 +20,7 @@ NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
 MAX_CODES = 256  # codes
 
 
-def bars(
-    names: Sequence[str], values: Sequence[float], intervals, colours, label: str, line: float | None
-) -> Figure:
+def bars(names: Sequence[str], values: Sequence[float], intervals, colours, label: str, line: float | None) -> Figure:
     """Horizontal bars from the top down, with their intervals; line: what to compare with."""
     figure = Figure(figsize=(5.4, 0.7 + 0.3 * len(names)), layout="constrained")
     axes, y = figure.subplots(), np.arange(len(names))
@@ -67,9 +65,7 @@ def draw(
         with tempfile.TemporaryDirectory() as folder:
             if pairs.latents[Z].indices is not None and codebook_size <= MAX_CODES:
                 pictures["usage"] = png(usage_chart(pairs.latents[Z].indices[:, :8], codebook_size))
-            pictures["neighbours"] = neighbours_grid(
-                Path(folder) / "neighbours.png", pairs, scored
-            ).read_bytes()
+            pictures["neighbours"] = neighbours_grid(Path(folder) / "neighbours.png", pairs, scored).read_bytes()
     return pictures
 
 
@@ -143,17 +139,10 @@ def leakage_bars(leakage: dict) -> Figure:
     figure = bars([*leakage], values, intervals, BLUE, label, line=None)
     axes, marked = figure.axes[0], {"true action": ("D", ORANGE), RANDOM: ("o", GREY)}
     for source, (marker, colour) in marked.items():
-        points = [
-            (figures[source]["r2"], i) for i, figures in enumerate(leakage.values()) if source in figures
-        ]
+        points = [(figures[source]["r2"], i) for i, figures in enumerate(leakage.values()) if source in figures]
         if points:
             axes.scatter(
-                *zip(*points, strict=True),
-                marker=marker,
-                color=colour,
-                s=22,
-                zorder=3,
-                label=f"from the {source}",
+                *zip(*points, strict=True), marker=marker, color=colour, s=22, zorder=3, label=f"from the {source}"
             )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", frameon=False)
@@ -225,6 +214,4 @@ def neighbours_grid(path: Path, pairs: Pairs, scored: Dataset) -> Path:
         names = [f"episode {sample['episode']}" for sample in samples]
         labels = [label for name in names for label in (name, "then")]
         rows.append(Row(pictures, labels=labels))
-    return sheet(
-        path, "Left: a pair. Right of it: the nearest latent actions of other episodes", rows, gap_after=2
-    )
+    return sheet(path, "Left: a pair. Right of it: the nearest latent actions of other episodes", rows, gap_after=2)

@@ -65,13 +65,8 @@ def of_information(figures: dict) -> Iterator[Row]:
 
 def of_dependence(figures: dict) -> Iterator[Row]:
     positions = figures["positions"]
-    for figure, parts in (
-        ("mean over token positions", positions),
-        ("whole sequences", [figures["sequence"]]),
-    ):
-        nmi, mi, null, high = (
-            fmean(part[name] for part in parts) for name in ("nmi", "mi", "null", "null_95")
-        )
+    for figure, parts in (("mean over token positions", positions), ("whole sequences", [figures["sequence"]])):
+        nmi, mi, null, high = (fmean(part[name] for part in parts) for name in ("nmi", "mi", "null", "null_95"))
         yield Row(
             "Information",
             f"NMI of codes and actions, {figure}",
@@ -83,10 +78,7 @@ def of_dependence(figures: dict) -> Iterator[Row]:
 def of_use(figures: dict) -> Iterator[Row]:
     for target, true in figures["true_over_copy"].items():
         yield Row(
-            "Use by the decoder",
-            f"{target} error / copy-frame error",
-            f"{true:z.2f}",
-            "copy of the first frame 1",
+            "Use by the decoder", f"{target} error / copy-frame error", f"{true:z.2f}", "copy of the first frame 1"
         )
         for name, words in (
             ("zero_over_true", "code of zeros"),
@@ -95,17 +87,13 @@ def of_use(figures: dict) -> Iterator[Row]:
         ):
             if figures[name] is not None:
                 value = f"{figures[name][target] * true:z.2f}"
-                yield Row(
-                    "Use by the decoder", f"{target}, {words}", value, f"{figures[name][target]:z.2f} times"
-                )
+                yield Row("Use by the decoder", f"{target}, {words}", value, f"{figures[name][target]:z.2f} times")
 
 
 def of_algebra(figures: dict) -> Iterator[Row]:
     section = "Invariance and algebra"
     for name in ("zero_transition", "camera_shift", "crop", "brightness"):
-        limit = {"zero_transition": "healthy: 0.1 or less", "camera_shift": "healthy: 0.3 or less"}.get(
-            name, ""
-        )
+        limit = {"zero_transition": "healthy: 0.1 or less", "camera_shift": "healthy: 0.3 or less"}.get(name, "")
         value = "-" if figures[name] is None else f"{figures[name]:z.2f}"
         yield Row(section, f"response to {name.replace('_', ' ')} / median |z|", value, limit)
     for name in ("reversal", "additivity", "cycle"):
@@ -115,10 +103,7 @@ def of_algebra(figures: dict) -> Iterator[Row]:
         if figures[name] is not None and "linear" in figures[name]:
             other = f"others' latent actions {figures[name]['linear_shuffled']:z.2f}"
             yield Row(
-                section,
-                f"relative error of {name}, by a linear map of z",
-                f"{figures[name]['linear']:z.2f}",
-                other,
+                section, f"relative error of {name}, by a linear map of z", f"{figures[name]['linear']:z.2f}", other
             )
     if figures["cycle_tokens"] is not None:
         other = f"others' {figures['cycle_tokens']['shuffled']:.0%}"
@@ -132,10 +117,7 @@ def of_health(figures: dict) -> Iterator[Row]:
         return
     yield Row(section, "codes used", f"{figures['usage']:.0%}", f"perplexity {figures['perplexity']:.1f}")
     yield Row(
-        section,
-        "different sequences",
-        f"{figures['unique_sequences']}",
-        f"of {figures['possible_sequences']} possible",
+        section, "different sequences", f"{figures['unique_sequences']}", f"of {figures['possible_sequences']} possible"
     )
     entropies = ", ".join(f"{x:z.2f}" for x in figures["entropy"])
     yield Row(section, "entropy of each token [nat]", entropies)
@@ -145,8 +127,7 @@ def text_table(columns: Sequence[Sequence[str]]) -> str:
     """Rows of cells, aligned."""
     widths = [max(len(row[i]) for row in columns) for i in range(len(columns[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in columns
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns
     )
 
 

@@ -124,9 +124,7 @@ def scatters(parts: Sequence[Scatter]) -> Figure:
         axes.scatter(*part.values[:MAX_SCATTERED].T, s=8, c=colours[:MAX_SCATTERED], alpha=0.6, linewidths=0)
         for name in names:
             mine = part.groups == name
-            axes.scatter(
-                *part.values[mine].mean(dim=0), s=70, marker="X", color=colours[mine][:1], edgecolors=INK
-            )
+            axes.scatter(*part.values[mine].mean(dim=0), s=70, marker="X", color=colours[mine][:1], edgecolors=INK)
         axes.set_title(part.title)
         axes.set_xlabel(part.names[0])
         axes.set_ylabel(part.names[1])
@@ -153,9 +151,7 @@ def compasses(means: dict[str, list[dict[int, Tensor]]]) -> Figure:
             names, colours = group_colours(torch.tensor([*codes]))
             for name, colour in zip(names, colours, strict=True):
                 x, y = codes[name].tolist()
-                axes.annotate(
-                    "", (x, -y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6}
-                )
+                axes.annotate("", (x, -y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
                 axes.text(1.12 * x, -1.12 * y, str(name), ha="center", va="center", size=7.5)
             axes.set_xlim(-1.3 * longest, 1.3 * longest)
             axes.set_ylim(-1.3 * longest, 1.3 * longest)

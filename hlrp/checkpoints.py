@@ -64,9 +64,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def save_pretrained(
-    folder: Path, model: nn.Module, config: dict, weights: dict[str, Tensor] | None = None
-) -> None:
+def save_pretrained(folder: Path, model: nn.Module, config: dict, weights: dict[str, Tensor] | None = None) -> None:
     """Writes a model and the config that rebuilds it. The folder must exist.
 
     weights: its state in full, where the model lies in shards.
@@ -113,9 +111,7 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
         if name in loaded and loaded[name].shape != expected[name].shape
     ]
     if faults:
-        raise ValueError(
-            f"{path} does not fit its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)"
-        )
+        raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)")
     for name, tensor in expected.items():
         tensor.copy_(loaded[name])
 

@@ -189,11 +189,7 @@ class Clips(Dataset):
         frames: dict[int, set[int]] = {}
         for index in indices:
             row = int(np.searchsorted(self.ends, index, side="right"))
-            start = (
-                index - self.firsts[row]
-                if self.starts is None
-                else self.starts[row][index - self.firsts[row]]
-            )
+            start = index - self.firsts[row] if self.starts is None else self.starts[row][index - self.firsts[row]]
             episode, before = int(self.episodes[row]), np.arange(1 - self.num_images, 0)
             shown = start + np.concatenate([before, self.offsets[row]])
             shown = shown.clip(0, self.source.lengths[episode] - 1)

@@ -94,9 +94,7 @@ def cells_of(args: Args) -> list[Cell]:
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={values}; expected one or more different values")
     if min(args.demonstrations) < 1 or args.episodes < 1:
-        raise ValueError(
-            f"demonstrations={args.demonstrations}, episodes={args.episodes}; expected 1 or more"
-        )
+        raise ValueError(f"demonstrations={args.demonstrations}, episodes={args.episodes}; expected 1 or more")
     cells = [Cell(m, k, s) for k in args.demonstrations for s in args.seeds for m in args.methods]
     if args.cell is not None and not 0 <= args.cell < len(cells):
         raise ValueError(f"cell={args.cell}; expected 0 to {len(cells) - 1}")
@@ -105,17 +103,7 @@ def cells_of(args: Args) -> list[Cell]:
 
 def record_settings(args: Args) -> None:
     """Writes what all cells share, or raises ValueError where the folder holds a table of other settings."""
-    names = (
-        "data",
-        "env",
-        "tasks",
-        "episodes",
-        "eval_seed",
-        "laq_flags",
-        "vla_flags",
-        "policy_flags",
-        "inverse_flags",
-    )
+    names = ("data", "env", "tasks", "episodes", "eval_seed", "laq_flags", "vla_flags", "policy_flags", "inverse_flags")
     settings = json.loads(json.dumps({name: getattr(args, name) for name in names}))
     file = args.output_dir / "settings.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -123,9 +111,7 @@ def record_settings(args: Args) -> None:
         was = json.loads(file.read_text()) if file.is_file() else settings
         if other := [name for name in names if was.get(name) != settings[name]]:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {settings[name]!r}" for name in other)
-            raise ValueError(
-                f"{args.output_dir} holds a table with other settings ({changes}); give another folder"
-            )
+            raise ValueError(f"{args.output_dir} holds a table with other settings ({changes}); give another folder")
         write_json(file, settings)
 
 
@@ -145,10 +131,7 @@ def run_cell(args: Args, cell: Cell) -> None:
         labels = args.output_dir / f"inverse_k{cell.demonstrations}_seed{cell.seed}"
         with exclusive(labels):
             if not labels.is_dir():
-                run(
-                    [*"-m hlrp.inverse".split(), *shlex.split(args.inverse_flags)],
-                    shared | {"--output-dir": labels},
-                )
+                run([*"-m hlrp.inverse".split(), *shlex.split(args.inverse_flags)], shared | {"--output-dir": labels})
         flags["--pseudo-actions"] = labels
     with exclusive(policy):
         train("finetune_policy.py", policy, flags, more)
@@ -165,9 +148,7 @@ def backbone(args: Args) -> dict:
     if not staged:
         return {"--policy.vlm": "tiny"}
     vlm = load_config(stages(args, staged[0])[1] / LAST, "vla")["vla"]["vlm"]
-    return {"--policy.vlm": vlm["vlm"]} | (
-        {"--policy.image-size": vlm["image_size"]} if vlm["image_size"] else {}
-    )
+    return {"--policy.vlm": vlm["vlm"]} | ({"--policy.image-size": vlm["image_size"]} if vlm["image_size"] else {})
 
 
 def stages(args: Args, method: str) -> tuple[Path, Path]:
@@ -176,20 +157,10 @@ def stages(args: Args, method: str) -> tuple[Path, Path]:
     vla = args.output_dir / f"vla_{method}"
     untrained = "--steps 1 --warmup-steps 0 --lr 1e-12".split() if method == "random" else []
     with exclusive(laq):
-        train(
-            "train_laq.py",
-            laq,
-            {"--data": args.data, "--output-dir": laq},
-            shlex.split(args.laq_flags) + untrained,
-        )
+        train("train_laq.py", laq, {"--data": args.data, "--output-dir": laq}, shlex.split(args.laq_flags) + untrained)
     control = {"random": ["--accept-failed-laq"], "shuffled": ["--shuffle-latents"]}.get(method, [])
     with exclusive(vla):
-        train(
-            "train_vla.py",
-            vla,
-            {"--laq": laq / LAST, "--output-dir": vla},
-            shlex.split(args.vla_flags) + control,
-        )
+        train("train_vla.py", vla, {"--laq": laq / LAST, "--output-dir": vla}, shlex.split(args.vla_flags) + control)
     return laq, vla
 
 

@@ -121,9 +121,7 @@ class Mixture(Dataset):
 
     def __str__(self) -> str:
         num_clips = sum(len(c) for c in self.clips if c not in self.streams)
-        parts = [f"{num_clips} clips"] * bool(num_clips) + [f"{len(self.streams)} stream(s)"] * bool(
-            self.streams
-        )
+        parts = [f"{num_clips} clips"] * bool(num_clips) + [f"{len(self.streams)} stream(s)"] * bool(self.streams)
         return f"{' and '.join(parts)} of {len({c.source_index for c in self.clips})} source(s)"
 
     def read_from(self, turns: dict[str, int], reader: int, num_readers: int) -> None:
@@ -151,9 +149,7 @@ class Mixture(Dataset):
                     here, size = source == i, len(clips)
                     epoch, position = np.divmod(turn[here], size)
                     index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
-            self.located = {
-                block: (source, index)
-            }  # the last one alone: samples are asked for in their order
+            self.located = {block: (source, index)}  # the last one alone: samples are asked for in their order
         return self.located[block]
 
     def consumed(self, start: int, stop: int) -> np.ndarray:
@@ -194,12 +190,8 @@ class Mixture(Dataset):
 def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Of each sample in a block: its source, and how many samples of that source come before it."""
     jitter = hash_integers(seed, 0, block, np.arange(BLOCK_SIZE)) / 2**64
-    places = np.concatenate(
-        [np.arange(count) / count for count in counts]
-    )  # evenly spread, and then moved by less
-    order = np.argsort(
-        places + jitter / np.repeat(counts, counts), kind="stable"
-    )  # than the distance to the next
+    places = np.concatenate([np.arange(count) / count for count in counts])  # evenly spread, and then moved by less
+    order = np.argsort(places + jitter / np.repeat(counts, counts), kind="stable")  # than the distance to the next
     source = np.repeat(np.arange(len(counts)), counts)[order]
     turn = np.empty_like(source)
     for i, count in enumerate(counts):

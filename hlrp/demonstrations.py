@@ -77,9 +77,7 @@ def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, 
 
     def every(name: str) -> np.ndarray:
         parts = [
-            getattr(c.source, name)(int(i), np.arange(c.source.lengths[i]))
-            for c in clips
-            for i in c.labelled_episodes
+            getattr(c.source, name)(int(i), np.arange(c.source.lengths[i])) for c in clips for i in c.labelled_episodes
         ]
         return torch.cat(parts).numpy()
 

@@ -39,9 +39,7 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "idle"
     file = cache / f"{source.fingerprint}_{span:g}s_above_least.npz"
     if not file.is_file():
-        episodes = tqdm(
-            range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None
-        )
+        episodes = tqdm(range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None)
         found = source.idle_scores(span) if hasattr(source, "idle_scores") else None
         if found is None:
             parts = [episode_scores(source, episode, span) for episode in episodes]
@@ -140,9 +138,7 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
         strip, curve = axes[2 * row], axes[2 * row + 1]
         strip.imshow(pictures.permute(2, 0, 3, 1).flatten(1, 2).numpy())
         share = 1 - len(busy[episode]) / length
-        strip.set_title(
-            f"episode {episode}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9
-        )
+        strip.set_title(f"episode {episode}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9)
         strip.axis("off")
         for name, colour in (("motion", "tab:blue"), ("action", "tab:orange")):
             if name in found:

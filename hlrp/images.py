@@ -59,9 +59,7 @@ def decode_other(data: bytes) -> np.ndarray:
     if data.startswith(PNG):
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         image = image.permute(1, 2, 0).numpy()
-        return (
-            image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
-        )  # of 16 bits the upper ones
+        return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)  # of 16 bits the upper ones
     if data.startswith(NPY):
         return from_yuv420(load_array(data))
     raise ValueError(f"it begins with {data[:8]!r}; a JPEG, a PNG or an NPY array of YUV 4:2:0 fits")

@@ -40,9 +40,7 @@ class Intake:
         """For each stream, the earliest shard that a reader on any rank has not used up."""
         names = sorted(self.reached)
         turns = [
-            min(self.reached[name].values())
-            if len(self.reached[name]) == self.num_readers
-            else self.turns.get(name, 0)
+            min(self.reached[name].values()) if len(self.reached[name]) == self.num_readers else self.turns.get(name, 0)
             for name in names
         ]
         if names and dist.is_initialized():

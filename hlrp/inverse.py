@@ -120,15 +120,9 @@ def main(args: Args) -> None:
     score = r2_per_dim(torch.cat([labels[i][:-1] for i in val]), truth)
     with whole_folder(args.output_dir) as folder:
         save_tensors(folder / ACTIONS, {"actions": torch.cat(labels)})
-        facts = {
-            "fingerprint": source.fingerprint,
-            "demonstrations": shown.tolist(),
-            "action_r2": float(score.mean()),
-        }
+        facts = {"fingerprint": source.fingerprint, "demonstrations": shown.tolist(), "action_r2": float(score.mean())}
         write_json(folder / FACTS, facts | {"args": asdict(args) | {"output_dir": str(args.output_dir)}})
-    print(
-        f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}"
-    )
+    print(f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}")
 
 
 class PseudoLabelled:

@@ -130,9 +130,7 @@ class Checkpoint:
             for name in ("delta", "image_size"):
                 found, expected = getattr(self.shuffled.config, name), getattr(config, name)
                 if found != expected:
-                    raise ValueError(
-                        f"shuffled={args.shuffled} has {name}={found}; {expected} fits {args.latents}"
-                    )
+                    raise ValueError(f"shuffled={args.shuffled} has {name}={found}; {expected} fits {args.latents}")
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
         laq, args, seed = self.laq, self.args, self.args.seed
@@ -174,9 +172,7 @@ class Checkpoint:
         with tempfile.TemporaryDirectory() as folder:
             buckets = read_buckets(())
             shown = bindings_of(DECODED, buckets)
-            draw_pictures(
-                laq, partial(encoded, laq), {source.name: held}, buckets, shown, Path(folder), seed=seed
-            )
+            draw_pictures(laq, partial(encoded, laq), {source.name: held}, buckets, shown, Path(folder), seed=seed)
             pictures |= {path.stem: path.read_bytes() for path in Path(folder).glob("*.png")}
         return card, pictures
 
@@ -186,9 +182,7 @@ class Checkpoint:
         for uri in self.args.transfer_to:
             other, number = open_source(parse_uri(uri).uri), len(names)
             if other.name in names.values():
-                raise ValueError(
-                    f"transfer_to={uri}: a source named {other.name} is there already; another fits"
-                )
+                raise ValueError(f"transfer_to={uri}: a source named {other.name} is there already; another fits")
             if other.action_dim != source.action_dim:
                 raise ValueError(
                     f"transfer_to={uri} has actions of {other.action_dim} dimensions, {source.uri} of "
@@ -219,12 +213,7 @@ class Checkpoint:
     def train_shuffled(self, clips, device) -> LAQ:
         args, folder = self.args, self.args.output_dir / "shuffled_futures"
         laq = trained_on_shuffled_futures(
-            self.laq.config,
-            [clips],
-            args.train_shuffled,
-            device,
-            seed=args.seed,
-            num_workers=args.num_workers,
+            self.laq.config, [clips], args.train_shuffled, device, seed=args.seed, num_workers=args.num_workers
         )
         folder.mkdir(parents=True, exist_ok=True)
         laq.save_pretrained(folder, data=list(args.data), step=args.train_shuffled, report=None)
@@ -239,10 +228,7 @@ class Checkpoint:
             raise ValueError(f"{record} is missing, which has it: give --{name.replace('_', '-')}")
         if given is None:
             logger.warning(
-                "%s is missing: %s=%s is taken, by which episodes may be scored that it has seen",
-                record,
-                name,
-                default,
+                "%s is missing: %s=%s is taken, by which episodes may be scored that it has seen", record, name, default
             )
         return default if given is None else given
 

@@ -128,9 +128,7 @@ def frame_offsets(laq: LAQ, source) -> np.ndarray:
 def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, np.ndarray]:
     """The new columns, one row a frame, in the order of the data files."""
     for stray in sorted(set(source.root.glob("data/*/*.parquet")) - set(source.data_files)):
-        raise ValueError(
-            f"{stray} belongs to no episode, but LeRobot would copy it; a dataset without it fits"
-        )
+        raise ValueError(f"{stray} belongs to no episode, but LeRobot would copy it; a dataset without it fits")
     space = latent_space(laq)
     num_frames = int(source.lengths.sum())
     columns = {LATENT_ACTION: np.full((num_frames, space.vector_dim), np.nan, dtype=np.float32)}

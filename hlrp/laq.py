@@ -67,9 +67,8 @@ class LAQConfig:
     action_sources: int = 0  # likewise: action spaces, one head each
 
     language: str | None = None  # text encoder, hub id or folder: the decoder also reads the instruction
-    task_irrelevant: str | None = (
-        None  # LAQ trained with `language`: its codes are given, the rest is learned
-    )
+    # LAQ trained with `language`: its codes are given, the rest is learned
+    task_irrelevant: str | None = None
 
     def resolved(self) -> "LAQConfig":
         """With the image and patch size that `size` stands for, where none are given."""
@@ -109,11 +108,7 @@ class LAQ(nn.Module):
         super().__init__()
         self.config = config = config.resolved()
         size = SIZES[config.size]
-        weights = {
-            "pixels": config.pixel_weight,
-            "features": config.feature_weight,
-            "flow": config.flow_weight,
-        }
+        weights = {"pixels": config.pixel_weight, "features": config.feature_weight, "flow": config.flow_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         check(config, self.weights)
 
@@ -142,9 +137,7 @@ class LAQ(nn.Module):
         self.to_change = nn.Linear(size.dim, size.dim, bias=False)
         self.no_change = nn.Parameter(torch.randn(size.dim))  # a patch that stays; changes add to it
         self.change = Transformer(size.dim, size.change_depth, size.num_heads, grid)
-        self.queries = nn.Parameter(
-            torch.randn(config.num_tokens, size.dim) * size.dim**-0.5
-        )  # become the codes
+        self.queries = nn.Parameter(torch.randn(config.num_tokens, size.dim) * size.dim**-0.5)  # become the codes
         self.quantizer = make_quantizer(config.quantizer, size.dim, config.codebook_size, config.num_tokens)
         predicted = {name: outputs[name] for name in self.weights}
         depth, num_tokens = size.decoder_depth, config.num_tokens
@@ -239,11 +232,7 @@ class LAQ(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Mean squared error (b,) of each target with each of the variants of the codes; None: of the copied frame."""
         observed = self.observe(frames)
-        targets, inputs, context = (
-            self.targets(observed, frames),
-            self.inputs(observed),
-            self.context(frames, task),
-        )
+        targets, inputs, context = (self.targets(observed, frames), self.inputs(observed), self.context(frames, task))
         nothing = {name: torch.zeros_like(target) for name, target in targets.items()}
         errors = []
         for codes in variants:
@@ -255,9 +244,7 @@ class LAQ(nn.Module):
     def observe(self, frames: Tensor) -> Observed:
         expected = (3, self.config.image_size, self.config.image_size)
         if frames.ndim != 5 or frames.shape[2:] != expected or frames.dtype != torch.uint8:
-            raise ValueError(
-                f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, t, {expected})"
-            )
+            raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, t, {expected})")
         features = None
         if self.features is not None:
             features = self.features(rearrange(frames, "b t c h w -> (b t) c h w"))
@@ -359,11 +346,7 @@ class LAQ(nn.Module):
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the frozen parts, which no checkpoint holds."""
-        frozen = {
-            "features": self.features,
-            "language": self.text_encoder,
-            "task_irrelevant": self.irrelevant,
-        }
+        frozen = {"features": self.features, "language": self.text_encoder, "task_irrelevant": self.irrelevant}
         return {name: wrapper.module.fingerprint for name, wrapper in frozen.items() if wrapper is not None}
 
     @property
@@ -378,24 +361,18 @@ class LAQ(nn.Module):
 def check(config: LAQConfig, weights: dict[str, float]) -> None:
     """Raises ValueError for settings that do not fit each other."""
     if config.image_size % config.patch_size:
-        raise ValueError(
-            f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}"
-        )
+        raise ValueError(f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}")
     if config.num_tokens < 1:
         raise ValueError(f"num_tokens={config.num_tokens}; expected 1 or more")
     if config.delta <= 0:
         raise ValueError(f"delta={config.delta}; expected a positive number of seconds")
     if not weights:
-        raise ValueError(
-            "pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict"
-        )
+        raise ValueError("pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict")
     if min(weights.values()) < 0:
         raise ValueError(f"negative weight of a target: {weights}")
     if config.features is None and (config.encoder == "features" or "features" in weights):
         raise ValueError("encoder='features' and feature_weight need features=HUB_ID_OR_FOLDER")
     if config.language and config.task_irrelevant:
-        raise ValueError(
-            "language and task_irrelevant are the first and the second run of the split: give one"
-        )
+        raise ValueError("language and task_irrelevant are the first and the second run of the split: give one")
     if config.action_weight and not config.action_dim:
         raise ValueError(f"action_weight={config.action_weight}, but no source in the data has actions")

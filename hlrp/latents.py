@@ -47,9 +47,7 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
     """Reads a file. delta: where it has none. Raises ValueError for what is missing or does not fit."""
     columns = read_columns(path)
     if "episode" not in columns or not columns.keys() & {"time", "index"}:
-        raise ValueError(
-            f"{path} has {', '.join(columns) or 'nothing'}; episode, and time or index, are needed"
-        )
+        raise ValueError(f"{path} has {', '.join(columns) or 'nothing'}; episode, and time or index, are needed")
     if not columns.keys() & {"vector", "codes"}:
         raise ValueError(f"{path} has {', '.join(columns)}; vector or codes, or both, are needed")
     length = len(columns["episode"])
@@ -78,16 +76,12 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
             raise ValueError(f"{path}: a code is {indices.min()}; numbers from 0 on fit")
     index = integers(path, "index", columns["index"]) if "index" in columns else None
     time = columns["time"].astype(np.float64) if index is None else None
-    return LatentFile(
-        path, delta, integers(path, "episode", columns["episode"]), time, index, vectors, indices
-    )
+    return LatentFile(path, delta, integers(path, "episode", columns["episode"]), time, index, vectors, indices)
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits"
-        )
+        raise ValueError(f"{path}: no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits")
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.atleast_1d(arrays[name]) for name in COLUMNS if name in arrays}
@@ -133,9 +127,7 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
     index = file.index if file.time is None else np.rint(file.time * fps).astype(np.int64)
     if file.time is not None and (aside := np.abs(file.time * fps - index) > 0.25).any():
         row = aside.nonzero()[0][0]
-        raise ValueError(
-            f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; k / fps fits"
-        )
+        raise ValueError(f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; k / fps fits")
     last = source.lengths[file.episode] - 1 - clips.offsets[file.episode, 1]
     if (beyond := (index < 0) | (index > last)).any():
         row = beyond.nonzero()[0][0]

@@ -60,9 +60,7 @@ class LeRobotData:
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
         keys = [key for key in ("task_index", STATE, ACTION, POINT) if key in info["features"]]
         self.numbers = read_numbers(self.data_files, episodes, keys)
-        self.state_dim, self.action_dim = (
-            self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION)
-        )
+        self.state_dim, self.action_dim = (self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION))
         if POINT in keys:
             check_points(self.numbers[POINT], self.uri)
         self.tasks = read_tasks(root)
@@ -81,15 +79,7 @@ class LeRobotData:
         for error in broken.values():
             logging.getLogger(__name__).warning("skipped %s, %s", self.uri, error)
         kept = np.setdiff1d(np.arange(len(episodes["length"])), list(broken))
-        used = (
-            "episode_index",
-            "length",
-            "data_file",
-            "row_in_file",
-            "first_row",
-            "video_file",
-            "video_start",
-        )
+        used = ("episode_index", "length", "data_file", "row_in_file", "first_row", "video_file", "video_start")
         self.episodes = {key: episodes[key][kept] for key in used if key in episodes}
         views = [LeRobotData(repo_or_dir, other, self.uri, skip_broken=skip_broken) for other in others]
         self.views = {view.camera: view for view in views if view.camera != self.camera}
@@ -148,10 +138,7 @@ class LeRobotData:
         if self.latent_space["num_tokens"]:
             columns["latent_indices"] = LATENT_INDICES
         tables = [read_table(path, list(columns.values())) for path in self.data_files]
-        return {
-            name: np.concatenate([to_numpy(table[column]) for table in tables])
-            for name, column in columns.items()
-        }
+        return {name: np.concatenate([to_numpy(table[column]) for table in tables]) for name, column in columns.items()}
 
 
 def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
@@ -221,9 +208,7 @@ def to_numpy(column) -> np.ndarray:
     from pyarrow import types
 
     array = column.combine_chunks()
-    while (
-        types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type)
-    ):
+    while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
         array = array.flatten()
     return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
@@ -239,8 +224,7 @@ def read_episodes(root: Path) -> Columns:
     if not tables:
         raise ValueError(f"{root}: no episodes in meta/episodes")
     columns = {
-        name: np.concatenate([to_numpy(table[name])[:, 0] for table in tables])
-        for name in tables[0].column_names
+        name: np.concatenate([to_numpy(table[name])[:, 0] for table in tables]) for name in tables[0].column_names
     }
     order = columns["episode_index"].argsort()
     return {name: column[order] for name, column in columns.items()}
@@ -252,10 +236,7 @@ def episode_files(
     """The files that episodes lie in, and for each episode the number of its file in that list."""
     places = np.stack([episodes[f"{prefix}/chunk_index"], episodes[f"{prefix}/file_index"]], axis=1)
     unique, number = np.unique(places, axis=0, return_inverse=True)
-    paths = [
-        template.format(chunk_index=chunk, file_index=file, video_key=camera)
-        for chunk, file in unique.tolist()
-    ]
+    paths = [template.format(chunk_index=chunk, file_index=file, video_key=camera) for chunk, file in unique.tolist()]
     return [root / path for path in paths], number.ravel()
 
 

@@ -8,10 +8,7 @@ def lerobot_flags(argv: list[str]) -> list[str]:
     """
     renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
     renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
-    renamed |= {
-        "policy.optimizer_weight_decay": "weight-decay",
-        "policy.optimizer_grad_clip_norm": "grad-clip",
-    }
+    renamed |= {"policy.optimizer_weight_decay": "weight-decay", "policy.optimizer_grad_clip_norm": "grad-clip"}
     renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
     refused = {  # and what sets it
         "policy.optimizer_betas": "--optimizer, --lr",

@@ -123,12 +123,7 @@ def render(
 
 
 def cached(
-    tasks: str = "mt10",
-    episodes: int = 20,
-    camera: str = "corner2",
-    size: int = 128,
-    noise: float = 0.2,
-    seed: int = 0,
+    tasks: str = "mt10", episodes: int = 20, camera: str = "corner2", size: int = 128, noise: float = 0.2, seed: int = 0
 ) -> Path:
     """Folder of the dataset in $HLRP_CACHE (or ~/.cache/hlrp), rendered where it is not there yet."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "metaworld"
@@ -164,8 +159,7 @@ def lerobot_config() -> dict:
 def _check_installed():
     if importlib.util.find_spec("metaworld") is None:
         raise ModuleNotFoundError(
-            "metaworld: sources need the simulator: pip install -e '.[sim]' "
-            "(or pip install 'lerobot_policy_hlrp[sim]')"
+            "metaworld: sources need the simulator: pip install -e '.[sim]' (or pip install 'lerobot_policy_hlrp[sim]')"
         )
     if os.environ.get("MUJOCO_GL", "egl") == "egl":
         try:

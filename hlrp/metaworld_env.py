@@ -20,9 +20,8 @@ from hlrp.metaworld import CAMERAS, CONTROL_FREQ, MAX_STEPS, lerobot_config, par
 @EnvConfig.register_subclass("hlrp_metaworld")
 @dataclass
 class HLRPMetaWorld(EnvConfig):
-    task: str = (
-        "mt10"  # names (door-open-v3) and groups (mt10, mt50, easy, medium, hard, very_hard), by commas
-    )
+    # names (door-open-v3) and groups (mt10, mt50, easy, medium, hard, very_hard), by commas
+    task: str = "mt10"
     fps: int = 20  # frames and actions a second; an action is held for 80 / fps steps of the simulator
     camera: str = "corner2"
     image_size: int = 128  # height and width of a frame [pixel]
@@ -37,11 +36,7 @@ class HLRPMetaWorld(EnvConfig):
         if self.image_size < 16:
             raise ValueError(f"env.image_size={self.image_size}; expected 16 or more")
         view = f"pixels/{self.camera}"
-        self.features_map = {
-            "action": ACTION,
-            "agent_pos": OBS_STATE,
-            view: f"{OBS_IMAGES}.{self.camera}",
-        }
+        self.features_map = {"action": ACTION, "agent_pos": OBS_STATE, view: f"{OBS_IMAGES}.{self.camera}"}
         self.features = {
             "action": PolicyFeature(FeatureType.ACTION, (4,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
@@ -52,9 +47,7 @@ class HLRPMetaWorld(EnvConfig):
     def gym_kwargs(self) -> dict:
         return {"camera": self.camera, "image_size": self.image_size, "fps": self.fps}
 
-    def create_envs(
-        self, n_envs: int, use_async_envs: bool = False
-    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         vectorized = gym.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gym.vector.SyncVectorEnv
 
         def make(task: str) -> gym.vector.VectorEnv:

@@ -11,9 +11,7 @@ def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
     indices: int64 (b, m). Raises ValueError where an index lies outside the codebook.
     """
     if len(indices) and not 0 <= indices.min() <= indices.max() < codebook_size:
-        raise ValueError(
-            f"indices from {indices.min()} to {indices.max()} do not fit codebook_size={codebook_size}"
-        )
+        raise ValueError(f"indices from {indices.min()} to {indices.max()} do not fit codebook_size={codebook_size}")
     num_tokens = indices.shape[1]
     cells = indices + codebook_size * torch.arange(num_tokens, device=indices.device)
     return cells.flatten().bincount(minlength=num_tokens * codebook_size).reshape(num_tokens, codebook_size)

@@ -89,6 +89,5 @@ def mixture(name: str, root: str | None) -> list[tuple[str, float]]:
     root, total = root.rstrip("/"), sum(MIXTURES[name].values())
     folders = {"bridge_dataset": "bridge_data_v2"} if root == BUCKET else {}  # tfds/robotics/rtx/rtx.py
     return [
-        (f"rlds:{root}/{folders.get(dataset, dataset)}", share / total)
-        for dataset, share in MIXTURES[name].items()
+        (f"rlds:{root}/{folders.get(dataset, dataset)}", share / total) for dataset, share in MIXTURES[name].items()
     ]

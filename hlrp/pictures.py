@@ -78,9 +78,7 @@ def draw_pictures(
     figures, skipped = {}, []
     for bucket, (samples, source) in zip(wanted, fill(wanted, sets, MAX_SAMPLES, seed).values(), strict=True):
         if not samples:
-            skipped.append(
-                f"all of bucket {bucket.name}: no held-out sample has {bucket}, in {', '.join(sets)}"
-            )
+            skipped.append(f"all of bucket {bucket.name}: no held-out sample has {bucket}, in {', '.join(sets)}")
             continue
         shown = Shown(laq, latents_of, samples, source, seed)
         place = folder if not bucket.conditions else folder / bucket.name

@@ -44,17 +44,15 @@ class HLRPConfig(PreTrainedConfig):
     image_size: int | None = None  # without vla: side of the image that the vlm sees [pixel]
     freeze: list[str] = field(default_factory=list)  # vision, language: towers that stay as they are
     freeze_layers: int = 0  # first layers of the language model that stay as they are
-    lora_rank: int = (
-        0  # above 0: train low-rank adapters (peft) on the language model, nothing else of the vlm
-    )
+    # above 0: train low-rank adapters (peft) on the language model, nothing else of the vlm
+    lora_rank: int = 0
     gradient_checkpointing: bool = False
 
     n_obs_steps: int = 1  # frames of each camera, one step apart, the last is now
     chunk_size: int = 16  # actions predicted
     n_action_steps: int = 8  # of these, executed before the next prediction
-    action_repeat: int = (
-        1  # environment steps that an action is held for, where the data were recorded at a lower rate
-    )
+    # environment steps that an action is held for, where the data were recorded at a lower rate
+    action_repeat: int = 1
     action_head: Literal["flow", "l1", "bins"] = "flow"
     num_bins: int = 256  # values of an action dimension, for bins
     num_inference_steps: int = 10  # of the flow's integration
@@ -86,9 +84,7 @@ class HLRPConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
         if self.n_action_steps > self.chunk_size:
-            raise ValueError(
-                f"n_action_steps={self.n_action_steps} is more than chunk_size={self.chunk_size}"
-            )
+            raise ValueError(f"n_action_steps={self.n_action_steps} is more than chunk_size={self.chunk_size}")
         heads = ("flow", "l1", "bins")
         if self.action_head not in heads:
             raise ValueError(f"action_head={self.action_head!r}; expected one of {', '.join(heads)}")
@@ -103,9 +99,7 @@ class HLRPConfig(PreTrainedConfig):
 
     def validate_features(self) -> None:
         if not self.image_features:
-            raise ValueError(
-                f"no camera among the inputs {sorted(self.input_features or {})}; hlrp needs one"
-            )
+            raise ValueError(f"no camera among the inputs {sorted(self.input_features or {})}; hlrp needs one")
         if self.action_feature is None:
             raise ValueError(f"no {ACTION!r} among the outputs {sorted(self.output_features or {})}")
 
@@ -175,9 +169,7 @@ class HLRPPolicy(PreTrainedPolicy):
             instructions = list(dataset_meta.tasks.index)
         self.vlm, self.latent_head = parts(config, folder, instructions)
         shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
-        self.expert = (
-            None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
-        )
+        self.expert = None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
         if self.latent_head is not None and not config.latent_weight:
             self.latent_head.requires_grad_(False)
         action_dim = config.action_feature.shape[0]
@@ -223,10 +215,7 @@ class HLRPPolicy(PreTrainedPolicy):
         actions = batch[ACTION]
         if is_pad is None:
             is_pad = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
-        errors, is_labelled = (
-            self.action_errors(actions, is_pad, self.context(prompt, batch)),
-            (~is_pad).any(1),
-        )
+        errors, is_labelled = (self.action_errors(actions, is_pad, self.context(prompt, batch)), (~is_pad).any(1))
         losses = errors if latent_errors is None else errors + self.config.latent_weight * latent_errors
         action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
         loss, metrics = action_loss, {"action_loss": action_loss.item()}
@@ -245,9 +234,7 @@ class HLRPPolicy(PreTrainedPolicy):
         if self.config.action_head == "l1":
             return mean_over_steps((said - actions).abs().mean(-1), is_pad)
         logits = said.unflatten(-1, (-1, self.config.num_bins)).movedim(-1, 1)  # b k t a
-        bins = (
-            ((actions.clamp(-1, 1) + 1) / 2 * self.config.num_bins).long().clamp(max=self.config.num_bins - 1)
-        )
+        bins = ((actions.clamp(-1, 1) + 1) / 2 * self.config.num_bins).long().clamp(max=self.config.num_bins - 1)
         return mean_over_steps(F.cross_entropy(logits, bins, reduction="none").mean(-1), is_pad)
 
     @torch.no_grad()
@@ -281,9 +268,7 @@ class HLRPPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict, noise: Tensor | None = None) -> Tensor:
         """The next action (b, a). A new chunk is predicted when n_action_steps of the last one are executed."""
         if self.rtc_processor is not None:
-            raise ValueError(
-                "rtc_config.enabled with select_action; real-time chunking calls predict_action_chunk"
-            )
+            raise ValueError("rtc_config.enabled with select_action; real-time chunking calls predict_action_chunk")
         if self.config.n_obs_steps > 1:
             keys = {key: batch[key] for key in self.config.image_features}
             self._queues = populate_queues(self._queues, keys)
@@ -313,13 +298,8 @@ class HLRPPolicy(PreTrainedPolicy):
         views = []
         for key in sorted(self.config.image_features):
             if key not in batch:
-                found = (
-                    ", ".join(sorted(name for name in batch if name.startswith("observation.image")))
-                    or "none"
-                )
-                raise ValueError(
-                    f"the policy sees {key}, the batch has {found}; --rename_map maps other names"
-                )
+                found = ", ".join(sorted(name for name in batch if name.startswith("observation.image"))) or "none"
+                raise ValueError(f"the policy sees {key}, the batch has {found}; --rename_map maps other names")
             frames = batch[key] if batch[key].ndim == 5 else batch[key][:, None]  # b t c h w
             if frames.shape[1] != self.config.n_obs_steps:
                 raise ValueError(
@@ -365,16 +345,12 @@ class HLRPPolicy(PreTrainedPolicy):
         return super().from_pretrained(folder, config=config, folder=folder, **kwargs | {"strict": True})
 
 
-def parts(
-    config: HLRPConfig, folder: Path | None, instructions: Sequence[str]
-) -> tuple[VLM, nn.Module | None]:
+def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) -> tuple[VLM, nn.Module | None]:
     """The vision-language model, and the head of stage 2 where the policy starts or started from its checkpoint.
 
     Of a new policy the weights of stage 2 come along, and `config.stage2` says what it was.
     """
-    chosen = {
-        name: getattr(config, name) for name in ("freeze_layers", "lora_rank", "gradient_checkpointing")
-    }
+    chosen = {name: getattr(config, name) for name in ("freeze_layers", "lora_rank", "gradient_checkpointing")}
     chosen["freeze"] = tuple(config.freeze)
     if folder is None and config.vla is not None:
         vla = VLA.from_pretrained(config.vla, gradient_checkpointing=config.gradient_checkpointing)
@@ -393,9 +369,7 @@ def parts(
     if folder is not None:
         return VLM.from_folder(folder / "vlm", vlm_config), None
     if config.vlm == "tiny" and not instructions:
-        raise ValueError(
-            "vlm=tiny learns its tokenizer from the instructions of a dataset, and there is none"
-        )
+        raise ValueError("vlm=tiny learns its tokenizer from the instructions of a dataset, and there is none")
     return VLM.from_config(vlm_config, instructions), None
 
 
@@ -412,7 +386,5 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
             raise ValueError(f"no statistics of {key} among those of {', '.join(sorted(dataset_stats))}")
         found = {tuple(np.shape(x)) for name, x in dataset_stats[key].items() if name != "count"}
         if found != {tuple(feature.shape)}:
-            raise ValueError(
-                f"statistics of {key} are of shape {sorted(found)}, the policy's is {feature.shape}"
-            )
+            raise ValueError(f"statistics of {key} are of shape {sorted(found)}, the policy's is {feature.shape}")
     return make_default_pre_post_processors(config, dataset_stats)

@@ -62,9 +62,7 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
     num_tokens = laq.config.num_tokens
     if vectors is None:
         per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
-        found = laq.quantizer.lookup(
-            per_token if laq.config.quantizer == "residual-vq" else per_token[..., 0]
-        )
+        found = laq.quantizer.lookup(per_token if laq.config.quantizer == "residual-vq" else per_token[..., 0])
         return indices, found.flatten(1).unflatten(0, indices.shape[:2])
     if laq.quantizer.codebook_size is None or laq.config.quantizer == "residual-vq":
         return None, vectors
@@ -121,9 +119,7 @@ def evaluate(
     report = {}
     for name, dataset in sets.items():
         if len(dataset) < num_ranks:
-            raise ValueError(
-                f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes"
-            )
+            raise ValueError(f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes")
         tasks = share.tasks(dataset)
         found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks, with_errors=True)
         figures = {"samples": len(dataset), "episodes": len(found.episodes.unique())}
@@ -222,11 +218,9 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
 
     def true_features(of_codes: bool) -> list[Tensor]:
         return [
-            (
-                one_hot_features(s.true_indices.flatten(1), codebook_size)
-                if of_codes
-                else s.true_vectors.flatten(1)
-            )[s.has_action]
+            (one_hot_features(s.true_indices.flatten(1), codebook_size) if of_codes else s.true_vectors.flatten(1))[
+                s.has_action
+            ]
             for s in sides
         ]
 

@@ -25,9 +25,8 @@ class Args:
     compare: tuple[Path, ...] = ()  # cards to put side by side: folders, or card.json files
 
     pairs: int = 5000  # of frames, of each source; three fifths to fit probes on, the rest to score them
-    val_fraction: float | None = (
-        None  # of the episodes are scored: as of train_laq.py; None: as run.json has it
-    )
+    # of the episodes are scored: as of train_laq.py; None: as run.json has it
+    val_fraction: float | None = None
     split_seed: int | None = None  # --seed of train_laq.py, by which episodes were held out; likewise
     seed: int = 0  # of what is drawn
     delta: float | None = None  # of a file that has none [s]
@@ -35,12 +34,10 @@ class Args:
     transfer_to: tuple[str, ...] = ()  # sources of other embodiments, which probes fitted here are scored on
 
     shuffled: Path | None = None  # LAQ trained on shuffled futures, a control
-    train_shuffled: int = (
-        0  # trains that control for so many steps, and leaves it in OUTPUT_DIR; 1000 say enough
-    )
-    label_fraction: float | None = (
-        None  # as of train_laq.py, where labels were used; None: as run.json has it
-    )
+    # trains that control for so many steps, and leaves it in OUTPUT_DIR; 1000 say enough
+    train_shuffled: int = 0
+    # as of train_laq.py, where labels were used; None: as run.json has it
+    label_fraction: float | None = None
     label_steps: int = 600  # of the model of these labels alone
 
     output_dir: Path = Path("outputs/probe")
@@ -102,9 +99,7 @@ def parse_groups(texts: tuple[str, ...]) -> dict[str, list[int]]:
         except ValueError:
             groups[name] = []
         if not name or not groups[name]:
-            raise ValueError(
-                f"groups: {text!r}; a name and dimensions fit, such as position=0-2 or gripper=6,7"
-            )
+            raise ValueError(f"groups: {text!r}; a name and dimensions fit, such as position=0-2 or gripper=6,7")
     return groups
 
 
@@ -133,15 +128,11 @@ def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
     opened = [open_source(parse_uri(uri).uri) for uri in data]
     names = [source.name for source in opened]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"data={data}: sources {', '.join(names) or 'none'}; one or more of different names fit"
-        )
+        raise ValueError(f"data={data}: sources {', '.join(names) or 'none'}; one or more of different names fit")
     sources, pictures = {}, {}
     for uri, source in zip(data, opened, strict=True):
         if args.groups and (stray := [i for g in groups.values() for i in g if i >= source.action_dim]):
-            raise ValueError(
-                f"groups: dimension {stray[0]}, but the actions of {uri} have {source.action_dim}"
-            )
+            raise ValueError(f"groups: dimension {stray[0]}, but the actions of {uri} have {source.action_dim}")
         card, pictures[source.name] = subject.card(source, groups, share)
         lines = verdict(source.name, card)
         found = {"uri": source.uri, "passed": passed(lines), "verdict": [line._asdict() for line in lines]}
@@ -164,9 +155,7 @@ def read_card(path: Path) -> dict:
     places = [path, path / "card.json", path / "probe.json"]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise ValueError(
-            f"compare: {path} has neither card.json nor probe.json; python -m hlrp.probe makes them"
-        )
+        raise ValueError(f"compare: {path} has neither card.json nor probe.json; python -m hlrp.probe makes them")
     document = json.loads(found.read_text())
     if document.get("type") != "card":
         raise ValueError(f"compare: {found} is no probe card")

@@ -73,10 +73,7 @@ def ridge_predictions(x_train: Tensor, y_train: Tensor, x_test: Tensor, alphas: 
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     right = (y_train - offset if dual else x_train.T @ (y_train - offset)) / num_samples
     left = x_test @ x_train.T if dual else x_test
-    return [
-        offset + left @ torch.cholesky_solve(right, torch.linalg.cholesky(gram + alpha * eye))
-        for alpha in alphas
-    ]
+    return [offset + left @ torch.cholesky_solve(right, torch.linalg.cholesky(gram + alpha * eye)) for alpha in alphas]
 
 
 def choose_alpha(x: Tensor, y: Tensor, episodes: Tensor, seed: int = 0) -> float:
@@ -87,10 +84,7 @@ def choose_alpha(x: Tensor, y: Tensor, episodes: Tensor, seed: int = 0) -> float
     unique, number = episodes.unique(return_inverse=True)
     if len(unique) < 2:
         raise ValueError(f"{len(unique)} episode(s) to fit a probe on; choosing its penalty needs at least 2")
-    fold = (
-        torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).to(x.device)[number]
-        % NUM_FOLDS
-    )
+    fold = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).to(x.device)[number] % NUM_FOLDS
     weight = 1 / torch.where(is_constant(y), torch.inf, y.double().var(dim=0, correction=0))
     errors = torch.zeros(len(ALPHAS), dtype=torch.float64, device=x.device)
     for k in range(min(NUM_FOLDS, len(unique))):
@@ -175,9 +169,7 @@ def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int,
     return 1 - residual / torch.where(total < 0.1 * of_all, of_all, total).clamp(min=1e-12)
 
 
-def probe_r2(
-    latents: Tensor, actions: Tensor, episodes: Tensor, is_fit: Tensor | None = None, seed: int = 0
-) -> dict:
+def probe_r2(latents: Tensor, actions: Tensor, episodes: Tensor, is_fit: Tensor | None = None, seed: int = 0) -> dict:
     """R2 of a ridge probe latents -> actions, fitted and scored on different episodes.
 
     latents: (b, d), actions: (b, a), episodes: int64 (b,); is_fit: bool (b,), the samples to fit on, by

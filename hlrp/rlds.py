@@ -76,9 +76,7 @@ class RLDS:
     ):
         self.uri, self.skip_broken = uri or f"rlds:{location}", skip_broken
         root, files = find_version(self.uri, str(location))
-        info, features = (
-            read_json(self.uri, f"{root}/{file}") for file in ("dataset_info.json", "features.json")
-        )
+        info, features = (read_json(self.uri, f"{root}/{file}") for file in ("dataset_info.json", "features.json"))
         self.features = read_features(self.uri, features)
         known = DATASETS.get(info["name"])
 
@@ -89,9 +87,7 @@ class RLDS:
         self.instruction_path = self._choose_instruction(instruction or (known and known.instruction))
         self.fps = known.fps if known and fps is None else fps
         if not 0 < (self.fps or 0) < math.inf:
-            raise ValueError(
-                f"{self.uri}: fps={fps}, and that of {info['name']} is not known; ?fps=10, say, fits"
-            )
+            raise ValueError(f"{self.uri}: fps={fps}, and that of {info['name']} is not known; ?fps=10, say, fits")
 
         self.action = self._choose_columns("action", known.action if known and action is None else action)
         self.state = self._choose_columns("state", known.state if known and state is None else state)
@@ -106,15 +102,7 @@ class RLDS:
         ]
 
         self.name = name or f"rlds-{info['name'].removesuffix(EXTERNAL)}" + (f"-{camera}" if camera else "")
-        chosen = (
-            self.camera_path,
-            self.instruction_path,
-            self.fps,
-            self.action,
-            self.state,
-            self.is_bgr,
-            split,
-        )
+        chosen = (self.camera_path, self.instruction_path, self.fps, self.action, self.state, self.is_bgr, split)
         self.fingerprint = hashlib.sha256(repr((info, features, chosen)).encode()).hexdigest()[:16]
 
     def episodes(self, shard: int) -> Iterator[Episode]:
@@ -166,9 +154,7 @@ class RLDS:
         lengths = {path: len(value) for path, value in values.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"steps of {lengths} differ in number")
-        parts = [
-            values[path].reshape(lengths[path], math.prod(values[path].shape[1:])) for path, _ in columns
-        ]
+        parts = [values[path].reshape(lengths[path], math.prod(values[path].shape[1:])) for path, _ in columns]
         parts = [part[:, column.range] for part, column in zip(parts, columns, strict=True)]  # t a
         return np.concatenate(parts, axis=1).astype(np.float32)
 
@@ -215,11 +201,7 @@ class RLDS:
             ]
             paths = [path for path in whole if path in self.features][:1] or inside
             return [self._column(setting, path, path) for path in paths]
-        return [
-            self._column(setting, key, *re.split(r"(?=\[)", key, maxsplit=1))
-            for key in keys.split(",")
-            if key
-        ]
+        return [self._column(setting, key, *re.split(r"(?=\[)", key, maxsplit=1)) for key in keys.split(",") if key]
 
     def _column(self, setting: str, key: str, name: str, numbers: str = "") -> Column:
         ends = re.fullmatch(r"\[(-?\d+)?:(-?\d+)?\]", numbers or "[:]")
@@ -294,9 +276,7 @@ def find_version(uri: str, location: str) -> tuple[str, list[str]]:
         versions = [known.version]
     if len(versions) != 1:
         found = ", ".join(sorted(versions or files)[:20]) or "nothing"
-        raise ValueError(
-            f"{uri}: no features.json there, and no single version, but {found}; one of its folders fits"
-        )
+        raise ValueError(f"{uri}: no features.json there, and no single version, but {found}; one of its folders fits")
     location += f"/{versions[0]}"
     return location, list_folder(uri, location)
 
@@ -319,9 +299,7 @@ def read_json(uri: str, path: str) -> dict:
         raise ValueError(f"{uri}: {path} cannot be read: {error!r}") from error
 
 
-def list_shards(
-    uri: str, info: dict, split: str, root: str, files: Sequence[str]
-) -> tuple[list[str], list[int]]:
+def list_shards(uri: str, info: dict, split: str, root: str, files: Sequence[str]) -> tuple[list[str], list[int]]:
     """The files of the splits, which are named by commas, and how many records each has."""
     splits = {found["name"]: found for found in info["splits"]}
     file_format = info.get("fileFormat", "tfrecord")
@@ -344,7 +322,5 @@ def list_shards(
             shards[file] = int(length)
     missing = sorted(shards.keys() - set(files))
     if missing:
-        raise ValueError(
-            f"{uri}: {len(missing)} of {len(shards)} files are missing in {root}, such as {missing[0]}"
-        )
+        raise ValueError(f"{uri}: {len(missing)} of {len(shards)} files are missing in {root}, such as {missing[0]}")
     return [f"{root}/{file}" for file in shards], list(shards.values())

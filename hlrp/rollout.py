@@ -25,16 +25,13 @@ from hlrp.metrics import wilson
 @dataclass
 class Args:
     policy: str  # folder or hub id of a LeRobot policy
-    env: str = (
-        "hlrp_metaworld"  # or hlrp_world, or LeRobot's name of an environment: metaworld, pusht, libero
-    )
+    # or hlrp_world, or LeRobot's name of an environment: metaworld, pusht, libero
+    env: str = "hlrp_metaworld"
     tasks: tuple[str, ...] = ()  # of the environment; by default its own choice
     episodes: int = 50  # of each task
     seed: int = 1000  # of the first episode; the next is one higher
     batch_size: int = 1  # environments at once; each starts its own simulator
-    rename_map: dict[str, str] = field(
-        default_factory=dict
-    )  # the environment's name and the policy's, of a camera
+    rename_map: dict[str, str] = field(default_factory=dict)  # the environment's name and the policy's, of a camera
     videos: int = 1  # of each task, written to OUTPUT_DIR/videos
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     output_dir: Path = Path("outputs/rollout")
@@ -59,9 +56,7 @@ def main(args: Args) -> None:
         "device_processor": {"device": config.device},
         "rename_observations_processor": {"rename_map": args.rename_map},
     }
-    processors = make_pre_post_processors(
-        config, pretrained_path=args.policy, preprocessor_overrides=overrides
-    )
+    processors = make_pre_post_processors(config, pretrained_path=args.policy, preprocessor_overrides=overrides)
     videos_dir = args.output_dir / "videos" if args.videos else None
     result = evaluate(
         policy, *processors, env_config, args.episodes, args.seed, args.batch_size, args.videos, videos_dir
@@ -76,9 +71,7 @@ def main(args: Args) -> None:
 def environment(type: str, tasks: str | None):
     """LeRobot's configuration of an environment and some of its tasks, by commas; by default its own choice. Raises
     ValueError where there is none such."""
-    os.environ.setdefault(
-        "MUJOCO_GL", "egl"
-    )  # MuJoCo, which reads it when it is imported, draws without a screen
+    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo, which reads it when it is imported, draws without a screen
     from lerobot.envs import make_env_config
 
     import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
@@ -105,9 +98,7 @@ def evaluate(
 
     env_processors = make_env_pre_post_processors(env_config, policy.config)
     envs = make_env(env_config, n_envs=batch_size, use_async_envs=False)
-    names = {
-        (group, i): name_of(env, f"{group}/{i}") for group, tasks in envs.items() for i, env in tasks.items()
-    }
+    names = {(group, i): name_of(env, f"{group}/{i}") for group, tasks in envs.items() for i, env in tasks.items()}
     with latencies_of(policy) as latencies:
         info = eval_policy_all(
             envs,
@@ -120,9 +111,7 @@ def evaluate(
             videos_dir=videos_dir,
             start_seed=seed,
         )
-    successes = {
-        names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]
-    }
+    successes = {names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]}
     return summary(successes, latencies)
 
 
@@ -170,9 +159,7 @@ def summary(successes: dict[str, list[bool]], latencies: list[float]) -> dict:
     every = [outcome for outcomes in successes.values() for outcome in outcomes]
     result = {"tasks": {name: rate(outcomes) for name, outcomes in successes.items()}, "all": rate(every)}
     if latencies:
-        p50, p99 = (
-            torch.tensor(latencies, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99]).double()).tolist()
-        )
+        p50, p99 = torch.tensor(latencies, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99]).double()).tolist()
         result["latency_ms"] = {"p50": 1e3 * p50, "p99": 1e3 * p99, "chunks": len(latencies)}
     return result
 

@@ -49,15 +49,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    runs = [
-        read_run(path.parent, args.metrics)
-        for folder in args.folders
-        for path in sorted(folder.rglob("run.json"))
-    ]
+    runs = [read_run(path.parent, args.metrics) for folder in args.folders for path in sorted(folder.rglob("run.json"))]
     if not runs:
-        raise ValueError(
-            f"no run.json in or below {', '.join(map(str, args.folders))}; a run's --output-dir fits"
-        )
+        raise ValueError(f"no run.json in or below {', '.join(map(str, args.folders))}; a run's --output-dir fits")
     for condition in args.where:
         runs = [run for run in runs if fits(condition, run)]
     columns = columns_of(runs, args.settings)
@@ -88,9 +82,7 @@ def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
 
 def hours(settings: dict, logged: list[dict]) -> float:
     """Hours of training of all processes, by the speed that was logged."""
-    samples_per_step = (
-        settings["batch_size"] * settings.get("grad_accumulation", 1) * settings["num_processes"]
-    )
+    samples_per_step = settings["batch_size"] * settings.get("grad_accumulation", 1) * settings["num_processes"]
     seconds, before = 0.0, 0
     for line in logged:
         if line["split"] == "train" and "samples_per_s" in line:
@@ -165,8 +157,7 @@ def shown(value) -> str:
 def text(table: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
     )
 
 

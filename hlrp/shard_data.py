@@ -70,11 +70,7 @@ class Shards:
     """
 
     def __init__(
-        self,
-        location: str | Path,
-        uri: str | None = None,
-        dataset: str | None = None,
-        skip_broken: bool = False,
+        self, location: str | Path, uri: str | None = None, dataset: str | None = None, skip_broken: bool = False
     ):
         self.uri = uri or f"shards:{location}"
         tars = [Path(tar).expanduser() for tar in find_tars(location)]
@@ -147,9 +143,7 @@ class Shards:
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
         """Of "state" or "action", over all frames: float64 (n,) each of count, mean, std, min, max, q01, q99."""
-        return merge_statistics(
-            [{key: index.table(f"{name}.{key}") for key in STATISTICS} for index in self.shards]
-        )
+        return merge_statistics([{key: index.table(f"{name}.{key}") for key in STATISTICS} for index in self.shards])
 
     def idle_scores(self, span: float) -> dict[str, np.ndarray] | None:
         """What `hlrp.idle.episode_scores` gives for all frames, in their order; None where a shard lacks this span."""
@@ -157,8 +151,7 @@ class Shards:
             return None
         names = [name for name in self.shards[0].tables if name.startswith("idle.")]
         return {
-            name.removeprefix("idle."): np.concatenate([index.table(name) for index in self.shards])
-            for name in names
+            name.removeprefix("idle."): np.concatenate([index.table(name) for index in self.shards]) for name in names
         }
 
     def place(self, episode: int) -> str:
@@ -228,13 +221,9 @@ def check_alike(uri: str, shards: Sequence[Index]) -> None:
         facts = index.facts
         what = json.dumps([facts["columns"], facts.get("camera"), facts.get("latent_space")])
         dataset = facts.get("dataset") or index.tar.name
-        kinds.setdefault(
-            what, f"{dataset} (arrays {facts['columns']}, camera {facts.get('camera') or 'unnamed'})"
-        )
+        kinds.setdefault(what, f"{dataset} (arrays {facts['columns']}, camera {facts.get('camera') or 'unnamed'})")
     if len(kinds) > 1:
-        raise ValueError(
-            f"{uri}: data sets that differ: {', '.join(kinds.values())}; ?dataset=NAME picks one"
-        )
+        raise ValueError(f"{uri}: data sets that differ: {', '.join(kinds.values())}; ?dataset=NAME picks one")
 
 
 class ShardStream:
@@ -277,9 +266,7 @@ class ShardStream:
                     "episode; episodes of one kind fit"
                 )
         if (camera := sample.header.get("camera") or "") != self.camera:
-            raise ValueError(
-                f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; one fits"
-            )
+            raise ValueError(f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; one fits")
         return episode
 
     def _first(self) -> Sample:

@@ -158,9 +158,7 @@ def read_index(path: Path) -> Index:
     head = file.read(0, min(size, HEAD_SIZE))
     data_start = 8 + int.from_bytes(head[:8], "little")  # as safetensors has it
     if len(head) < 8 or data_start + 4 > size:
-        raise ValueError(
-            f"{path}: {size} bytes, no whole index; python -m hlrp.shards makes it anew without it"
-        )
+        raise ValueError(f"{path}: {size} bytes, no whole index; python -m hlrp.shards makes it anew without it")
     if len(head) < data_start + 4:
         head = file.read(0, data_start + 4)
     checksum = int.from_bytes(head[data_start : data_start + 4], "little")
@@ -170,9 +168,7 @@ def read_index(path: Path) -> Index:
     header = json.loads(head[8:data_start])
     facts = json.loads(header.pop("__metadata__")["hlrp"])
     if facts["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: of format {facts['format']}; {FORMAT} fits, as python -m hlrp.shards writes it"
-        )
+        raise ValueError(f"{path}: of format {facts['format']}; {FORMAT} fits, as python -m hlrp.shards writes it")
     end = data_start + max(entry["data_offsets"][1] for entry in header.values())
     if size != end:
         raise ValueError(f"{path}: {size} bytes, expected {end}; is it cut off?")
@@ -194,9 +190,7 @@ def read_index(path: Path) -> Index:
     except OSError as error:
         raise ValueError(f"{tar}: {error.strerror}, but its index is there") from error
     if tar_stat.st_size != facts["tar_size"]:
-        raise ValueError(
-            f"{tar}: {tar_stat.st_size} bytes, but {facts['tar_size']} by its index; is it cut off?"
-        )
+        raise ValueError(f"{tar}: {tar_stat.st_size} bytes, but {facts['tar_size']} by its index; is it cut off?")
     versions = stat.st_mtime_ns, tar_stat.st_mtime_ns
     return Index(path, tar, facts, tables, *parts, hashlib.sha256(head[:data_start]).digest(), versions)
 

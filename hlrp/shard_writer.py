@@ -178,9 +178,7 @@ def view_passing(episode: Episode) -> View:
     )
 
 
-def record(
-    source, number: int, view: View, settings: Settings
-) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
+def record(source, number: int, view: View, settings: Settings) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
     fps = view.fps if settings.fps is None else settings.fps
     indices = frame_numbers(view, settings)
@@ -207,9 +205,7 @@ def record(
     header |= {"camera": source.camera, "source": source.uri}
     if settings.instruction is not None:
         if settings.instruction not in facts:
-            raise ValueError(
-                f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}"
-            )
+            raise ValueError(f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}")
         header["task"] = str(facts[settings.instruction])
     if view.actions and not settings.drop_actions:
         columns["action"] = view.actions(indices)
@@ -220,9 +216,7 @@ def record(
     columns["timestamp"] = torch.from_numpy(indices / view.fps)  # float64 [s]
 
     members = {"json": json.dumps(header).encode()}
-    for name in sorted(
-        columns, key=lambda name: (name != "state", name != "action", name != "timestamp", name)
-    ):
+    for name in sorted(columns, key=lambda name: (name != "state", name != "action", name != "timestamp", name)):
         members[f"{name}.npy"] = array_bytes(columns[name].numpy())
     for i, data in enumerate(encoded):
         members[f"{i:06d}.{EXTENSIONS[settings.codec]}"] = data
@@ -263,9 +257,7 @@ def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
     return array_bytes(av.VideoFrame.from_ndarray(image, "rgb24").to_ndarray(format="yuv420p"))
 
 
-def idle_scores(
-    small: list[Tensor], fps: float, actions: Tensor | None, span: float | None
-) -> dict[str, np.ndarray]:
+def idle_scores(small: list[Tensor], fps: float, actions: Tensor | None, span: float | None) -> dict[str, np.ndarray]:
     """Those of `hlrp.idle`, from frames that are decoded already and as small as it wants them."""
     if span is None:
         return {}

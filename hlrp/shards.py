@@ -48,27 +48,21 @@ def slurm_part() -> int:
 @dataclass
 class Args:
     output_dir: Path  # folder of the shards
-    data: tuple[
-        str, ...
-    ] = ()  # sources: videos:DIR lerobot:REPO_OR_DIR?camera=KEY world:NAME rlds:DIR shards:DIR ...
+    data: tuple[str, ...] = ()  # sources: videos:DIR lerobot:REPO_OR_DIR?camera=KEY world:NAME rlds:DIR shards:DIR ...
 
-    image_size: int | None = (
-        None  # side of the square that frames are letterboxed into [pixel]; None: as they are
-    )
+    # side of the square that frames are letterboxed into [pixel]; None: as they are
+    image_size: int | None = None
     fps: float | None = None  # frames nearest to this rate alone, no more than a source has; None: all
     drop_actions: bool = False  # leave out actions and cached latent actions, which fps cannot thin out
-    instruction: str | None = (
-        None  # what a source knows of an episode that is its instruction; None: its task
-    )
+    # what a source knows of an episode that is its instruction; None: its task
+    instruction: str | None = None
     codec: Codec = "jpeg"  # of the frames: png is lossless, yuv420 raw and the fastest to read
     quality: int = 90  # of JPEG, 1 to 100
-    idle_span: float | None = (
-        None  # measure frames for the idle filter over this time, now that they are decoded [s]
-    )
+    # measure frames for the idle filter over this time, now that they are decoded [s]
+    idle_span: float | None = None
 
-    frames_per_shard: int = (
-        20000  # after so many, the next episode begins another shard; a stream's shards stay
-    )
+    # after so many, the next episode begins another shard; a stream's shards stay
+    frames_per_shard: int = 20000
     num_processes: int = 1
     part: int = field(default_factory=slurm_part)  # of the work, from 0 on; a Slurm job array sets both
     num_parts: int = field(default_factory=lambda: slurm("COUNT", 1))
@@ -165,9 +159,7 @@ def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
         for name in content:
             if name != "hlrp_version" and before.get(name) != content[name]:
                 was, now = (str(c.get(name))[:200] for c in (before, content))
-                raise ValueError(
-                    f"{path}: made with {name}={was}, but now {name}={now}; another output_dir fits"
-                )
+                raise ValueError(f"{path}: made with {name}={was}, but now {name}={now}; another output_dir fits")
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for tar in sorted(args.output_dir.glob("*.tar")):

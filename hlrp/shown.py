@@ -38,26 +38,21 @@ def encoded(laq: LAQ, batch: dict) -> Latents:
 class Shown:
     """The samples of a bucket, with their latent actions and the LAQ that decodes these."""
 
-    def __init__(
-        self, laq: LAQ, latents_of: Callable[[dict], Latents], samples: list[dict], source: Tensor, seed: int
-    ):
+    def __init__(self, laq: LAQ, latents_of: Callable[[dict], Latents], samples: list[dict], source: Tensor, seed: int):
         batch = collate(samples)
         self.laq, self.source, self.seed = laq, source, seed
         self.frames, self.tasks = batch["frames"][:, :2], batch["task"]  # uint8 (b, 2, c, h, w)
         self.datasets, self.episodes = batch["dataset"], batch["episode"]
         self.names = [f"{name}, episode {i}" for name, i in zip(self.datasets, self.episodes, strict=True)]
         self.captions = [
-            f"{name}, frame {i}. {task}"
-            for name, i, task in zip(self.names, batch["index"], self.tasks, strict=True)
+            f"{name}, frame {i}. {task}" for name, i, task in zip(self.names, batch["index"], self.tasks, strict=True)
         ]
         self.codes, self.indices, self.true = latents_of(batch)
         self.action, self.has_action = None, torch.zeros(len(samples), dtype=torch.bool)
         if "action" in batch:  # over the time between the two frames
             num_steps = (batch["fps"] * laq.config.delta).round().clamp(min=1)
             later = torch.arange(batch["action"].shape[1]) >= num_steps[:, None]
-            self.action, self.has_action = mean_action(
-                batch["action"].double(), batch["action_is_pad"] | later
-            )
+            self.action, self.has_action = mean_action(batch["action"].double(), batch["action_is_pad"] | later)
         self.state = batch.get("state")
         self.has_state = torch.tensor(["state" in sample for sample in samples])
         self.decoded = {"pixels", "flow"} & set(laq.weights)

@@ -102,17 +102,13 @@ def open_source(uri: str, skip_broken: bool = False):
         fits = {"dataset"} if kind is Shards else {"fps", "ignore"}
         if stray := sorted(set(options) - fits):
             what = "with indexes" if kind is Shards else "without indexes"
-            raise ValueError(
-                f"{uri}: shards {what} take no {', '.join(stray)}; {', '.join(sorted(fits))} fits"
-            )
+            raise ValueError(f"{uri}: shards {what} take no {', '.join(stray)}; {', '.join(sorted(fits))} fits")
         return kind(location, uri, **options, skip_broken=skip_broken)
     if scheme == "rlds":
         from hlrp.rlds import RLDS
 
         if location in MIXTURES or "root" in options:
-            raise ValueError(
-                f"{uri}: a mixture of several sources; one of them fits, such as {expand([uri])[0]}"
-            )
+            raise ValueError(f"{uri}: a mixture of several sources; one of them fits, such as {expand([uri])[0]}")
         return RLDS(location, **options, uri=uri, skip_broken=skip_broken)
     if scheme == "world":
         from hlrp.world import World

@@ -30,10 +30,7 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
     others = partners(shown.source, shown.seed)
     decoded = {"decoded": shown.decode(rows, shown.codes[rows])}
     if shown.true is not None:
-        decoded = {
-            "decoded, true code": shown.decode(rows, shown.true[rows]),
-            "decoded, predicted": decoded["decoded"],
-        }
+        decoded = {"decoded, true code": shown.decode(rows, shown.true[rows]), "decoded, predicted": decoded["decoded"]}
     decoded["with another code"] = shown.decode(rows, shown.codes[others[rows]])
     first, second = shown.pairs.values()
     captions = [shown.captions[i] for i in rows]
@@ -45,9 +42,7 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
             "another code": psnr(decoded["with another code"], second),
             "first frame": psnr(first, second),
         }
-        notes = [
-            ", ".join(f"{name} {score[i]:.1f}" for name, score in scores.items()) for i in range(len(rows))
-        ]
+        notes = [", ".join(f"{name} {score[i]:.1f}" for name, score in scores.items()) for i in range(len(rows))]
         captions = [f"{note} dB. {caption}" for note, caption in zip(notes, captions, strict=True)]
     else:
         decoded[f"|change| x {GAIN}"] = difference(first, second)
@@ -99,17 +94,13 @@ def permuted(shown: Shown, path: Path, title: str) -> dict[str, float]:
     `over_true`: the error with permuted ones over that with their own, by target where there are several."""
     if len(shown.codes) < 2:
         raise Skip("it has one sample")
-    orders = [
-        partners(torch.zeros_like(shown.source), shown.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)
-    ]
+    orders = [partners(torch.zeros_like(shown.source), shown.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)]
     device = next(shown.laq.parameters()).device
     sums: list[dict[str, float]] = [{}, {}]
     for some in torch.arange(len(shown.codes)).split(64):
         variants = [shown.codes[some].to(device), shown.codes[orders[0][some]].to(device)]
         tasks = [shown.tasks[i] for i in some]
-        for total, errors in zip(
-            sums, shown.laq.errors(shown.frames[some].to(device), variants, tasks), strict=True
-        ):
+        for total, errors in zip(sums, shown.laq.errors(shown.frames[some].to(device), variants, tasks), strict=True):
             for target, error in errors.items():
                 total[target] = total.get(target, 0.0) + float(error.double().sum())
     ratios = {target: (sums[1][target] + 1e-12) / (sums[0][target] + 1e-12) for target in sums[0]}
@@ -142,13 +133,7 @@ def many_codes(shown: Shown, path: Path, title: str) -> dict[str, float]:
         givers = frequent(shown.indices)
     decoded = shown.decode([anchor] * len(givers), shown.codes[[*givers.values()]])
     change = "pixels" in shown.decoded
-    codes_grid(
-        path,
-        title,
-        shown.frames[anchor, 0] / 255,
-        dict(zip(givers, decoded, strict=True)),
-        change=change,
-    )
+    codes_grid(path, title, shown.frames[anchor, 0] / 255, dict(zip(givers, decoded, strict=True)), change=change)
     if not change or len(givers) < 2:
         return {}
     apart = torch.pdist(decoded.flatten(1), p=1).mean() / decoded[0].numel()
@@ -212,9 +197,7 @@ def states(shown: Shown, path: Path, title: str) -> dict[str, float]:
     return scattered(shown, shown.state.double(), shown.has_state, "state", path, title)
 
 
-def scattered(
-    shown: Shown, values: Tensor, has_value: Tensor, word: str, path: Path, title: str
-) -> dict[str, float]:
+def scattered(shown: Shown, values: Tensor, has_value: Tensor, word: str, path: Path, title: str) -> dict[str, float]:
     groups, parts, explained = shown.groups(), [], []
     for number in shown.source[has_value].unique():
         mine = has_value & (shown.source == number)
@@ -232,10 +215,7 @@ def scattered(
         what = f"token {token}" if shown.indices is not None else "k-means"
         parts.append(
             charts.Scatter(
-                f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}",
-                pair,
-                labels[:, token],
-                names,
+                f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}", pair, labels[:, token], names
             )
         )
     if not parts:
@@ -262,9 +242,7 @@ def compass(shown: Shown, path: Path, title: str) -> dict[str, float]:
         raise Skip(f"no code occurs {MIN_COUNT} times")
     cosines = []
     for column in groups.unbind(1):
-        per_source = [
-            means_of(centred[shown.source == i], column[shown.source == i]) for i in shown.source.unique()
-        ]
+        per_source = [means_of(centred[shown.source == i], column[shown.source == i]) for i in shown.source.unique()]
         for i, some in enumerate(per_source):
             for others in per_source[:i]:
                 for code in some.keys() & others.keys():

@@ -39,9 +39,7 @@ class Episode:
     task: str = ""
     state: np.ndarray | None = None  # float32 (t, s)
     action: np.ndarray | None = None  # float32 (t, a)
-    columns: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # of whatever else is known of each frame, (t, ...)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # of whatever else is known of each frame, (t, ...)
     facts: dict = field(default_factory=dict)  # whatever else is known: one JSON value for the episode each
 
     def __post_init__(self):
@@ -241,19 +239,12 @@ class StreamClips:
         common = {"source_index": self.source_index, "labelled_episodes": labelled}
         every = range(len(episodes))
         return Clips(
-            Held(self.source, episodes, numbers),
-            every,
-            self.times,
-            self.image_size,
-            **common,
-            **self.settings,
+            Held(self.source, episodes, numbers), every, self.times, self.image_size, **common, **self.settings
         )
 
     def hold(self, num_episodes: int) -> Clips:
         """The clips of the first episodes, held in memory: what validation and statistics are taken from."""
-        numbered = islice(
-            (pair for shard in range(self.source.num_shards) for pair in self.part(shard)), num_episodes
-        )
+        numbered = islice((pair for shard in range(self.source.num_shards) for pair in self.part(shard)), num_episodes)
         numbers, episodes = zip(*numbered, strict=True) if (numbered := list(numbered)) else ((), ())
         if not episodes:
             raise ValueError(self.nothing())

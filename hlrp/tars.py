@@ -51,9 +51,7 @@ class Sample:
         if not suffixes:
             raise ValueError(f"{self.path}: {self.key}: an episode without frames; .jpg, .png or .{YUV} fit")
         if len(kinds) > 1:
-            raise ValueError(
-                f"{self.path}: {self.key}: images of several kinds, {', '.join(kinds)}; one fits"
-            )
+            raise ValueError(f"{self.path}: {self.key}: images of several kinds, {', '.join(kinds)}; one fits")
         numbers = {suffix: [int(number) for number in re.findall(r"\d+", suffix)] for suffix in suffixes}
         return [self.members[suffix] for suffix in sorted(suffixes, key=lambda suffix: numbers[suffix])]
 
@@ -101,9 +99,7 @@ class Sample:
         if type(fps) not in (int, float) or not 0 < fps < float("inf"):
             name = self.members["json"].name if "json" in self.members else f"{self.key}.json"
             found = "without a frame rate" if fps is None else f"fps={fps!r}"
-            raise ValueError(
-                f"{self.path}: {name}: {found}; fps there, {self.key}.timestamp.npy or ?fps=10 fits"
-            )
+            raise ValueError(f"{self.path}: {name}: {found}; fps there, {self.key}.timestamp.npy or ?fps=10 fits")
         return float(fps)
 
 
@@ -162,9 +158,7 @@ def to_array(data: bytes, name: str) -> np.ndarray:
     try:
         shape, order, dtype = _npy_header(data[:size])
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            what = (
-                "Python objects, a pickle, which can run any code" if dtype.hasobject else f"{dtype} values"
-            )
+            what = "Python objects, a pickle, which can run any code" if dtype.hasobject else f"{dtype} values"
             raise ValueError(f"it holds {what}; numbers fit")
         count = prod(shape)
         if len(data) != size + count * dtype.itemsize:
@@ -199,9 +193,7 @@ def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: st
         if extension in ignore or (stem.startswith("__") and stem.endswith("__")):  # webdataset's own notes
             continue
         if not stem or extension not in (*IMAGES, "json", "txt", "npy"):
-            raise ValueError(
-                f"{path}: {member.name} is no part of an episode; ?ignore={extension} leaves it out"
-            )
+            raise ValueError(f"{path}: {member.name} is no part of an episode; ?ignore={extension} leaves it out")
         key = folder + slash + stem
         if sample is None or key != sample.key:
             if sample is not None:
@@ -235,9 +227,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
                 tar.fileobj.seek(info.offset_data)
                 data = tar.fileobj.read(info.size)
                 if len(data) < info.size:
-                    raise ValueError(
-                        f"{path}: cut off in {info.name}, at byte {info.offset_data + len(data)}"
-                    )
+                    raise ValueError(f"{path}: cut off in {info.name}, at byte {info.offset_data + len(data)}")
                 yield Member(info.name, info.offset_data, data)
             offset = tar.offset
             tar.fileobj.seek(offset)
@@ -247,9 +237,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
                 at = tar.fileobj.tell() - len(rest)
                 raise ValueError(f"{path}: goes on past the end of the TAR, at byte {at}")
     except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
-        raise ValueError(
-            f"{path}: cut off at byte {offset}, where the next member or the end should be"
-        ) from error
+        raise ValueError(f"{path}: cut off at byte {offset}, where the next member or the end should be") from error
     except (tarfile.TarError, OSError, EOFError, zlib.error, OverflowError) as error:
         raise ValueError(f"{path}: not a readable TAR at byte {offset}: {error}") from error
 

@@ -47,9 +47,7 @@ def read_features(uri: str, tree: dict) -> dict[str, Feature]:
             features[path] = Feature(kind, dtype, shape, what.get("encoding", "none").lower(), depth)
 
     if "featuresDict" not in tree:
-        raise ValueError(
-            f"{uri}: features.json of an unknown form; that of tensorflow_datasets 4.5 or later fits"
-        )
+        raise ValueError(f"{uri}: features.json of an unknown form; that of tensorflow_datasets 4.5 or later fits")
     walk(tree, "", 0)
     return features
 
@@ -77,11 +75,7 @@ def read_tensor(example: Example, path: str, feature: Feature) -> np.ndarray:
         except zlib.error as error:
             raise ValueError(f"{path} is no zlib stream: {error}") from error
         values = np.frombuffer(b"".join(arrays), feature.dtype)
-    if (
-        len(values) % math.prod(feature.shape)
-        or not feature.depth
-        and len(values) != math.prod(feature.shape)
-    ):
+    if len(values) % math.prod(feature.shape) or not feature.depth and len(values) != math.prod(feature.shape):
         raise ValueError(f"{path} has {len(values)} numbers, which {list(feature.shape)} does not divide")
     return values.reshape((-1, *feature.shape) if feature.depth else feature.shape)
 

@@ -66,14 +66,10 @@ def read_records(path: str, num_records: int | None = None) -> Iterator[Record]:
                 raise ValueError(f"{name}: truncated; the file ends within its header")
             length, checksum = struct.unpack("<QI", header)
             if masked_crc32c(header[:8]) != checksum:
-                raise ValueError(
-                    f"{name}: the checksum of its length is wrong; a damaged file, or none of TFRecords"
-                )
+                raise ValueError(f"{name}: the checksum of its length is wrong; a damaged file, or none of TFRecords")
             data, footer = _read(file, length, name), _read(file, 4, name)
             if len(data) < length or len(footer) < 4:
-                raise ValueError(
-                    f"{name}: truncated; {len(data) + len(footer)} of {length + 4} bytes are there"
-                )
+                raise ValueError(f"{name}: truncated; {len(data) + len(footer)} of {length + 4} bytes are there")
             yield Record(name, data, *struct.unpack("<I", footer))
             number += 1
     if num_records is not None and number != num_records:

@@ -21,13 +21,7 @@ def tiny(image_size: int, instructions: Sequence[str]):
     text |= {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    vision = {
-        "depth": 4,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_heads": 4,
-        "out_hidden_size": 192,
-    }
+    vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": 192}
     vision |= {"num_position_embeddings": (image_size // patch_size) ** 2, "deepstack_visual_indexes": [1]}
     patches = {"patch_size": patch_size, "temporal_patch_size": 2}
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in IMAGE_TOKENS}
@@ -44,9 +38,7 @@ def tiny(image_size: int, instructions: Sequence[str]):
     processor = transformers.Qwen2VLImageProcessor(size=size, merge_size=merge_size, **patches)
     model = transformers.Qwen3VLForConditionalGeneration(config)
     positions = model.model.visual.pos_embed.weight
-    positions.data = 0.5 * sinusoids_2d(
-        image_size // patch_size, positions.shape[1]
-    )  # as large as patches are
+    positions.data = 0.5 * sinusoids_2d(image_size // patch_size, positions.shape[1])  # as large as patches are
     return model, tokenizer, processor
 
 

@@ -33,15 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hlrp.checkpoints import (
-    WEIGHTS,
-    link_last,
-    load_weights,
-    save_tensors,
-    whole_folder,
-    write_json,
-    write_text,
-)
+from hlrp.checkpoints import WEIGHTS, link_last, load_weights, save_tensors, whole_folder, write_json, write_text
 from hlrp.intake import Intake
 from hlrp.launch import keep_freed_memory, wait_for_all
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
@@ -67,7 +59,7 @@ FREE = {  # settings that may change between a start and a resume: the weights d
         "env",
         "env_eval_freq",
         "eval",
-    ),
+    )
 }
 
 
@@ -95,9 +87,7 @@ class Run:
             keep_freed_memory()
         self.settings = settings | {"num_processes": accelerator.num_processes}
         self.steps, self.seed = settings["steps"], settings["seed"]
-        self.check_freq = (
-            1 if accelerator.device.type == "cpu" else 10
-        )  # what waits for the device [optimizer step]
+        self.check_freq = 1 if accelerator.device.type == "cpu" else 10  # what waits for the device [optimizer step]
         self.watchdog, self.stopwatch = Watchdog(accelerator.process_index), None
         if accelerator.is_main_process:
             self.lock = lock(output_dir)
@@ -147,9 +137,7 @@ class Run:
             "device": str(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
             "in_shards": sharding() is not None,
-            "versions": {
-                name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")
-            },
+            "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
             "git": git_state(),
         }
         write_json(self.output_dir / "run.json", self.record)
@@ -249,9 +237,7 @@ class Run:
         return self.step
 
     def refuse_faults(self) -> None:
-        first = (
-            self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
-        )
+        first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
         if math.isinf(first := float(first)):
             self.intake.seen.clear()
             return
@@ -260,11 +246,7 @@ class Run:
         self.finish("failed")
         raise FloatingPointError(
             f"step {int(first)}: the loss or its gradient is not finite"
-            + (
-                f"; the batch held {', '.join(sources[:16])}"
-                if mine
-                else "; the batch of another rank is at fault"
-            )
+            + (f"; the batch held {', '.join(sources[:16])}" if mine else "; the batch of another rank is at fault")
             + f". The last sound checkpoint is {last_checkpoint(self.output_dir)}; a lower --lr or --grad-clip may help"
         )
 

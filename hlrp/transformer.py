@@ -13,9 +13,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of `patchify` for a grid of (rows, columns)."""
-    return rearrange(
-        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size
-    )
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
 
 
 def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float = 100.0) -> Tensor:
@@ -132,13 +130,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.register_buffer("angles", rotary_2d(grid, dim // num_heads), persistent=False)
 
-    def forward(
-        self, patches: Tensor, prefix: Tensor | None = None, modulations: list[Tensor] | None = None
-    ) -> Tensor:
-        x, angles = (
-            patches.float(),
-            self.angles,
-        )  # the sums over blocks are of full precision under autocast too
+    def forward(self, patches: Tensor, prefix: Tensor | None = None, modulations: list[Tensor] | None = None) -> Tensor:
+        x, angles = (patches.float(), self.angles)  # the sums over blocks are of full precision under autocast too
         if prefix is not None:
             x = torch.cat([prefix.float(), x], dim=1)
             angles = F.pad(angles, (0, 0, prefix.shape[1], 0))

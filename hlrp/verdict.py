@@ -46,18 +46,12 @@ def passed(lines: list[Line]) -> bool:
 
 def of_information(figures: dict | None) -> Iterator[Line]:
     if figures is None:
-        yield Line(
-            "note", "The source has no actions: whether the latent actions tell them is not known here."
-        )
+        yield Line("note", "The source has no actions: whether the latent actions tell them is not known here.")
         return
     gains, found = figures["gains"], f"R2 {r2(figures)}"
-    worthless = [
-        words for name, words in WORTHLESS.items() if name in gains and gains[name]["interval"][0] <= 0
-    ]
+    worthless = [words for name, words in WORTHLESS.items() if name in gains and gains[name]["interval"][0] <= 0]
     if figures["interval"][0] <= MIN_INCREMENT:
-        yield Line(
-            "fail", f"The latent actions are useless: they tell the actions with {found}, their mean with 0."
-        )
+        yield Line("fail", f"The latent actions are useless: they tell the actions with {found}, their mean with 0.")
     elif worthless:
         yield Line(
             "fail",
@@ -102,9 +96,7 @@ def best_of(figures: dict, name: str) -> float:
 
 
 def of_use(name: str, card: dict) -> Iterator[Line]:
-    report = (
-        {"pairs": card["pairs"], "shuffled_over_true": None} | card.get("use", {}) | card.get("health", {})
-    )
+    report = {"pairs": card["pairs"], "shuffled_over_true": None} | card.get("use", {}) | card.get("health", {})
     failures = alarms({name: report})
     for sentence in failures:
         sentence = sentence.removeprefix(f"{name}: ")
@@ -122,15 +114,9 @@ def of_use(name: str, card: dict) -> Iterator[Line]:
         true = card["use"]["true_over_copy"][target]
         text = f"{target} error {shuffled:z.2f} times as large with the code of another pair"
         if shuffled < HEALTHY_FROM:
-            yield Line(
-                "alarm",
-                f"The decoder makes little use of the code: {text} (healthy: {HEALTHY_FROM} or more).",
-            )
+            yield Line("alarm", f"The decoder makes little use of the code: {text} (healthy: {HEALTHY_FROM} or more).")
         elif true < 1:
-            yield Line(
-                "good",
-                f"The decoder uses the code: {text}, and {true:z.2f} of copying the frame with its own.",
-            )
+            yield Line("good", f"The decoder uses the code: {text}, and {true:z.2f} of copying the frame with its own.")
 
 
 def of_algebra(figures: dict | None) -> Iterator[Line]:
@@ -146,10 +132,7 @@ def of_algebra(figures: dict | None) -> Iterator[Line]:
             continue
         text = f"{words}, a latent action is {figures[name]:z.2f} as long as a median one (healthy: {most} or less)"
         yield Line("good" if figures[name] <= most else "alarm", text[0].upper() + text[1:] + ".")
-    for name, rule in (
-        ("reversal", "undo the action of the reversed pair"),
-        ("additivity", "add up, two in a row"),
-    ):
+    for name, rule in (("reversal", "undo the action of the reversed pair"), ("additivity", "add up, two in a row")):
         if figures[name] is not None:
             found, others = figures[name]["linear"], figures[name]["linear_shuffled"]
             text = f"a linear map leaves a relative error of {found:z.2f}, {others:z.2f} with others' latent actions"
@@ -163,9 +146,7 @@ def of_algebra(figures: dict | None) -> Iterator[Line]:
         if found < min(1.0, others):
             yield Line("good", f"What is decoded shows the latent action that it was decoded from: {text}.")
         else:
-            yield Line(
-                "alarm", f"What is decoded does not show the latent action that it was decoded from: {text}."
-            )
+            yield Line("alarm", f"What is decoded does not show the latent action that it was decoded from: {text}.")
 
 
 def of_leakage(card: dict) -> Iterator[Line]:
@@ -184,8 +165,7 @@ def of_transfer(card: dict) -> Iterator[Line]:
     if ratio is not None:
         level = "good" if ratio >= MIN_TRANSFER else "alarm"
         yield Line(
-            level,
-            f"What one embodiment's latent actions mean holds for another: {ratio:.0%} of R2 within each.",
+            level, f"What one embodiment's latent actions mean holds for another: {ratio:.0%} of R2 within each."
         )
 
 

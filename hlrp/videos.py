@@ -333,9 +333,7 @@ class Videos:
         self.action_dim, self.state_dim, self.camera = 0, 0, ""
         paths = sorted(p for p in files_in(folder) if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not paths:
-            raise ValueError(
-                f"{self.uri}: no video in {folder}; a folder of {', '.join(SUFFIXES)} files fits"
-            )
+            raise ValueError(f"{self.uri}: no video in {folder}; a folder of {', '.join(SUFFIXES)} files fits")
 
         headers = probe_all(paths)
         errors = [header for header in headers.values() if isinstance(header, ValueError)]

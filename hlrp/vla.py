@@ -45,9 +45,8 @@ class LatentSpace:
 class VLAConfig:
     head: Literal["tokens", "parallel", "flow"] = "parallel"  # how the latent action leaves the model
     chunk_size: int = 1  # latent actions predicted, one after another in time
-    token_rows: Literal["codes", "vocabulary"] = (
-        "codes"  # tokens: a softmax over codes, or over words and codes
-    )
+    # tokens: a softmax over codes, or over words and codes
+    token_rows: Literal["codes", "vocabulary"] = "codes"
     # tokens: share of the samples that see no code before another in training (word dropout, Bowman et al. 2016,
     # arXiv:1511.06349): image and instruction alone tell them all, which is learned later where codes tell each other
     code_dropout: float = 0.0
@@ -97,14 +96,8 @@ class CodeHead(nn.Module):
     def __init__(self, dim: int, space: LatentSpace, chunk_size: int):
         super().__init__()
         if not space.num_tokens:
-            raise ValueError(
-                "head=tokens and head=parallel predict codes, and this LAQ has none: head=flow fits"
-            )
-        self.num_tokens, self.chunk_size, self.length = (
-            space.num_tokens,
-            chunk_size,
-            space.num_tokens * chunk_size,
-        )
+            raise ValueError("head=tokens and head=parallel predict codes, and this LAQ has none: head=flow fits")
+        self.num_tokens, self.chunk_size, self.length = (space.num_tokens, chunk_size, space.num_tokens * chunk_size)
         self.rows = nn.Parameter(torch.randn(space.num_tokens, space.codebook_size, dim) * dim**-0.5)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,9 +134,7 @@ class TokensHead(CodeHead):
         places = (first + torch.arange(indices.shape[1], device=indices.device)) % self.num_tokens
         return self.embeddings[places, indices]
 
-    def forward(
-        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
-    ) -> Scored:
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         targets = latents.flatten(1)  # b n
         suffix = self.embed(targets[:, :-1])
         if self.training and self.code_dropout:
@@ -197,9 +188,7 @@ class ParallelHead(CodeHead):
         queries = vlm.embed_scale * self.queries.expand(len(images), -1, -1)  # n d -> b n d
         return vlm(images, tasks, queries)
 
-    def forward(
-        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
-    ) -> Scored:
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         encoded = self.encode(vlm, images, tasks)
         logits = self.logits(encoded.hidden[:, -self.length :])
         return self.score(logits, latents.flatten(1), encoded.without(self.length), is_pad)
@@ -222,9 +211,7 @@ class FlowHead(nn.Module):
         self.norm = RunningNorm(space.vector_dim)
         self.expert = ActionExpert({"latent": space.vector_dim}, dim, config.expert_dim, config.expert_depth)
 
-    def forward(
-        self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None
-    ) -> Scored:
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
         encoded = vlm(images, tasks)
         context = self.expert.read(encoded.hidden, encoded.mask)
@@ -235,9 +222,7 @@ class FlowHead(nn.Module):
         encoded = vlm(images, tasks)
         noise = temperature * torch.randn(len(images), *self.size, device=encoded.hidden.device)
         context = self.expert.read(encoded.hidden, encoded.mask)
-        return Predicted(
-            None, self.norm.inverse(self.expert.sample("latent", noise, context, self.num_steps))
-        )
+        return Predicted(None, self.norm.inverse(self.expert.sample("latent", noise, context, self.num_steps)))
 
     def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
         encoded = vlm(images, tasks)
@@ -385,9 +370,7 @@ def check(config: VLAConfig) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
     if not 0 <= config.code_dropout <= 1 or config.code_dropout and config.head != "tokens":
-        raise ValueError(
-            f"code_dropout={config.code_dropout}; expected 0 to 1, above 0 with head=tokens alone"
-        )
+        raise ValueError(f"code_dropout={config.code_dropout}; expected 0 to 1, above 0 with head=tokens alone")
     if config.expert_dim % 4:
         raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")
     for name in ("action_weight", "feature_weight", "point_weight"):

@@ -355,9 +355,7 @@ class VLM(nn.Module):
         for hidden, task in zip(prompt.hidden, tasks, strict=True):
             ids = self.prompt(task, num_views).ids
             places = (ids == self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
-            rows.append(
-                hidden[(places - len(ids)).to(hidden.device)]
-            )  # counted from the end: the left is padded
+            rows.append(hidden[(places - len(ids)).to(hidden.device)])  # counted from the end: the left is padded
         return torch.stack(rows)
 
     def follow(self, position: Tensor, length: int, axes: int) -> Tensor:
@@ -380,9 +378,7 @@ def read_parts(name: str):
     import transformers
     from transformers.utils import cached_file
 
-    tokenizer, processor = (
-        read(getattr(transformers, auto), name) for auto in ("AutoTokenizer", "AutoImageProcessor")
-    )
+    tokenizer, processor = (read(getattr(transformers, auto), name) for auto in ("AutoTokenizer", "AutoImageProcessor"))
     faults = ("missing_entries", "connection_errors")
     options = {f"_raise_exceptions_for_{fault}": False for fault in faults}
     legacy = cached_file(name, "chat_template.json", **options)  # where processors kept it before *.jinja

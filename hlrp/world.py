@@ -70,9 +70,7 @@ class World:
     The same seed gives the same blocks, tasks and actions in every variant.
     """
 
-    def __init__(
-        self, variant: str = "default", episodes: int = 3000, seed: int = 0, kinds: str | None = None
-    ):
+    def __init__(self, variant: str = "default", episodes: int = 3000, seed: int = 0, kinds: str | None = None):
         """kinds: of task, by commas, each as often; by default all, of which two are twice as frequent."""
         if variant not in VARIANTS:
             raise ValueError(f"world:{variant}: unknown variant; one of {', '.join(VARIANTS)} fits")
@@ -81,9 +79,7 @@ class World:
         self.kinds = KINDS if kinds is None else tuple(kinds.split(","))
         if unknown := set(self.kinds) - set(KINDS):
             fits = ", ".join(dict.fromkeys(KINDS))
-            raise ValueError(
-                f"world:{variant}: kinds={kinds!r}: {unknown.pop()!r} is none; some of {fits} fit"
-            )
+            raise ValueError(f"world:{variant}: kinds={kinds!r}: {unknown.pop()!r} is none; some of {fits} fit")
         self.variant, self.seed = VARIANTS[variant], seed
         self.uri = f"world:{variant}?episodes={episodes}&seed={seed}"
         if kinds is not None:

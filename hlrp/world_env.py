@@ -12,18 +12,7 @@ from lerobot.envs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
-from hlrp.world import (
-    EMBODIMENTS,
-    FPS,
-    KINDS,
-    MAX_LENGTH,
-    MAX_SPEED,
-    is_done,
-    moved,
-    normalised,
-    pushed,
-    simulate,
-)
+from hlrp.world import EMBODIMENTS, FPS, KINDS, MAX_LENGTH, MAX_SPEED, is_done, moved, normalised, pushed, simulate
 from hlrp.world_picture import IMAGE_SIZE, picture
 
 SEED = 2**40  # of its scenes, beyond those of sources
@@ -33,9 +22,7 @@ TOLERANCE = {"move": 3.0, "touch": 3.0, "edge": 0.5, "block": 0.5}  # of success
 @EnvConfig.register_subclass("hlrp_world")
 @dataclass
 class HLRPWorld(EnvConfig):
-    task: str = ",".join(
-        dict.fromkeys(KINDS)
-    )  # kinds, by commas: move to an edge, touch, push to an edge or a block
+    task: str = ",".join(dict.fromkeys(KINDS))  # kinds, by commas: move to an edge, touch, push to an edge or a block
     fps: int = FPS
     embodiments: str = ",".join(EMBODIMENTS)  # of which each episode shows one
     features: dict[str, PolicyFeature] = field(
@@ -53,9 +40,7 @@ class HLRPWorld(EnvConfig):
         for name, fits in (("task", KINDS), ("embodiments", EMBODIMENTS)):
             value = getattr(self, name)
             if not value or set(value.split(",")) - set(fits):
-                raise ValueError(
-                    f"env.{name}={value!r}; expected some of {', '.join(dict.fromkeys(fits))}, by commas"
-                )
+                raise ValueError(f"env.{name}={value!r}; expected some of {', '.join(dict.fromkeys(fits))}, by commas")
         if self.fps != FPS:
             raise ValueError(f"env.fps={self.fps}; the world has {FPS}")
 
@@ -63,9 +48,7 @@ class HLRPWorld(EnvConfig):
     def gym_kwargs(self) -> dict:
         return {"embodiments": tuple(self.embodiments.split(","))}
 
-    def create_envs(
-        self, n_envs: int, use_async_envs: bool = False
-    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         vectorized = gym.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gym.vector.SyncVectorEnv
 
         def make(kind: str) -> gym.vector.VectorEnv:

@@ -51,8 +51,7 @@ def test_several_draws_have_the_same_mean_and_less_noise():
     is_pad = torch.zeros(4, 3, dtype=torch.bool)
     is_pad[1, 2] = True
     one, eight = (
-        torch.stack([model.errors("action", actions, context, is_pad, n) for _ in range(800 // n)])
-        for n in (1, 8)
+        torch.stack([model.errors("action", actions, context, is_pad, n) for _ in range(800 // n)]) for n in (1, 8)
     )
     torch.testing.assert_close(eight.mean(0), one.mean(0), rtol=0.1, atol=0)
     assert (eight.std(0) < 0.6 * one.std(0)).all()

@@ -28,25 +28,12 @@ def test_every_cell_of_the_grid_has_a_row_and_what_is_done_is_not_run_again(tmp_
     monkeypatch.setattr(bakeoff, "run_cell", lambda *args: pytest.fail("a finished cell was run again"))
     main(args)
     with pytest.raises(ValueError, match="is of .*give another --output-dir"):
-        main(
-            Args(
-                **SETTINGS | {"steps": 3},
-                label_fractions=(0.5,),
-                variants=("distractors",),
-                output_dir=tmp_path,
-            )
-        )
+        main(Args(**SETTINGS | {"steps": 3}, label_fractions=(0.5,), variants=("distractors",), output_dir=tmp_path))
 
 
 def test_a_row_is_the_mean_over_seeds_and_its_interval_covers_those_of_all():
     args = Args(quantizers=("fsq",), seeds=(0, 1))
-    first = {
-        "r2": 0.5,
-        "interval": [0.4, 0.55],
-        "leakage": {},
-        "ridge": {"r2": 0.5},
-        "health": {"usage": 1.0},
-    }
+    first = {"r2": 0.5, "interval": [0.4, 0.55], "leakage": {}, "ridge": {"r2": 0.5}, "health": {"usage": 1.0}}
     second = first | {"r2": 0.7, "interval": [0.6, 0.8]}
     row = bakeoff.table(args, dict(zip(cells_of(args), (first, second), strict=True))).splitlines()[-1]
     assert "| fsq | 0.60 (0.40 to 0.80) | 0.50 | - |" in row

@@ -9,9 +9,7 @@ from hlrp.world import World
 @pytest.fixture(scope="module")
 def sets() -> dict[str, Clips]:
     worlds = [World(name, 30) for name in ("arm", "hand")]
-    return {
-        world.name: Clips(world, range(30), (0.0, 0.2), 64, number) for number, world in enumerate(worlds)
-    }
+    return {world.name: Clips(world, range(30), (0.0, 0.2), 64, number) for number, world in enumerate(worlds)}
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,7 @@ def test_a_bad_bucket_is_named(given, message):
 
 def test_a_field_that_no_sample_has_is_named_with_those_that_there_are(sets):
     check_fields(read_buckets(["hands: embodiment=1"]), sets)
-    with pytest.raises(
-        ValueError, match="bucket x: no sample has the field 'colour'; there are dataset, embodiment"
-    ):
+    with pytest.raises(ValueError, match="bucket x: no sample has the field 'colour'; there are dataset, embodiment"):
         check_fields(read_buckets(["x: colour=red"]), sets)
 
 
@@ -75,9 +71,7 @@ def test_buckets_are_filled_with_what_they_hold_and_all_sets_alike(sets):
     assert len(samples) == 40 and {sample["dataset"] for sample in samples} == {"world-hand"}
     assert found["none"] == ([], found["none"][1]) and not len(found["none"][1])
     again = fill(buckets, sets, limit=40, seed=0)["left"][0]
-    assert [(s["episode"], s["index"]) for s in again] == [
-        (s["episode"], s["index"]) for s in found["left"][0]
-    ]
+    assert [(s["episode"], s["index"]) for s in again] == [(s["episode"], s["index"]) for s in found["left"][0]]
     other = fill(buckets, sets, limit=40, seed=1)["left"][0]
     assert [(s["episode"], s["index"]) for s in other] != [(s["episode"], s["index"]) for s in again]
 

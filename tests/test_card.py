@@ -110,9 +110,7 @@ def test_leakage_is_what_z_tells_of_a_ball_and_the_true_action_does_not(pairs):
 
 
 def test_episodes_are_told_apart_by_what_is_constant_in_them(pairs):
-    code = torch.randn(80, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[
-        pairs.episodes
-    ]
+    code = torch.randn(80, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[pairs.episodes]
     figures = episode_identity(pairs, {Z: code})
     assert figures[Z] == 1 and figures["true action"] < 0.2 and figures["chance"] == pytest.approx(1 / 50)
     alone = pairs._replace(episodes=torch.arange(800))
@@ -183,9 +181,7 @@ def lines_of(**card) -> dict[str, list[str]]:
         (3.0, 1.2, "fail", "no better than the first frame shown again"),
     ],
 )
-def test_the_verdict_on_the_decoder_follows_its_errors_with_true_and_others_codes(
-    shuffled, true, level, words
-):
+def test_the_verdict_on_the_decoder_follows_its_errors_with_true_and_others_codes(shuffled, true, level, words):
     use = {"true_over_copy": {"pixels": true}, "shuffled_over_true": {"pixels": shuffled}}
     assert any(words in text for text in lines_of(use=use)[level])
 
@@ -194,13 +190,7 @@ def test_a_collapsed_codebook_fails_and_a_camera_that_counts_as_an_action_is_an_
     collapsed = {"unique_sequences": 3, "possible_sequences": 800}
     assert "the codebook has collapsed" in lines_of(health=collapsed)["fail"][0]
     rule = {"true": 0.2, "shuffled": 1.0, "linear": 0.2, "linear_shuffled": 1.0}
-    figures = {
-        "zero_transition": 0.0,
-        "camera_shift": 0.9,
-        "reversal": rule,
-        "additivity": None,
-        "cycle": rule,
-    }
+    figures = {"zero_transition": 0.0, "camera_shift": 0.9, "reversal": rule, "additivity": None, "cycle": rule}
     found = lines_of(algebra=figures)
     assert not found["fail"] and len(found["good"]) == 3
     assert "only the camera moves" in found["alarm"][0]

@@ -44,10 +44,7 @@ def test_each_cell_is_trained_and_rolled_out_once_and_stages_are_shared(runs, tm
     main(args)
     assert len(runs) == len(scripts)
     text = (tmp_path / "curve.md").read_text()
-    assert (
-        "| 5 | 0.90 (0.70 to 0.97; 20) | 0.40 (0.22 to 0.61; 20) |" in text
-        and text in capsys.readouterr().out
-    )
+    assert "| 5 | 0.90 (0.70 to 0.97; 20) | 0.40 (0.22 to 0.61; 20) |" in text and text in capsys.readouterr().out
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 

@@ -91,9 +91,7 @@ def test_three_times_actions_state_and_truth_belong_to_their_frames():
     assert sample["index"] == 4 and sample["fps"] == 10 and sample["task"] == "episode 0"
 
 
-@pytest.mark.parametrize(
-    "fps, delta, fits", [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)]
-)
+@pytest.mark.parametrize("fps, delta, fits", [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)])
 def test_a_delta_far_from_a_whole_number_of_frames_names_what_would_fit(fps, delta, fits):
     source = Counting([99, 99], fps=[100, fps])
     message = f"test:counting: delta={delta} s .* {fps} fps of episode 1; {fits}"
@@ -268,9 +266,7 @@ def test_a_clip_that_cannot_be_read_gives_way_to_another_and_is_told():
     mixture = Mixture([clips_of(Partly([105, 55]))], skip_broken=True)
     expected, found = (list(itertools.islice(loader(m, 8), 12)) for m in (whole, mixture))
     told = sum(len(batch.get("skipped", ())) for batch in found)
-    assert (
-        told >= sum(episode == 1 for _, episode, _ in ids(expected)) > 5
-    )  # what takes the place may be broken
+    assert told >= sum(episode == 1 for _, episode, _ in ids(expected)) > 5  # what takes the place may be broken
     assert found[0]["skipped"][0].endswith("episode 1: kitchen.mp4: cannot be decoded")
     pairs = zip(ids(expected), ids(found), strict=True)
     assert all(new == old or old[1] == 1 for old, new in pairs)

@@ -142,9 +142,7 @@ def main(folder: Path, names: list[str]) -> None:
         return share_of_labelled(run, batches)
 
     AcceleratedOptimizer.step, Run.share_of_labelled = observed_step, observed_share
-    AcceleratorState.destroy_process_group = lambda _: (
-        None
-    )  # the store would give a second one the first's addresses
+    AcceleratorState.destroy_process_group = lambda _: None  # the store would give a second one the first's addresses
     for name in names:
         seen["labelled"] = []
         os.environ["ACCELERATE_USE_FSDP"] = str(name != "ddp").lower()

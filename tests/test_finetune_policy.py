@@ -70,9 +70,7 @@ def lines(output_dir, split="train") -> list[dict]:
 def tensors(output_dir) -> dict[str, torch.Tensor]:
     last = output_dir / "checkpoints" / "last"
     paths = [last / "pretrained_model/model.safetensors", *(last / "training_state").glob("*.safetensors")]
-    return {
-        f"{path.parent.name}/{path.name}/{name}": x for path in paths for name, x in load_file(path).items()
-    }
+    return {f"{path.parent.name}/{path.name}/{name}": x for path in paths for name, x in load_file(path).items()}
 
 
 def test_demonstrations_and_other_video_make_a_lerobot_policy(stages, tmp_path):
@@ -111,9 +109,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, stages, tm
     assert found.keys() == expected.keys() and any("optimizer" in name for name in found)
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
     averaged = [x for name, x in found.items() if name.endswith("from_state.weight")]
-    assert len(averaged) == 2 and not torch.equal(
-        *averaged
-    )  # the policy is the average, the training goes on beside
+    assert len(averaged) == 2 and not torch.equal(*averaged)  # the policy is the average, the training goes on beside
 
 
 def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(stages, tmp_path):
@@ -131,21 +127,12 @@ def test_two_processes_train_what_one_trains_however_unevenly_labels_lie(stages,
     train(tmp_path / "one", stages, policy=policy, action_free=0.7, steps=2, eval_freq=2)
     flags = {"policy.vla": stages / "parallel", "laq": stages / "laq", "output-dir": tmp_path / "two"}
     flags |= {"policy.action-head": "l1", "policy.latent-weight": 1.0, "action-free": 0.7, "batch-size": 4}
-    flags |= {
-        "steps": 2,
-        "eval-freq": 2,
-        "warmup-steps": 2,
-        "val-samples": 16,
-        "num-workers": 0,
-        "log-freq": 1,
-    }
+    flags |= {"steps": 2, "eval-freq": 2, "warmup-steps": 2, "val-samples": 16, "num-workers": 0, "log-freq": 1}
     flags |= {"demonstrations": 1, "save-freq": 2}
     flags |= {f"policy.{name}": SMALL[name] for name in SMALL if name != "push_to_hub"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, finetune_policy.__file__, *(f"--{name}={value}" for name, value in flags.items())]
-    subprocess.run(
-        [sys.executable, *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    subprocess.run([sys.executable, *map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for name in ("loss", "action_loss", "latent_loss", "grad_norm"):
         one, two = ([line[name] for line in lines(tmp_path / run)] for run in ("one", "two"))
         assert two == pytest.approx(one, rel=2e-3), name
@@ -200,9 +187,7 @@ class Poisoned:
 @pytest.mark.parametrize("head", ["parallel", "flow"])
 def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, monkeypatch):
     forward, read, seen = HLRPPolicy.forward, Clips.__getitems__, []
-    monkeypatch.setattr(
-        HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch)
-    )
+    monkeypatch.setattr(HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch))
 
     def poisoned_read(clips, indices):
         source, samples = clips.source, []
@@ -220,9 +205,7 @@ def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, m
     train(tmp_path / "poisoned", stages, head, **settings)
     poisoned = seen[num_clean]
     assert "frames" not in clean and clean.keys() == poisoned.keys()
-    values = {
-        key: (clean[key], poisoned[key]) for key in clean if key not in ("latent_indices", "latent_vectors")
-    }
+    values = {key: (clean[key], poisoned[key]) for key in clean if key not in ("latent_indices", "latent_vectors")}
     assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in values.values())
     assert not torch.equal(clean["latent_vectors"], poisoned["latent_vectors"])
 
@@ -230,9 +213,7 @@ def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, m
 def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tmp_path, monkeypatch):
     folder = write(tmp_path / "data")
     forward, seen = HLRPPolicy.forward, []
-    monkeypatch.setattr(
-        HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch)
-    )
+    monkeypatch.setattr(HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch))
     settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "val_fraction": 0.4}
     settings |= {"data": (f"lerobot:{folder}?camera=wrist,top",), "policy": {"n_obs_steps": 2}}
     train(tmp_path / "run", stages, head=None, **settings)
@@ -241,9 +222,7 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
         "toy/toy", root=folder, video_backend="pyav", delta_timestamps={TOP: [-0.1, 0.0], WRIST: [-0.1, 0.0]}
     )
     first = np.cumsum([0, *theirs.meta.episodes["length"]])
-    for row, (episode, index) in enumerate(
-        zip(batch["episode"].tolist(), batch["index"].tolist(), strict=True)
-    ):
+    for row, (episode, index) in enumerate(zip(batch["episode"].tolist(), batch["index"].tolist(), strict=True)):
         item = dataset[int(first[episode]) + index]
         for camera in (TOP, WRIST):
             # resized to what the policy sees; decoded frames differ by a level or two
@@ -251,14 +230,7 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
             torch.testing.assert_close(batch[camera][row], expected, atol=0.03, rtol=0)
     with pytest.raises(ValueError, match="has 1 of the 2 cameras that the policy sees"):
         last = tmp_path / "run/checkpoints/last/pretrained_model"
-        train(
-            tmp_path / "other",
-            stages,
-            head=None,
-            policy_path=last,
-            data=(f"lerobot:{folder}",),
-            val_fraction=0.4,
-        )
+        train(tmp_path / "other", stages, head=None, policy_path=last, data=(f"lerobot:{folder}",), val_fraction=0.4)
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):
@@ -273,10 +245,7 @@ def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, t
     (stats,) = saved.glob("policy_postprocessor_*.safetensors")
     actions = np.concatenate([source.actions(e, np.arange(source.lengths[e])) for e in chosen])
     torch.testing.assert_close(
-        load_file(stats)["action.mean"].double().numpy(),
-        actions.mean(0).astype(np.float64),
-        rtol=1e-4,
-        atol=1e-6,
+        load_file(stats)["action.mean"].double().numpy(), actions.mean(0).astype(np.float64), rtol=1e-4, atol=1e-6
     )
     with pytest.raises(ValueError, match=rf"episodes=\[{val_episodes[0]}\] of world.* are held out"):
         train(tmp_path / "other", stages, episodes=(int(val_episodes[0]),), **settings)
@@ -304,9 +273,7 @@ def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, mess
 
 def test_another_laq_than_that_of_stage_2_is_refused(stages, tmp_path):
     (tmp_path / "laq").mkdir()
-    LAQ(LAQConfig(image_size=32, patch_size=8)).save_pretrained(
-        tmp_path / "laq", data=DATA, step=0, report=None
-    )
+    LAQ(LAQConfig(image_size=32, patch_size=8)).save_pretrained(tmp_path / "laq", data=DATA, step=0, report=None)
     with pytest.raises(ValueError, match="is not the one that stage 2 learned from"):
         train(tmp_path / "run", stages, laq=tmp_path / "laq")
 
@@ -316,11 +283,7 @@ def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, mo
     monkeypatch.setattr("hlrp.metaworld.MAX_STEPS", 40)
     monkeypatch.setenv("HLRP_CACHE", str(tmp_path / "cache"))
     data = ("metaworld:reach-v3,door-open-v3?episodes=3&size=32",)
-    env = {
-        "env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"),
-        "eval": EvalArgs(2, 2),
-        "env_eval_freq": 2,
-    }
+    env = {"env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"), "eval": EvalArgs(2, 2), "env_eval_freq": 2}
     monkeypatch.setattr("hlrp.metaworld_env.MAX_STEPS", 40)
     train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
     logged = lines(tmp_path / "run", "env")

@@ -82,9 +82,7 @@ def batches(uri, laq, times=(0.0, 0.3), **settings):
     online = Clips(source, episodes, times, laq.config.image_size, **settings)
     online = collate(online.__getitems__(range(len(online))))
     online |= label(laq, online["frames"])
-    cached = Clips(
-        source, episodes, times, laq.config.image_size, latent_space=asdict(latent_space(laq)), **settings
-    )
+    cached = Clips(source, episodes, times, laq.config.image_size, latent_space=asdict(latent_space(laq)), **settings)
     return collate(cached.__getitems__(range(len(cached)))), online
 
 
@@ -173,9 +171,7 @@ def test_images_in_several_files_get_codes_of_one_token_too(base, tmp_path):
     main(Args(f"lerobot:{tmp_path / 'old'}", tmp_path / "new", tmp_path / "laq"))
     assert len(LeRobotData(tmp_path / "new").data_files) > 1
     assert_equal(*batches(f"lerobot:{tmp_path / 'new'}", laq))
-    shutil.copy(
-        tmp_path / "old/data/chunk-000/file-000.parquet", tmp_path / "old/data/chunk-000/file-009.parquet"
-    )
+    shutil.copy(tmp_path / "old/data/chunk-000/file-000.parquet", tmp_path / "old/data/chunk-000/file-009.parquet")
     with pytest.raises(ValueError, match="file-009.parquet belongs to no episode"):
         main(Args(f"lerobot:{tmp_path / 'old'}", tmp_path / "stray", tmp_path / "laq"))
 
@@ -237,10 +233,7 @@ def test_what_cannot_be_labelled_is_named_before_anything_is_written(base, new, 
         (replace(args, image_size=64), "image_size=64, but lerobot:"),
         (replace(args, batch_size=0), "batch_size=0"),
         (replace(args, data="world:nowhere"), "unknown variant"),
-        (
-            replace(args, data=f"rlds:{FIXTURE}?fps=5&camera=image"),
-            "is a stream; python -m hlrp.shards makes",
-        ),
+        (replace(args, data=f"rlds:{FIXTURE}?fps=5&camera=image"), "is a stream; python -m hlrp.shards makes"),
         (replace(args, data="world:clean?episodes=2", laq=base / "slow"), "delta=9 s|clips last 9 s"),
     ]
     for refused, message in refusals:

@@ -31,9 +31,7 @@ def laq(**settings) -> LAQ:
 
 
 def batch(size=4, seed=0) -> dict:
-    frames = torch.randint(
-        256, (size, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    frames = torch.randint(256, (size, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return {"frames": frames, "step": 0}
 
 
@@ -52,9 +50,7 @@ def test_the_future_reaches_the_decoder_by_the_codes_alone():
     codes = model.quantizer(model.latents(*model.embed(observed).unbind(1))).codes
     predictions = model.decoder(model.inputs(observed), codes.detach(), None)["pixels"]
     predictions.square().mean().backward()
-    reached = {
-        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
-    }
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {"decoder"}
 
     model.eval()
@@ -62,9 +58,7 @@ def test_the_future_reaches_the_decoder_by_the_codes_alone():
     codes, _ = model.encode(frames)
     poisoned = frames.clone()
     poisoned[:, 1] = 255 - poisoned[:, 1]
-    assert torch.equal(
-        model.decode(frames[:, 0], codes)["pixels"], model.decode(poisoned[:, 0], codes)["pixels"]
-    )
+    assert torch.equal(model.decode(frames[:, 0], codes)["pixels"], model.decode(poisoned[:, 0], codes)["pixels"])
     assert not torch.equal(model.encode(poisoned)[0], codes)
 
 
@@ -108,25 +102,15 @@ def test_d13_every_loss_term_moves_parameters(target, features_folder):
     weights = {"pixel_weight": 0.0, "feature_weight": 0.0, "flow_weight": 0.0, "action_weight": 0.0}
     if target == "action_weight":  # is no target of the decoder, which needs one
         weights |= {"pixel_weight": 1e-30, "action_dim": 3, "action_sources": 2}
-    model = laq(
-        **weights | {target: 1.0}, features=features_folder, flow_teacher="random", flow_warmup_steps=0
-    )
+    model = laq(**weights | {target: 1.0}, features=features_folder, flow_teacher="random", flow_warmup_steps=0)
     actions = {"action": torch.randn(4, 5, 3), "action_is_pad": torch.zeros(4, 5, dtype=torch.bool)}
     if target == "action_weight":
         torch.nn.init.normal_(model.to_action.weight)
     loss, metrics = model(batch() | actions | {"source": torch.tensor([0, 1, 0, 1])})
     loss.backward()
-    assert (
-        f"{target.removesuffix('_weight').replace('pixel', 'pixels').replace('feature', 'features')}_loss"
-        in metrics
-    )
+    assert f"{target.removesuffix('_weight').replace('pixel', 'pixels').replace('feature', 'features')}_loss" in metrics
     assert model.from_input.weight.grad.abs().sum() > 1e-6
-    assert all(
-        p.grad is None
-        for module in (model.features, model.flow_teacher)
-        if module
-        for p in module.parameters()
-    )
+    assert all(p.grad is None for module in (model.features, model.flow_teacher) if module for p in module.parameters())
 
 
 def test_the_flow_weight_grows_with_the_step():
@@ -158,9 +142,7 @@ def test_a_checkpoint_folder_rebuilds_the_model_and_evaluation_is_deterministic(
     frames = batch(seed=1)["frames"]
     (codes, indices), (codes_again, indices_again) = model.encode(frames), again.encode(frames)
     assert torch.equal(codes, codes_again) and (indices is None or torch.equal(indices, indices_again))
-    assert torch.equal(
-        model.decode(frames[:, 0], codes)["pixels"], again.decode(frames[:, 0], codes)["pixels"]
-    )
+    assert torch.equal(model.decode(frames[:, 0], codes)["pixels"], again.decode(frames[:, 0], codes)["pixels"])
     assert again.config == model.config
     assert json.loads((tmp_path / "config.json").read_text())["report"] == {"a": 1}
 

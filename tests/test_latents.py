@@ -18,9 +18,7 @@ def save(path, **arrays):
 
 def test_rows_of_npz_and_of_parquet_are_the_pairs_of_the_source_in_their_order(tmp_path):
     codes = np.array([[1, 2], [0, 7], [3, 3]])
-    table = pa.table(
-        {"episode": [0, 3, 3], "index": [1, 0, 5], "vector": [[1.0] * 4] * 3, "codes": codes.tolist()}
-    )
+    table = pa.table({"episode": [0, 3, 3], "index": [1, 0, 5], "vector": [[1.0] * 4] * 3, "codes": codes.tolist()})
     pq.write_table(table, tmp_path / "a.parquet")
     for file in (
         read_latents(save(tmp_path / "a.npz", **ROWS, codes=codes, delta=0.2)),
@@ -53,9 +51,7 @@ def test_a_file_that_says_too_little_or_nonsense_is_named(change, message, tmp_p
 
 
 def test_files_that_are_none_are_named(tmp_path):
-    with pytest.raises(
-        ValueError, match="no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits"
-    ):
+    with pytest.raises(ValueError, match="no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits"):
         read_latents(tmp_path / "a.npz")
     (tmp_path / "a.csv").write_text("1,2")
     with pytest.raises(ValueError, match=".csv; .npz or .parquet fits"):
@@ -69,10 +65,7 @@ def test_files_that_are_none_are_named(tmp_path):
     [
         ({"episode": np.array([0, 3, 6])}, "row 2: episode 6; world:clean.* has 0 to 5"),
         ({"time": np.array([0.1, 0.05, 0.5])}, "row 1: no frame at 0.05 s of 10 fps"),
-        (
-            {"time": np.array([0.1, 0.0, 9.0])},
-            "row 2: frame 90 of episode 3; pairs 0.2 s apart start at 0 to",
-        ),
+        ({"time": np.array([0.1, 0.0, 9.0])}, "row 2: frame 90 of episode 3; pairs 0.2 s apart start at 0 to"),
     ],
 )
 def test_a_row_that_no_pair_fits_is_named(change, message, tmp_path):

@@ -34,9 +34,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
     if codec is not None:
         settings["rgb_encoder"] = RGBEncoderConfig(vcodec=codec, g=g, crf=20)
         settings |= {"streaming_encoding": True, "encoder_queue_maxsize": 100, "encoder_threads": 1}
-    dataset = LeRobotDataset.create(
-        "toy/toy", FPS, features, root=folder, use_videos=codec is not None, **settings
-    )
+    dataset = LeRobotDataset.create("toy/toy", FPS, features, root=folder, use_videos=codec is not None, **settings)
     total = 0
     for episode, length in enumerate(LENGTHS):
         for i in range(length):
@@ -109,9 +107,7 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, d
         order = np.random.default_rng(0).permutation(length)
         read, actions = source.read(episode, order), source.actions(episode, order)
         assert shown(255 - read["frames"]) == (first + order).tolist()
-        assert torch.equal(
-            read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0])
-        )
+        assert torch.equal(read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0]))
         for i, frame, state, action in zip(order, read["frames"], read["state"], actions, strict=True):
             item = expected[first + int(i)]
             image = item[WRIST] if item[WRIST].dtype == torch.uint8 else (item[WRIST] * 255).round().byte()
@@ -125,9 +121,7 @@ def test_the_first_camera_is_the_default_and_an_unknown_one_lists_them(h264):
     source = LeRobotData(h264)
     assert source.camera == TOP and source.name == "lerobot-h264"
     assert LeRobotData(h264, camera=WRIST).camera == WRIST
-    assert (
-        source.fingerprint == LeRobotData(h264).fingerprint != LeRobotData(h264, camera="wrist").fingerprint
-    )
+    assert source.fingerprint == LeRobotData(h264).fingerprint != LeRobotData(h264, camera="wrist").fingerprint
     with pytest.raises(ValueError, match=f"camera=front; its cameras: {TOP}, {WRIST}"):
         LeRobotData(h264, camera="front")
 
@@ -169,9 +163,7 @@ def test_an_older_version_names_lerobots_converter(copy):
 
 @pytest.mark.parametrize("points", [[[1.5, 0.0]], [[0.0, 0.0, 0.0]]], ids=["pixels", "three"])
 def test_points_outside_the_image_are_named(points):
-    with pytest.raises(
-        ValueError, match="lerobot:x: annotation.point has [23] numbers up to .*-1 to 1 or nan fit"
-    ):
+    with pytest.raises(ValueError, match="lerobot:x: annotation.point has [23] numbers up to .*-1 to 1 or nan fit"):
         check_points(np.array(points), "lerobot:x")
     check_points(np.array([[np.nan, np.nan], [-1.0, 1.0]]), "lerobot:x")
 
@@ -191,18 +183,12 @@ def test_time_stamps_past_the_end_of_the_video_name_episode_and_file_or_are_skip
 
 
 def test_an_episode_that_one_camera_lacks_is_left_out_for_all(copy):
-    starts = {
-        f"videos/{TOP}/from_timestamp": [0.0, 9.0, 4.2],
-        f"videos/{WRIST}/from_timestamp": [0.0, 1.2, 9.0],
-    }
+    starts = {f"videos/{TOP}/from_timestamp": [0.0, 9.0, 4.2], f"videos/{WRIST}/from_timestamp": [0.0, 1.2, 9.0]}
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     source = open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
     assert source.lengths.tolist() == [12] and source.num_skipped == 2
     assert shown(255 - source.look(WRIST, 0, [5])) == shown(source.read(0, [5])["frames"]) == [5]
-    starts |= {
-        f"videos/{WRIST}/from_timestamp": [9.0, 1.2, 4.2],
-        f"videos/{TOP}/from_timestamp": [0.0, 9.0, 9.0],
-    }
+    starts |= {f"videos/{WRIST}/from_timestamp": [9.0, 1.2, 4.2], f"videos/{TOP}/from_timestamp": [0.0, 9.0, 9.0]}
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     with pytest.raises(ValueError, match="no episode of which all cameras can be read"):
         open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)

@@ -36,9 +36,7 @@ def test_lerobot_reads_the_frames_actions_and_tasks_that_were_rendered(folder):
     rows = rows[-len(alone.action) :]
     assert {int(row["episode_index"]) for row in rows} == {3}
     torch.testing.assert_close(torch.stack([row["action"] for row in rows]), torch.from_numpy(alone.action))
-    torch.testing.assert_close(
-        torch.stack([row["observation.state"] for row in rows]), torch.from_numpy(alone.state)
-    )
+    torch.testing.assert_close(torch.stack([row["observation.state"] for row in rows]), torch.from_numpy(alone.state))
 
     decoded = torch.stack([row["observation.images.corner2"] for row in rows]).permute(0, 2, 3, 1)  # t h w c
     frames = torch.from_numpy(alone.frames["corner2"]) / 255

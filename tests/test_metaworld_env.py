@@ -50,15 +50,10 @@ def test_a_seed_places_objects_as_in_lerobots_own_environment():
 
 def test_environments_of_a_task_run_side_by_side_and_end_alone(monkeypatch):
     monkeypatch.setattr("hlrp.metaworld_env.MAX_STEPS", 12)
-    (first, second) = (
-        HLRPMetaWorld("reach-v3,door-open-v3", image_size=32).create_envs(2)["hlrp_metaworld"].values()
-    )
+    (first, second) = HLRPMetaWorld("reach-v3,door-open-v3", image_size=32).create_envs(2)["hlrp_metaworld"].values()
     assert first.call("task") == ("reach-v3", "reach-v3") and second.call("task")[0] == "door-open-v3"
     observation, _ = first.reset(seed=[1, 2], options={NEW_ROLLOUT_OPTION: True})
-    assert observation["pixels"]["corner2"].shape == (2, 32, 32, 3) and observation["agent_pos"].shape == (
-        2,
-        4,
-    )
+    assert observation["pixels"]["corner2"].shape == (2, 32, 32, 3) and observation["agent_pos"].shape == (2, 4)
     for _ in range(3):
         *_, truncated, _ = first.step(np.zeros((2, 4), dtype=np.float32))
     assert truncated.all()

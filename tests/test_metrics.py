@@ -3,16 +3,7 @@ import math
 import pytest
 import torch
 
-from hlrp.metrics import (
-    code_counts,
-    code_health,
-    is_constant,
-    k_means,
-    mutual_information,
-    psnr,
-    r2_per_dim,
-    wilson,
-)
+from hlrp.metrics import code_counts, code_health, is_constant, k_means, mutual_information, psnr, r2_per_dim, wilson
 
 
 def test_d1_usage_equals_bincount_however_often_a_batch_uses_a_code():
@@ -61,11 +52,7 @@ def test_the_interval_of_a_success_rate_is_the_one_that_wilson_gives():
 def test_a_column_is_constant_by_rounding_not_by_scale():
     small = 1e-7 * torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
     rounded = torch.full((100, 1), 0.1) + 1e-8 * small
-    assert is_constant(torch.cat([small, rounded, torch.zeros(100, 1)], dim=1)).tolist() == [
-        False,
-        True,
-        True,
-    ]
+    assert is_constant(torch.cat([small, rounded, torch.zeros(100, 1)], dim=1)).tolist() == [False, True, True]
 
 
 def test_psnr_of_a_known_error():

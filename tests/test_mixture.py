@@ -42,9 +42,7 @@ def train(output_dir, data, **settings):
     model = LAQConfig(**MODEL)
     train_laq.main(
         train_laq.Args(
-            **SETTINGS | EVERY | {"data": data, "val_fraction": 0.3} | settings,
-            model=model,
-            output_dir=output_dir,
+            **SETTINGS | EVERY | {"data": data, "val_fraction": 0.3} | settings, model=model, output_dir=output_dir
         )
     )
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -106,9 +106,5 @@ def test_the_first_rank_that_fails_says_why_and_the_others_one_line(scripts, tmp
     nodes = start_nodes([*scripts["laq"], "--output-dir", str(tmp_path)], "ddp")
     texts = [node.communicate(timeout=200)[0] for node in nodes]
     assert all(node.returncode for node in nodes)
-    assert (
-        "rank 0 on" in texts[0]
-        and "failed first:\nTraceback" in texts[0]
-        and "NotADirectoryError" in texts[0]
-    )
+    assert "rank 0 on" in texts[0] and "failed first:\nTraceback" in texts[0] and "NotADirectoryError" in texts[0]
     assert "stops, since another one has failed" in texts[1] or "has lost another one" in texts[1]

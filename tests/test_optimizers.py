@@ -2,14 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hlrp.optimizers import (
-    cosine_lr,
-    load_optimizer,
-    make_optimizer,
-    parameter_groups,
-    save_optimizer,
-    set_lr,
-)
+from hlrp.optimizers import cosine_lr, load_optimizer, make_optimizer, parameter_groups, save_optimizer, set_lr
 from hlrp.training import seed_step
 from hlrp.transformer import FeedForward
 
@@ -65,9 +58,7 @@ def test_muon_turns_the_matrices_of_the_layers_and_adamw_steps_the_rest():
     model, other = Model(), Model()
     for each, name in ((model, "muon"), (other, "adamw")):
         optimizer = optimizer_of(each, name, lr=0.1, weight_decay=0.0)
-        each(
-            torch.linspace(-1, 1, 800).sin().view(10, 5, 16) + torch.eye(16)[:10, None]
-        ).square().mean().backward()
+        each(torch.linspace(-1, 1, 800).sin().view(10, 5, 16) + torch.eye(16)[:10, None]).square().mean().backward()
         optimizer.step()
     for name, found in model.named_parameters():
         same = torch.equal(found, dict(other.named_parameters())[name])

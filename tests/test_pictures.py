@@ -67,9 +67,7 @@ def test_a_strategy_is_drawn_of_its_buckets_into_their_folders(drawn):
 
 
 def test_a_cadence_holds_and_everything_is_drawn_at_the_last_step(drawn):
-    due = {
-        step: len(drawn(["transfer:all@20", "one-code:all"], step=step, last=50)[0]) for step in (10, 20, 50)
-    }
+    due = {step: len(drawn(["transfer:all@20", "one-code:all"], step=step, last=50)[0]) for step in (10, 20, 50)}
     assert due == {10: 1, 20: 2, 50: 2}
 
 

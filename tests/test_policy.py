@@ -90,9 +90,7 @@ def test_lerobot_finds_the_policy_by_the_name_of_the_distribution():
 
 
 BOUNDED = {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MIN_MAX"}}
-BOUNDED["normalization_mapping"] = {
-    k: NormalizationMode(v) for k, v in BOUNDED["normalization_mapping"].items()
-}
+BOUNDED["normalization_mapping"] = {k: NormalizationMode(v) for k, v in BOUNDED["normalization_mapping"].items()}
 
 
 @pytest.mark.parametrize("head", ["flow", "l1", "bins"])
@@ -122,10 +120,7 @@ def test_it_starts_from_stage_2_keeps_its_head_and_needs_its_folder_no_more(head
     for name in ("vlm.model.visual.pos_embed.weight", "vlm.model.language_model.layers.0.mlp.up_proj.weight"):
         assert torch.equal(weights[name], stage2_weights[name])
     batch = make_batch(policy)
-    with_latents = batch | {
-        "latent_indices": torch.randint(5, (4, 1, 2)),
-        "latent_vectors": torch.randn(4, 1, 6),
-    }
+    with_latents = batch | {"latent_indices": torch.randint(5, (4, 1, 2)), "latent_vectors": torch.randn(4, 1, 6)}
     loss, metrics = policy(with_latents)
     assert loss.item() == pytest.approx(metrics["action_loss"] + 0.1 * metrics["latent_loss"], rel=1e-5)
     loss.backward()
@@ -168,10 +163,7 @@ def test_padded_actions_say_nothing(head):
 @pytest.mark.parametrize("head", ["parallel", "flow"])
 def test_latent_actions_past_the_episode_say_nothing(head, stage2):
     policy = nudge(make_policy(vla=stage2(head), latent_weight=1.0))
-    batch = make_batch(policy) | {
-        "latent_indices": torch.randint(5, (4, 1, 2)),
-        "latent_vectors": torch.randn(4, 1, 6),
-    }
+    batch = make_batch(policy) | {"latent_indices": torch.randint(5, (4, 1, 2)), "latent_vectors": torch.randn(4, 1, 6)}
     batch["latent_is_pad"] = torch.tensor([[True], [False], [True], [False]])
     before = loss_of(policy, batch)
     batch["latent_indices"][0], batch["latent_vectors"][0] = -1, float("nan")  # as hlrp.label leaves them
@@ -224,10 +216,7 @@ def test_a_history_is_one_frame_of_the_data_apart_where_actions_are_held():
     shown, images = [], policy.images
     policy.images = lambda batch: shown.append(images(batch)) or shown[-1]
     for brightness in range(7):
-        batch = {
-            TOP: torch.full((1, 3, 40, 40), brightness / 255),
-            "observation.state": torch.zeros(1, STATE),
-        }
+        batch = {TOP: torch.full((1, 3, 40, 40), brightness / 255), "observation.state": torch.zeros(1, STATE)}
         policy.select_action(batch | {"task": TASKS[:1]})
     assert [frames[0, :, 0, 0, 0].tolist() for frames in shown] == [[0, 0], [0, 3], [3, 6]]
 
@@ -269,9 +258,7 @@ def test_no_control_tick_waits_for_a_chunk_that_comes_200_ms_late():
     features = {"observation.state": {"dtype": "float32", "shape": (STATE,), "names": joints}}
     features[TOP] = {"dtype": "video", "shape": (40, 40, 3), "names": ["height", "width", "channels"]}
     robot = SimpleNamespace(robot_type="toy", action_features={})
-    engine = RTCInferenceEngine(
-        policy, *processors, robot, policy.config.rtc_config, features, TASKS[0], fps, "cpu"
-    )
+    engine = RTCInferenceEngine(policy, *processors, robot, policy.config.rtc_config, features, TASKS[0], fps, "cpu")
     seen = dict.fromkeys(joints, 0.0) | {TOP.split(".")[-1]: np.zeros((40, 40, 3), dtype=np.uint8)}
     engine.start()
     engine.notify_observation(seen)
@@ -293,10 +280,7 @@ def test_no_control_tick_waits_for_a_chunk_that_comes_200_ms_late():
     ("change", "message"),
     [
         (lambda batch: batch.pop("observation.state"), "reads observation.state, and the batch has none"),
-        (
-            lambda batch: batch.update({WRIST: batch.pop(TOP)}),
-            f"sees {TOP}, the batch has {WRIST}; --rename_map",
-        ),
+        (lambda batch: batch.update({WRIST: batch.pop(TOP)}), f"sees {TOP}, the batch has {WRIST}; --rename_map"),
     ],
 )
 def test_what_the_robot_does_not_send_is_named(change, message):
@@ -414,18 +398,11 @@ def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, camera, tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(12):
         numbers = {key: rng.standard_normal(4).astype(np.float32) for key in ("observation.state", "action")}
-        dataset.add_frame(
-            numbers | {camera: rng.integers(256, size=(32, 32, 3), dtype=np.uint8), "task": "close"}
-        )
+        dataset.add_frame(numbers | {camera: rng.integers(256, size=(32, 32, 3), dtype=np.uint8), "task": "close"})
     dataset.save_episode()
     dataset.finalize()
     flags = {"policy.type": "hlrp", "policy.device": "cpu", "policy.push_to_hub": "false", "num_workers": 0}
-    flags |= {
-        "policy.chunk_size": 4,
-        "policy.n_action_steps": 4,
-        "dataset.repo_id": "toy/toy",
-        "batch_size": 4,
-    }
+    flags |= {"policy.chunk_size": 4, "policy.n_action_steps": 4, "dataset.repo_id": "toy/toy", "batch_size": 4}
     flags |= {"dataset.root": tmp_path / "data", "output_dir": tmp_path / "run", "policy.action_repeat": 4}
     flags |= {"steps": 1, "env_eval_freq": 1, "eval.n_episodes": 1, "eval.batch_size": 1}
     flags |= {"env.type": env, "env.task": "drawer-close-v3"}

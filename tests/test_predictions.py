@@ -40,9 +40,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.device_of = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(num_tokens=1, quantizer="vq")
-        self.quantizer = SimpleNamespace(
-            codebook_size=NUM_CODES, lookup=lambda indices: indices[..., None].float()
-        )
+        self.quantizer = SimpleNamespace(codebook_size=NUM_CODES, lookup=lambda indices: indices[..., None].float())
 
     def observe(self, frames):
         return frames
@@ -74,9 +72,7 @@ class Student(nn.Module):
         return torch.nn.functional.one_hot(self.generate(images, tasks).indices, NUM_CODES).float()
 
     def score(self, batch):
-        return (
-            (self.generate(batch["images"], batch["task"])[0] != batch["latent_indices"]).float().mean((1, 2))
-        )
+        return (self.generate(batch["images"], batch["task"])[0] != batch["latent_indices"]).float().mean((1, 2))
 
 
 SET, FIT = Turning(0), Turning(100)
@@ -129,11 +125,7 @@ def test_a_report_is_the_same_again_and_leaves_the_mode_alone():
 def test_the_other_task_is_another_one():
     tasks = ["a", "b", "c", "a"] * 10
     shuffled = other_tasks(tasks, ["a", "b", "c"], seed=0)
-    assert all(other != task for other, task in zip(shuffled, tasks, strict=True)) and set(shuffled) == {
-        "a",
-        "b",
-        "c",
-    }
+    assert all(other != task for other, task in zip(shuffled, tasks, strict=True)) and set(shuffled) == {"a", "b", "c"}
     assert other_tasks(["a", "a"], ["a"], seed=0) == ["a", "a"]
 
 
@@ -156,11 +148,7 @@ def test_codes_and_vectors_stand_for_each_other(quantizer):
 
 
 def test_shuffled_latents_are_those_of_other_samples_and_all_else_stays():
-    batch = {
-        "latent_indices": torch.arange(4)[:, None, None],
-        "task": list("abcd"),
-        "images": torch.arange(4),
-    }
+    batch = {"latent_indices": torch.arange(4)[:, None, None], "task": list("abcd"), "images": torch.arange(4)}
     found = shuffled(batch)
     assert sorted(found["latent_indices"].flatten().tolist()) == [0, 1, 2, 3]
     assert (found["latent_indices"] != batch["latent_indices"]).all()

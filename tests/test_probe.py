@@ -25,9 +25,7 @@ def latents(tmp_path_factory):
     world, rows = World("default", episodes=40, seed=3), []
     for episode in range(40):
         actions = world.actions(episode, range(world.lengths[episode])).numpy()
-        rows += [
-            (episode, i / 10, *actions[i : i + 2].mean(0)) for i in range(0, world.lengths[episode] - 2, 3)
-        ]
+        rows += [(episode, i / 10, *actions[i : i + 2].mean(0)) for i in range(0, world.lengths[episode] - 2, 3)]
     rows = np.array(rows)
     path = tmp_path_factory.mktemp("latents") / "true.npz"
     np.savez(path, episode=rows[:, 0].astype(int), time=rows[:, 1], vector=rows[:, 2:], delta=0.2)

@@ -167,9 +167,7 @@ def test_a_size_that_does_not_fit_is_named_with_what_would(name, size, message):
 
 def test_continuous_codes_refuse_indices():
     with pytest.raises(ValueError, match="Gaussian are continuous"):
-        make_quantizer("gaussian", dim=16, codebook_size=64, num_tokens=4).decode(
-            torch.zeros(1, 1, dtype=torch.int64)
-        )
+        make_quantizer("gaussian", dim=16, codebook_size=64, num_tokens=4).decode(torch.zeros(1, 1, dtype=torch.int64))
 
 
 # Each method is what its paper says

@@ -16,14 +16,7 @@ from hlrp.images import decode
 from hlrp.open_x import BUCKET, DATASETS, MIXTURES, mixture
 from hlrp.rlds import RLDS
 from hlrp.tfds_features import Feature, read_features, read_tensor
-from hlrp.tfrecord import (
-    masked_crc32c,
-    parse_example,
-    parse_feature,
-    parse_varint,
-    parse_varints,
-    read_records,
-)
+from hlrp.tfrecord import masked_crc32c, parse_example, parse_feature, parse_varint, parse_varints, read_records
 
 DATA = Path(__file__).parent / "data"
 FIXTURE = DATA / "rlds_fixture"
@@ -93,18 +86,14 @@ def test_text_and_facts_equal_those_that_tensorflow_reads(key):
         "episode/success": expected("success"),
         "episode/robot": expected("robot"),
     }
-    assert [e.facts for e in found] == [
-        dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)
-    ]
+    assert [e.facts for e in found] == [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
     json.dumps([e.facts for e in found])
 
 
 def test_an_action_of_parts_is_joined_in_the_order_of_the_keys_and_else_of_the_floats_names():
     world, turn = expected("steps/action/world_vector"), expected("steps/action/rotation_delta")
     for episode, *parts in zip(episodes(tiny_robot()), turn, world, strict=True):
-        np.testing.assert_array_equal(
-            episode.action, np.concatenate(parts, 1, dtype=np.float32, casting="unsafe")
-        )
+        np.testing.assert_array_equal(episode.action, np.concatenate(parts, 1, dtype=np.float32, casting="unsafe"))
 
     source = tiny_robot(action="world_vector[:2],rotation_delta[-1:]", state="state[1:3]")
     assert (source.action_dim, source.state_dim) == (3, 2)
@@ -177,19 +166,10 @@ def test_a_url_reads_the_same():
     ("settings", "message"),
     [
         ({"camera": None}, "which camera.*image, pixels, wrist_image"),
-        (
-            {"camera": "depth"},
-            "camera=depth has no RGB frames of 8 bits; these have: image, pixels, wrist_image",
-        ),
+        ({"camera": "depth"}, "camera=depth has no RGB frames of 8 bits; these have: image, pixels, wrist_image"),
         ({"camera": "top"}, "camera=top is not in features.json; these fit: image, pixels, wrist_image"),
-        (
-            {"instruction": "goal"},
-            "instruction=goal is not in features.json; these fit: .*steps/language_instruction",
-        ),
-        (
-            {"action": "torque"},
-            "action=torque is not in features.json; these fit: .*steps/action/world_vector",
-        ),
+        ({"instruction": "goal"}, "instruction=goal is not in features.json; these fit: .*steps/language_instruction"),
+        ({"action": "torque"}, "action=torque is not in features.json; these fit: .*steps/action/world_vector"),
         ({"action": "world_vector[3:]"}, r"action=world_vector\[3:\] of 3 numbers"),
         ({"action": "world_vector[x]"}, r"action=world_vector\[x\] of 3 numbers"),
         (
@@ -235,9 +215,7 @@ def record_starts(data):
         (-1, "record 1: the checksum of its data is wrong", 1),  # the checksum of the data
     ],
 )
-def test_a_flipped_bit_is_found_and_named_and_what_lies_behind_a_known_length_follows(
-    copy, place, message, num_left
-):
+def test_a_flipped_bit_is_found_and_named_and_what_lies_behind_a_known_length_follows(copy, place, message, num_left):
     data = bytearray((copy / FILE).read_bytes())
     starts = record_starts(data)
     data[starts[1] + place if place >= 0 else starts[2] + place] ^= 4
@@ -367,11 +345,7 @@ def test_a_tensor_of_another_type_or_size_than_features_json_has_is_refused():
         field(1, field(1, field(1, b"x") + field(2, field(2, field(1, struct.pack("<3f", 1, 2, 3))))))
     )
     assert read_tensor(example, "x", Feature("tensor", "float32", (3,), "none", 1)).shape == (1, 3)
-    for dtype, shape, encoding in [
-        ("float32", (2,), "none"),
-        ("int64", (3,), "none"),
-        ("float32", (3,), "zlib"),
-    ]:
+    for dtype, shape, encoding in [("float32", (2,), "none"), ("int64", (3,), "none"), ("float32", (3,), "zlib")]:
         with pytest.raises(ValueError, match="^x has"):
             read_tensor(example, "x", Feature("tensor", dtype, shape, encoding, 1))
     with pytest.raises(ValueError, match="y is missing"):

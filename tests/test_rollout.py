@@ -48,12 +48,7 @@ def saved(tmp_path):
 
 def test_a_policy_is_rolled_out_in_seeded_episodes_of_each_task(short_episodes, saved, tmp_path, capsys):
     args = Args(
-        str(saved),
-        env="metaworld",
-        tasks=("reach-v3", "door-open-v3"),
-        episodes=2,
-        seed=7,
-        output_dir=tmp_path / "out",
+        str(saved), env="metaworld", tasks=("reach-v3", "door-open-v3"), episodes=2, seed=7, output_dir=tmp_path / "out"
     )
     args.rename_map = {"observation.image": "observation.images.corner2"}
     main(args)
@@ -74,19 +69,12 @@ def test_the_summary_counts_each_task_and_all():
     assert result["tasks"]["a"]["success"] == 0.8 and result["all"]["successes"] == 8
     assert result["tasks"]["a"]["interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert result["latency_ms"] == pytest.approx({"p50": 20, "p99": 29.8, "chunks": 3})
-    assert deque(table(result).splitlines(), maxlen=2)[0].split() == [
-        "all",
-        "0.40",
-        *"0.22 to 0.61 20".split(),
-    ]
+    assert deque(table(result).splitlines(), maxlen=2)[0].split() == ["all", "0.40", *"0.22 to 0.61 20".split()]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [
-        ({"episodes": 0}, "episodes=0"),
-        ({"episodes": 2, "batch_size": 3}, "batch_size=3 is more than episodes=2"),
-    ],
+    [({"episodes": 0}, "episodes=0"), ({"episodes": 2, "batch_size": 3}, "batch_size=3 is more than episodes=2")],
 )
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -5,14 +5,7 @@ import pytest
 
 from hlrp.runs import Args, main, read_run
 
-SETTINGS = {
-    "steps": 100,
-    "batch_size": 4,
-    "grad_accumulation": 2,
-    "num_processes": 2,
-    "lr": 0.001,
-    "quantizer": "fsq",
-}
+SETTINGS = {"steps": 100, "batch_size": 4, "grad_accumulation": 2, "num_processes": 2, "lr": 0.001, "quantizer": "fsq"}
 
 
 @pytest.fixture
@@ -30,9 +23,7 @@ def folder(tmp_path):
         }
         (path / "run.json").write_text(json.dumps(record))
         lines = [{"step": s, "split": "train", "loss": 1 / s, "samples_per_s": 16.0} for s in steps]
-        lines += [
-            {"step": steps[-1], "split": "val", "robot/action_r2": x, "robot/pairs": 9} for x in figures
-        ]
+        lines += [{"step": steps[-1], "split": "val", "robot/action_r2": x, "robot/pairs": 9} for x in figures]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
 
     write("a", "done", [50, 100], [0.2, 0.5], data=["world:clean", "videos:DIR|x"])

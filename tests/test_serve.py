@@ -22,8 +22,7 @@ def test_the_server_answers_an_observation_with_a_chunk(tmp_path):
     policy = make_policy()
     policy.save_pretrained(tmp_path)
     stats = {
-        key: {"mean": torch.zeros(n), "std": torch.ones(n)}
-        for key, n in (("observation.state", 3), ("action", 2))
+        key: {"mean": torch.zeros(n), "std": torch.ones(n)} for key, n in (("observation.state", 3), ("action", 2))
     }
     for pipeline in make_hlrp_pre_post_processors(policy.config, stats):
         pipeline.save_pretrained(tmp_path)
@@ -45,9 +44,7 @@ def test_the_server_answers_an_observation_with_a_chunk(tmp_path):
         asked = RemotePolicyConfig("hlrp", str(tmp_path), features, actions_per_chunk=CHUNK)
         client.SendPolicyInstructions(services_pb2.PolicySetup(data=pickle.dumps(asked)))
         seen = {"a": 0.1, "b": 0.2, "c": 0.3, "top": np.zeros((40, 40, 3), np.uint8), "task": "open the door"}
-        seen = pickle.dumps(
-            TimedObservation(timestamp=time.time(), timestep=0, observation=seen, must_go=True)
-        )
+        seen = pickle.dumps(TimedObservation(timestamp=time.time(), timestep=0, observation=seen, must_go=True))
         client.SendObservations(send_bytes_in_chunks(seen, services_pb2.Observation))
         answer = pickle.loads(client.GetActions(services_pb2.Empty()).data)
     finally:

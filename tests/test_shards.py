@@ -91,12 +91,7 @@ def member(tar, suffix, number=0):
 
 
 def jpeg(seed=0, size=(24, 32)):
-    image = (
-        np.random.default_rng(seed)
-        .integers(0, 256, (3, 4, 4))
-        .repeat(size[0] // 4, 1)
-        .repeat(size[1] // 4, 2)
-    )
+    image = np.random.default_rng(seed).integers(0, 256, (3, 4, 4)).repeat(size[0] // 4, 1).repeat(size[1] // 4, 2)
     return encode_jpeg(torch.from_numpy(image.astype(np.uint8))).numpy().tobytes()
 
 
@@ -276,15 +271,10 @@ def test_frames_are_letterboxed_where_asked_for_and_batches_mix_sizes(tmp_path, 
     write(tmp_path / "small", image_size=32)
     assert Shards(tmp_path / "small").read(0, [0])["frames"].shape == (1, 3, 32, 32)
     wide = plain_sample("w", 9)
-    plain_tar(
-        tmp_path / "wide.tar", wide, plain_sample("n", 9) | {f"{i}.jpg": jpeg(i, (40, 20)) for i in range(9)}
-    )
+    plain_tar(tmp_path / "wide.tar", wide, plain_sample("n", 9) | {f"{i}.jpg": jpeg(i, (40, 20)) for i in range(9)})
     main(Args(tmp_path, index=True))
     sources = [Shards(png), Shards(tmp_path)]
-    clips = [
-        Clips(s, range(len(s.lengths)), (0.0, 0.5), image_size=48, source_index=i)
-        for i, s in enumerate(sources)
-    ]
+    clips = [Clips(s, range(len(s.lengths)), (0.0, 0.5), image_size=48, source_index=i) for i, s in enumerate(sources)]
     samples = Mixture(clips).__getitems__(range(32))
     expected = []
     for sample in samples:
@@ -312,9 +302,7 @@ def test_a_broken_image_of_a_batch_is_named(tmp_path):
     clips = Clips(source, range(2), (0.0, 0.2), image_size=32)
     assert clips.offsets[0].tolist() == [0, 2]
     clips.__getitems__([0, 7, 6])
-    with pytest.raises(
-        ValueError, match=r"episode 1: .*0.tar, episode 1 in it, frame 7: not a readable image"
-    ):
+    with pytest.raises(ValueError, match=r"episode 1: .*0.tar, episode 1 in it, frame 7: not a readable image"):
         clips.__getitems__([0, 7, 12, 6])
 
 
@@ -388,9 +376,7 @@ def test_a_full_disk_leaves_no_half_file_and_is_named(tmp_path, monkeypatch, end
             return super().write(data) if self.tell() < 100_000 else full()
 
     if ending == ".tar.partial":
-        monkeypatch.setattr(
-            shard_writer, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False
-        )
+        monkeypatch.setattr(shard_writer, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
     else:
         monkeypatch.setattr(Path, "write_bytes", full)
     name = f"000000{ending.removesuffix('.partial')}"
@@ -435,13 +421,10 @@ def test_the_bytes_of_a_stream_are_copied_where_size_and_codec_stay(tmp_path, pa
     assert Shards(tmp_path / "small").read(4, [1])["frames"].shape == (1, 3, 16, 16)
 
 
-def test_an_episode_that_cannot_be_read_is_named_or_left_out_and_listed_up_to_a_limit(
-    tmp_path, passing, caplog
-):
+def test_an_episode_that_cannot_be_read_is_named_or_left_out_and_listed_up_to_a_limit(tmp_path, passing, caplog):
     passing.broken = b"no image"
     with pytest.raises(
-        ValueError,
-        match="episode 1: 1.tfrecord, 1, frame 2: not a readable image: it begins with b'no image'",
+        ValueError, match="episode 1: 1.tfrecord, 1, frame 2: not a readable image: it begins with b'no image'"
     ):
         write(tmp_path, codec="jpeg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.index", "000000.tar", "shards.json"]
@@ -475,10 +458,7 @@ FOREIGN_FAULTS = [
     (faulty(plain_sample(), json=[1]), "a/e0.json: a JSON list"),
     (faulty(plain_sample(), json=b"{"), "a/e0.json: not readable as JSON"),
     (faulty(plain_sample(), json={"fps": 5, "facts": None}), "a/e0.json: facts=None; an object fits"),
-    (
-        faulty(plain_sample(), json={"fps": 5, "facts": {"fps": 9}}),
-        "a/e0.json: facts has fps, which a sample has",
-    ),
+    (faulty(plain_sample(), json={"fps": 5, "facts": {"fps": 9}}), "a/e0.json: facts has fps, which a sample has"),
     (faulty(plain_sample(), index__npy=np.zeros(3)), "a/e0.index.npy: a sample has its own index"),
     (faulty(plain_sample(), x__npy=array_bytes(np.zeros(3))[:-1]), "a/e0.x.npy: not a readable NPY array"),
 ]
@@ -514,9 +494,7 @@ def test_members_are_ignored_where_asked_for(tmp_path):
 
 def test_a_tar_that_ends_early_or_is_broken_is_never_taken_for_whole(tmp_path):
     frames = {f"{i}.jpg": jpeg(i) for i in range(3)}
-    members = {
-        f"{key}.{name}": data for key in ("e0", "e1") for name, data in ({"json": b"{}"} | frames).items()
-    }
+    members = {f"{key}.{name}": data for key in ("e0", "e1") for name, data in ({"json": b"{}"} | frames).items()}
     tar = raw_tar(tmp_path / "a.tar", members)
     data, second = tar.read_bytes(), member(tar, "e1.json").start - 512
     for name, content, message in [
@@ -573,16 +551,7 @@ def damage(folder, name):
     return f"000001.index: (its row of .* is no place in|checksum of its table {name} differs)"
 
 
-FAULTS = [
-    "truncated",
-    "truncated index",
-    "no index",
-    "no tar",
-    "json",
-    "state.npy",
-    "action.npy",
-    "000007.png",
-]
+FAULTS = ["truncated", "truncated index", "no index", "no tar", "json", "state.npy", "action.npy", "000007.png"]
 FAULTS += ["header", "lengths", "fps", "members", "frames"]
 
 

@@ -17,9 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-SHELL = sorted(
-    [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch"), ROOT / "slurm/site.env.example"]
-)
+SHELL = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch"), ROOT / "slurm/site.env.example"])
 WORLD = "world:default?episodes=12"
 FLAGS = f"""--data {WORLD} --val-samples 16 --batch-size 4 --warmup-steps 2 --num-workers 0 --log-freq 2
     --eval-freq 1000 --image-size 32 --patch-size 8 --codebook-size 8 --quantizer fsq""".split()
@@ -44,9 +42,7 @@ def test_shell_is_sound(file):
 def test_no_template_names_a_person_a_host_or_an_account(file):
     text = file.read_text()
     folders = set(re.findall(r"(?<![\w.$}/*])/[a-z]\w*", text))
-    assert folders <= {
-        *"/bin /dev /tmp /opt /shared /var /checkpoints /last /pretrained_model /hlrp /wandb".split()
-    }
+    assert folders <= {*"/bin /dev /tmp /opt /shared /var /checkpoints /last /pretrained_model /hlrp /wandb".split()}
     assert not re.search(r"#SBATCH\s+(--|-)(account|A|partition|p|qos|q|mail-user|nodelist|w)\b", text)
     assert not re.search(r"\w+@\w+\.\w+|https?://", text)
 
@@ -117,13 +113,7 @@ def test_two_attempts_without_a_new_checkpoint_are_the_last_ones(tmp_path):
     def attempt(more=""):
         return shell(f"{more} begin run", tmp_path).returncode
 
-    assert [attempt(), attempt(), attempt("mkdir -p run/checkpoints/000010;"), attempt(), attempt()] == [
-        0,
-        0,
-        0,
-        0,
-        1,
-    ]
+    assert [attempt(), attempt(), attempt("mkdir -p run/checkpoints/000010;"), attempt(), attempt()] == [0, 0, 0, 0, 1]
     assert shell("begin run", tmp_path, SLURM_JOB_ID="8").returncode == 0  # as another job, submitted anew
 
 
@@ -132,16 +122,13 @@ def test_only_a_warned_job_is_queued_again(tmp_path):
     assert "scontrol requeue 7" in shell(f"{interrupted} warned=1; finish", tmp_path).stdout
     cancelled = shell(f"{interrupted} finish", tmp_path, SLURM_JOB_ID="8")
     assert cancelled.returncode == 75 and "requeue" not in cancelled.stdout
-    failed = shell(
-        "begin run; status=3; finish", tmp_path, SLURM_JOB_ID="9"
-    )  # that state is of an earlier attempt
+    failed = shell("begin run; status=3; finish", tmp_path, SLURM_JOB_ID="9")  # that state is of an earlier attempt
     assert failed.returncode == 3 and "requeue" not in failed.stdout
 
 
 def test_of_two_jobs_with_one_ticket_the_second_cancels_itself(tmp_path):
     first, again, second = (
-        shell("sleep() { :; }; begin run; echo trains", tmp_path, HLRP_TICKET="t", SLURM_JOB_ID=job)
-        for job in "778"
+        shell("sleep() { :; }; begin run; echo trains", tmp_path, HLRP_TICKET="t", SLURM_JOB_ID=job) for job in "778"
     )
     assert first.stdout == again.stdout == "trains\n"
     assert second.returncode == 1 and second.stdout == "scancel 8\n"
@@ -255,17 +242,11 @@ class Cluster:
         for name in ("state", "local"):
             (folder / name).mkdir(parents=True)
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
-        (folder / "slurm.conf").write_text(
-            SLURM_CONF.format(host=host, user=user, folder=folder, ports=free_ports(3))
-        )
+        (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, user=user, folder=folder, ports=free_ports(3)))
         (folder / "gres.conf").write_text(GRES_CONF)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o600)
-        self.env = os.environ | {
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "CUDA_VISIBLE_DEVICES": "",
-            "TZ": "UTC",
-        }
+        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "CUDA_VISIBLE_DEVICES": "", "TZ": "UTC"}
         self.env["PATH"] += ":/usr/sbin:/sbin"
 
         shutil.copytree(ROOT / "slurm", self.root / "slurm", ignore=lambda *_: ["site.env"])
@@ -276,21 +257,13 @@ class Cluster:
 
     def start(self) -> None:
         files = {name: self.folder / f"munge.{name}" for name in ("socket", "key", "pid", "log", "seed")}
-        options = {
-            "socket": "socket",
-            "key": "key-file",
-            "pid": "pid-file",
-            "log": "log-file",
-            "seed": "seed-file",
-        }
+        options = {"socket": "socket", "key": "key-file", "pid": "pid-file", "log": "log-file", "seed": "seed-file"}
         self.call("munged", "--force", *(f"--{options[name]}={file}" for name, file in files.items()))
         conf = self.folder / "slurm.conf"
         self.call("slurmctld", "-f", conf)
         for i, node in enumerate(("node1", "node2")):
             self.call(*one_cpu(i), "slurmd", "-f", conf, "-N", node)
-        self.wait(
-            lambda: self.call("sinfo", "-h", "-o", "%D %t", check=False).strip() == "2 idle", 60, "idle nodes"
-        )
+        self.wait(lambda: self.call("sinfo", "-h", "-o", "%D %t", check=False).strip() == "2 idle", 60, "idle nodes")
 
     def stop(self) -> None:
         self.call("scancel", "--user", getpass.getuser(), check=False)
@@ -339,9 +312,7 @@ class Cluster:
 
     def wait_for_step(self, run: Path, step: int) -> None:
         metrics = run / "metrics.jsonl"
-        self.wait(
-            lambda: metrics.is_file() and f'"step": {step},' in metrics.read_text(), 120, f"step {step}"
-        )
+        self.wait(lambda: metrics.is_file() and f'"step": {step},' in metrics.read_text(), 120, f"step {step}")
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted((self.root / "slurm/logs").glob("*.log")))
@@ -349,9 +320,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if missing := [
-        name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    ]:
+    if missing := [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]:
         pytest.skip(f"{missing} missing: sudo apt-get install -y slurmctld slurmd slurm-client munge")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
@@ -391,9 +360,7 @@ def test_a_job_on_two_nodes_trains_in_one_run_and_leaks_no_token(cluster):
     assert cluster.wait_until_over(job) == "COMPLETED" and state(run) == "done"
     assert json.loads((run / "run.json").read_text())["settings"]["num_processes"] == 2
     assert not list((cluster.folder / "local").iterdir())
-    files = [
-        path for folder in (run, cluster.root / "slurm/logs") for path in folder.rglob("*") if path.is_file()
-    ]
+    files = [path for folder in (run, cluster.root / "slurm/logs") for path in folder.rglob("*") if path.is_file()]
     text = b"".join(path.read_bytes() for path in files)
     assert b"wandb" in text and not [word for word in secrets.values() if word.encode() in text]
 
@@ -416,9 +383,7 @@ def test_a_preempted_job_saves_and_resumes_to_the_bit(cluster, whole):
     more = ["--steps", "100", "--save-freq", "1000", "--output-dir", run]
     (job,) = cluster.submit("sbatch", "--partition=preemptible", "slurm/train_laq.sbatch", *FLAGS, *more)
     cluster.wait_for_step(run, 4)
-    cluster.call(
-        "sbatch", "--partition=gpu", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
-    )
+    cluster.call("sbatch", "--partition=gpu", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     cluster.wait(lambda: state(run) == "interrupted", 120, "a checkpoint")
     assert cluster.wait_until_over(job) == "COMPLETED" and state(run) == "done"
     assert cluster.job(job)["Restarts"] == "1"
@@ -456,27 +421,14 @@ def test_a_job_that_leaves_nothing_twice_is_not_queued_a_third_time(cluster):
 def test_of_two_queues_one_trains_and_the_other_cancels_itself(cluster):
     run = cluster.root / "outputs/twice"
     more = ["--steps", "4", "--save-freq", "4", "--output-dir", run]
-    jobs = cluster.submit(
-        "slurm/submit_twice.sh", "--cpus-per-gpu=1", "slurm/train_laq.sbatch", *FLAGS, *more
-    )
+    jobs = cluster.submit("slurm/submit_twice.sh", "--cpus-per-gpu=1", "slurm/train_laq.sbatch", *FLAGS, *more)
     assert {cluster.job(job)["Partition"] for job in jobs} == {"gpu", "preemptible"}
     assert sorted(map(cluster.wait_until_over, jobs)) == ["CANCELLED", "COMPLETED"] and state(run) == "done"
 
 
 @pytest.mark.slow
 def test_a_sweep_is_an_array_with_a_run_for_each_cell(cluster):
-    grid = [
-        "--lr",
-        "1e-3,3e-3",
-        "--",
-        *FLAGS,
-        "--steps",
-        "2",
-        "--save-freq",
-        "2",
-        "--output-dir",
-        "outputs/sweep",
-    ]
+    grid = ["--lr", "1e-3,3e-3", "--", *FLAGS, "--steps", "2", "--save-freq", "2", "--output-dir", "outputs/sweep"]
     (job,) = cluster.submit("slurm/sweep.sh", "--cpus-per-gpu=1", "slurm/train_laq.sbatch", *grid)
     assert cluster.wait_until_over(job) == "COMPLETED"
     runs = {name: cluster.root / "outputs/sweep" / f"lr{name}" for name in ("1e-3", "3e-3")}
@@ -488,18 +440,7 @@ def test_a_sweep_is_an_array_with_a_run_for_each_cell(cluster):
 @pytest.mark.slow
 def test_the_stages_follow_one_another(cluster):
     folder, last = cluster.root / "outputs/stages", "checkpoints/last/pretrained_model"
-    few = [
-        "--batch-size",
-        "4",
-        "--steps",
-        "2",
-        "--save-freq",
-        "2",
-        "--num-workers",
-        "0",
-        "--val-samples",
-        "16",
-    ]
+    few = ["--batch-size", "4", "--steps", "2", "--save-freq", "2", "--num-workers", "0", "--val-samples", "16"]
     few += ["--warmup-steps", "1", "--eval-freq", "2", "--data", WORLD]
     laq, vla = ["--laq", folder / "laq" / last], ["--policy.vla", folder / "vla" / last]
     simulation = ["--env.type", "hlrp_world", "--env.task", "move", "--eval.n-episodes", "1"]
@@ -522,37 +463,17 @@ def test_the_cells_of_the_table_are_an_array(cluster):
     few = "--batch-size 4 --steps 2 --num-workers 0 --val-samples 16 --warmup-steps 1"
     flags = {"laq-flags": f"{few} --image-size 32", "vla-flags": few, "policy-flags": f"{few} --no-state"}
     flags = [f"--{name}={value}" for name, value in flags.items()]
-    flags += [
-        "--methods",
-        "random",
-        "bc",
-        "--demonstrations",
-        "1",
-        "--seeds",
-        "0",
-        "--output-dir",
-        "outputs/curve",
-    ]
+    flags += ["--methods", "random", "bc", "--demonstrations", "1", "--seeds", "0", "--output-dir", "outputs/curve"]
     flags += ["--data", WORLD, "--env", "hlrp_world", "--tasks", "move", "--episodes", "1"]
     (job,) = cluster.submit("sbatch", "--array=0-1", "slurm/curve.sbatch", *flags)
     assert cluster.wait_until_over(job, 480) == "COMPLETED", cluster.logs()
     cells = json.loads((cluster.root / "outputs/curve/curve.json").read_text())
-    assert {name: cell["all"]["episodes"] for name, cell in cells.items()} == {
-        "random_k1_seed0": 1,
-        "bc_k1_seed0": 1,
-    }
+    assert {name: cell["all"]["episodes"] for name, cell in cells.items()} == {"random_k1_seed0": 1, "bc_k1_seed0": 1}
 
 
 @pytest.mark.slow
 def test_an_array_writes_its_parts_of_the_shards(cluster):
-    flags = [
-        "--data",
-        "world:clean?episodes=6",
-        "--output-dir",
-        "outputs/shards",
-        "--frames-per-shard",
-        "100",
-    ]
+    flags = ["--data", "world:clean?episodes=6", "--output-dir", "outputs/shards", "--frames-per-shard", "100"]
     command = ["sbatch", "--array=0-1", "--cpus-per-task=1", "slurm/shards.sbatch", *flags]
     job = re.search(r"\d+", cluster.call(*command))[0]
     assert cluster.wait_until_over(job) == "COMPLETED"

@@ -43,9 +43,7 @@ class Oracle(nn.Module):
         return simulate(0, 0), episode
 
     def encode(self, frames):
-        ways = [
-            torch.from_numpy(self.scenes[key(b)][2] - self.scenes[key(a)][2]) / SPAN for a, b in frames.cpu()
-        ]
+        ways = [torch.from_numpy(self.scenes[key(b)][2] - self.scenes[key(a)][2]) / SPAN for a, b in frames.cpu()]
         codes = torch.stack(ways)[..., None]  # b xy 1
         return codes, None if self.is_continuous else torch.bucketize(codes[..., 0], BINS)
 
@@ -110,17 +108,8 @@ def distance(a, b) -> float:
 
 def test_a_reconstruction_is_the_second_frame_and_another_code_gives_another_one(clean, tmp_path):
     _, (rows,), _ = run(clean, "reconstructions", tmp_path)
-    assert rows[0].labels == [
-        "first frame",
-        "0.2 s later",
-        "decoded",
-        "with another code",
-        "|error| x 3",
-    ]
-    errors = [
-        (distance(row.pictures[2], row.pictures[1]), distance(row.pictures[3], row.pictures[1]))
-        for row in rows
-    ]
+    assert rows[0].labels == ["first frame", "0.2 s later", "decoded", "with another code", "|error| x 3"]
+    errors = [(distance(row.pictures[2], row.pictures[1]), distance(row.pictures[3], row.pictures[1])) for row in rows]
     true, other = torch.tensor(errors).mean(0)
     assert true < 0.2 * other
     assert all(distance(row.pictures[0], row.pictures[1]) > 0.005 for row in rows)  # pairs that move
@@ -151,9 +140,7 @@ def test_a_transferred_action_moves_the_other_tip_by_as_much(clean, tmp_path):
         torch.testing.assert_close(torch.from_numpy(d), expected.float(), atol=1e-3, rtol=0)
 
 
-def test_permuted_latent_actions_cost_much_and_a_decoder_that_ignores_them_shows_it(
-    clean, tmp_path, monkeypatch
-):
+def test_permuted_latent_actions_cost_much_and_a_decoder_that_ignores_them_shows_it(clean, tmp_path, monkeypatch):
     figures, (rows,), _ = run(clean, "permuted", tmp_path)
     assert figures["over_true"] > 3
     assert len(rows[0].labels) == 7
@@ -261,9 +248,7 @@ def test_two_embodiments_with_the_same_actions_use_the_same_codes(tmp_path):
     figures, _, _ = run(shown, "compass", tmp_path)
     assert figures["consistency"] > 0.5
     _, (rows,), _ = run(shown, "transfer", tmp_path)
-    assert all(
-        ("world-arm" in end) != ("world-arm" in start) for start, end in (r.caption.split("->") for r in rows)
-    )
+    assert all(("world-arm" in end) != ("world-arm" in start) for start, end in (r.caption.split("->") for r in rows))
 
     of_source = source[:, None].repeat(1, 2)
     shown.indices = of_source
@@ -316,12 +301,6 @@ def test_optical_flow_stands_for_pixels_where_a_laq_decodes_none(tmp_path):
     shown = Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
     _, (rows,), _ = run(shown, "reconstructions", tmp_path)
     assert rows[0].labels[-1] == "|change| x 3"
-    for strategy in (
-        "transfer",
-        "one-code",
-        "many-codes",
-        "actions",
-        "compass",
-    ):  # k-means makes groups of ways
+    for strategy in ("transfer", "one-code", "many-codes", "actions", "compass"):  # k-means makes groups of ways
         run(shown, strategy, tmp_path)
     assert run(shown, "actions", tmp_path)[0]["explained"] > 0.5

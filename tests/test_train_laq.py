@@ -32,12 +32,7 @@ SETTINGS = {
     "buckets": ("hands: embodiment=1",),
     "pictures": ("reconstructions", "sources:all", "actions:hands"),
 }
-MODEL = {
-    "image_size": 32,
-    "patch_size": 8,
-    "codebook_size": 8,
-    "quantizer": "vq-ema",
-}  # a quantizer with state
+MODEL = {"image_size": 32, "patch_size": 8, "codebook_size": 8, "quantizer": "vq-ema"}  # a quantizer with state
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -74,9 +69,7 @@ def assert_equal_to_the_bit(output_dir, other_dir):
 def whole(tmp_path_factory):
     """The uninterrupted run, by the command line."""
     output_dir = tmp_path_factory.mktemp("whole")
-    subprocess.run(
-        command(output_dir), check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    )
+    subprocess.run(command(output_dir), check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"})
     return output_dir
 
 
@@ -151,9 +144,7 @@ def test_a_signal_saves_and_asks_for_the_same_command_again(number, whole, tmp_p
     assert steps == [2, 4, 6, 8, 10, 12, 12, 12]
 
 
-def test_a_warning_to_all_processes_of_a_job_stops_it_in_order_and_until_then_nobody_else_trains_there(
-    tmp_path,
-):
+def test_a_warning_to_all_processes_of_a_job_stops_it_in_order_and_until_then_nobody_else_trains_there(tmp_path):
     running = subprocess.Popen(command(tmp_path, steps=2000, num_workers=2), start_new_session=True)
     while not (tmp_path / "checkpoints/last").exists():
         assert running.poll() is None
@@ -189,15 +180,7 @@ def report(output_dir) -> dict:
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
     model = {"quantizer": "none"}
     train(tmp_path / "large", model, steps=4, log_freq=4, batch_size=4)
-    train(
-        tmp_path / "accumulated",
-        model,
-        steps=4,
-        log_freq=4,
-        batch_size=2,
-        grad_accumulation=2,
-        tensorboard=True,
-    )
+    train(tmp_path / "accumulated", model, steps=4, log_freq=4, batch_size=2, grad_accumulation=2, tensorboard=True)
     norms = [
         json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
         for name in ("accumulated", "large")
@@ -230,9 +213,7 @@ def test_a_resume_with_other_settings_names_them(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_source(tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"step [2-9]: .* not finite; the batch held world-default episode"
-    ):
+    with pytest.raises(FloatingPointError, match=r"step [2-9]: .* not finite; the batch held world-default episode"):
         train(tmp_path, lr=1e30, save_freq=100)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
     assert not (tmp_path / "checkpoints").exists()

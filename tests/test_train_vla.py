@@ -69,9 +69,7 @@ def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path)
     assert config["data"] == list(DATA)
     assert set(config["report"]) == {"world-default", "world-human"}
     robot, human = config["report"].values()
-    assert {"accuracy", "majority", "accuracy_shuffled_text", "accuracy_blank_image", "action_r2"} <= set(
-        robot
-    )
+    assert {"accuracy", "majority", "accuracy_shuffled_text", "accuracy_blank_image", "action_r2"} <= set(robot)
     assert "action_r2" not in human
     images = torch.randint(256, (2, 1, 3, 32, 32), dtype=torch.uint8)
     assert vla.generate(images, ["push", "pull"]).indices.shape == (2, 1, 4)
@@ -133,10 +131,7 @@ def test_a_laq_whose_probe_card_failed_is_refused(tmp_path):
     folder = tmp_path / "laq"
     folder.mkdir()
     LAQ(LAQConfig(image_size=32)).save_pretrained(folder, data=DATA, step=0, report=None)
-    lines = [
-        {"level": "fail", "text": "The latent actions are useless."},
-        {"level": "good", "text": "All else."},
-    ]
+    lines = [{"level": "fail", "text": "The latent actions are useless."}, {"level": "good", "text": "All else."}]
     write_json(folder / "probe.json", {"type": "card", "sources": {"world-default": {"verdict": lines}}})
     with pytest.raises(ValueError, match="failed: world-default: The latent actions are useless. --accept"):
         train(tmp_path / "run", folder, accept_failed_laq=False)
@@ -154,9 +149,7 @@ def test_a_laq_whose_probe_card_failed_is_refused(tmp_path):
         ({"data": ("world:human",)}, {"action_weight": 1.0}, "no source in the data has actions"),
     ],
 )
-def test_settings_that_no_run_can_have_are_named_before_it_starts(
-    settings, model, message, laq_folder, tmp_path
-):
+def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, model, message, laq_folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", laq_folder, model, **settings)
     assert not (tmp_path / "run").exists()
@@ -196,15 +189,11 @@ def test_every_head_looks_and_reads_and_tells_the_actions_of_the_world(head, cle
 
 
 def test_continuous_latents_want_the_flow_head(tmp_path):
-    LAQ(LAQConfig(image_size=32, quantizer="gaussian")).save_pretrained(
-        tmp_path, data=DATA, step=0, report=None
-    )
+    LAQ(LAQConfig(image_size=32, quantizer="gaussian")).save_pretrained(tmp_path, data=DATA, step=0, report=None)
     with pytest.raises(ValueError, match="head=flow fits"):
         train(tmp_path / "run", tmp_path)
     train(tmp_path / "run", tmp_path, {"head": "flow"}, steps=2)
-    figures = json.loads((tmp_path / "run/checkpoints/last/pretrained_model/config.json").read_text())[
-        "report"
-    ]
+    figures = json.loads((tmp_path / "run/checkpoints/last/pretrained_model/config.json").read_text())["report"]
     assert "accuracy" not in figures["world-default"] and figures["world-default"]["action_r2"] is not None
 
 

@@ -27,23 +27,16 @@ def test_pictures_and_videos_of_a_run_reach_wandb_under_names_that_stay_the_same
     import wandb
     from PIL import Image
 
-    files = [
-        tmp_path / "grids" / "left" / "usage_000007.png",
-        tmp_path / "videos" / "step_000007" / "task" / "0.mp4",
-    ]
+    files = [tmp_path / "grids" / "left" / "usage_000007.png", tmp_path / "videos" / "step_000007" / "task" / "0.mp4"]
     for file in files:
         file.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(files[0])
     files[1].write_bytes(b"a video")
     logged = []
-    tracker = SimpleNamespace(
-        name="wandb", tracker=SimpleNamespace(log=lambda *a, **o: logged.append((*a, o)))
-    )
+    tracker = SimpleNamespace(name="wandb", tracker=SimpleNamespace(log=lambda *a, **o: logged.append((*a, o))))
     others = SimpleNamespace(name="tensorboard", tracker=None)
     run = SimpleNamespace(output_dir=tmp_path, accelerator=SimpleNamespace(trackers=[others, tracker]))
     Run.show(run, files, step=7)
     ((media, options),) = logged
     assert options == {"step": 7} and list(media) == ["grids/left/usage", "videos/task/0"]
-    assert isinstance(media["grids/left/usage"], wandb.Image) and isinstance(
-        media["videos/task/0"], wandb.Video
-    )
+    assert isinstance(media["grids/left/usage"], wandb.Image) and isinstance(media["videos/task/0"], wandb.Video)

@@ -32,9 +32,7 @@ def test_attention_equals_its_definition():
     q, k, v = attention.to_qkv(x).reshape(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
     q, k = (t / t.square().mean(-1, keepdim=True).add(torch.finfo().eps).sqrt() for t in (q, k))
     weights = (rotate(q, angles) @ rotate(k, angles).transpose(-1, -2) / 8**0.5).softmax(-1)
-    torch.testing.assert_close(
-        attention(x, angles), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16))
-    )
+    torch.testing.assert_close(attention(x, angles), attention.to_out((weights @ v).transpose(1, 2).reshape(3, 5, 16)))
 
 
 @pytest.mark.parametrize("num_tokens", [64, 400])

@@ -21,8 +21,7 @@ BITS, SIZE = 8, (64, 48)  # bars 8 pixels wide; width, height
 DECODERS = [
     "pyav",
     pytest.param(
-        "torchcodec",
-        marks=pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed"),
+        "torchcodec", marks=pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
     ),
 ]
 FORMATS = [
@@ -135,9 +134,7 @@ def test_pyav_decodes_nothing_behind_a_frame_near_its_key_frame(tmp_path):
 @pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
 def test_pyav_takes_over_where_torchcodec_fails_and_says_so(tmp_path, caplog):
     reader = VideoReader(write(tmp_path / "a.mp4"), "torchcodec")
-    reader.torchcodec.shown_at = (
-        reader.torchcodec.shown_at + 0.5
-    )  # as if it gave another frame than asked for
+    reader.torchcodec.shown_at = reader.torchcodec.shown_at + 0.5  # as if it gave another frame than asked for
     assert numbers(reader.frames([0.5, 1.0])) == [15, 30]
     assert "a.mp4: torchcodec fails, PyAV decodes it: frames [15, 30] decode to" in caplog.text
 
@@ -310,9 +307,7 @@ def test_broken_files_are_errors_that_name_them_or_are_skipped_and_counted(tmp_p
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_file_that_breaks_after_the_index_was_made_is_named_and_never_replaced(
-    tmp_path, monkeypatch, decoder
-):
+def test_a_file_that_breaks_after_the_index_was_made_is_named_and_never_replaced(tmp_path, monkeypatch, decoder):
     monkeypatch.setattr(videos, "decoder", lambda: decoder)
     path = write(tmp_path / "breaks.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
     write(tmp_path / "good.mp4")

@@ -111,9 +111,7 @@ def test_what_tokens_expects_at_a_place_is_the_mean_over_the_sequences_before_it
     for first in range(size):
         for second in range(size):
             codes = torch.tensor([[[first, second]]]).expand(2, -1, -1)
-            joint = (
-                -2 * vla.score(batch | {"latent_indices": codes})
-            ).exp()  # the score is a mean over two places
+            joint = (-2 * vla.score(batch | {"latent_indices": codes})).exp()  # the score is a mean over two places
             exact[:, 0, 0, first] += joint
             exact[:, 0, 1, second] += joint
     torch.testing.assert_close(exact.sum(-1), torch.ones(2, 1, 2))
@@ -121,9 +119,7 @@ def test_what_tokens_expects_at_a_place_is_the_mean_over_the_sequences_before_it
     found = vla.expected(batch["images"], batch["task"])
     torch.testing.assert_close(found, exact, atol=0.08, rtol=0)
     assert ((found[:, 0, 0] - exact[:, 0, 0]).abs() < 1e-5).all()  # nothing stands before the first
-    _, behind_the_likeliest = vla.head.continue_(
-        vla.vlm, vla.vlm(batch["images"], batch["task"], use_cache=True), 0.0
-    )
+    _, behind_the_likeliest = vla.head.continue_(vla.vlm, vla.vlm(batch["images"], batch["task"], use_cache=True), 0.0)
     assert (behind_the_likeliest[:, 1] - exact[:, 0, 1]).abs().amax() > 0.1
 
 
@@ -181,9 +177,7 @@ def test_any_number_of_tokens_codes_and_latent_actions_is_learned(
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_over_the_vocabulary_and_its_gradients_are_those_of_transformers_labels(
-    tmp_path, family, is_tied
-):
+def test_the_loss_over_the_vocabulary_and_its_gradients_are_those_of_transformers_labels(tmp_path, family, is_tied):
     reference, _ = save_vlm(tmp_path, family, is_tied)
     vla = make(tmp_path, family, chunk_size=2, **VOCABULARY)
     batch, (vlm, head) = make_batch(vla, rows=2), (vla.vlm, vla.head)
@@ -329,13 +323,8 @@ def test_latent_actions_past_the_episode_count_for_nothing(saved, settings):
         return vla.eval().score(batch)
 
     before = scores(batch)
-    assert not torch.equal(
-        before[:2], scores(batch | {"latent_is_pad": torch.zeros(4, 3, dtype=torch.bool)})[:2]
-    )
-    batch["latent_indices"][0, 1:], batch["latent_vectors"][0, 1:] = (
-        -1,
-        float("nan"),
-    )  # as hlrp.label leaves them
+    assert not torch.equal(before[:2], scores(batch | {"latent_is_pad": torch.zeros(4, 3, dtype=torch.bool)})[:2])
+    batch["latent_indices"][0, 1:], batch["latent_vectors"][0, 1:] = (-1, float("nan"))  # as hlrp.label leaves them
     assert torch.equal(scores(batch), before)
 
 
@@ -383,9 +372,7 @@ def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_kno
 
 
 @pytest.mark.parametrize("scheme", ["world", "lerobot"])
-def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(
-    saved, scheme, tmp_path
-):
+def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(saved, scheme, tmp_path):
     uri = "world:clean?episodes=3" if scheme == "world" else f"lerobot:{write(tmp_path / 'data', codec=None)}"
     source = open_source(uri)
     laq = LAQ(LAQConfig(image_size=16, patch_size=8, codebook_size=16)).eval()

@@ -54,9 +54,7 @@ def process(processor, family, views, task, **options):
         text = "<image>" * len(views) + task
     else:
         content = [{"type": "image"}] * len(views) + [{"type": "text", "text": task}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(text=[text], images=[[*views]], return_tensors="pt", **options)
 
 
@@ -116,12 +114,7 @@ def test_a_suffix_is_what_transformers_makes_of_the_same_tokens_behind_the_promp
     row, tokens = images(IMAGE_SIZE[family], views=2)[:1], torch.tensor([[40, 50, 60]])
     inputs = process(processor, family, row[0], TASKS[0])
     inputs.pop("labels", None)
-    for key, value in {
-        "input_ids": tokens,
-        "attention_mask": 1,
-        "token_type_ids": 1,
-        "mm_token_type_ids": 0,
-    }.items():
+    for key, value in {"input_ids": tokens, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}.items():
         if key in inputs:
             inputs[key] = torch.cat([inputs[key], torch.zeros_like(tokens) + value], dim=1)
     with torch.no_grad():
@@ -160,9 +153,7 @@ def test_rows_do_not_depend_on_padding_nor_on_the_pieces_in_which_a_suffix_comes
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
-def test_a_checkpoint_rebuilds_the_model_without_the_folder_it_came_from(
-    tmp_path, family, is_tied, lora_rank
-):
+def test_a_checkpoint_rebuilds_the_model_without_the_folder_it_came_from(tmp_path, family, is_tied, lora_rank):
     torch.manual_seed(0)
     if family != "tiny":
         save_vlm(tmp_path / "hub", family, is_tied, torch.bfloat16)
@@ -180,9 +171,7 @@ def test_a_checkpoint_rebuilds_the_model_without_the_folder_it_came_from(
 
     again = VLM.from_folder(checkpoint / "vlm", settings)
     load_weights(checkpoint, again)
-    facts = [
-        (m.dim, m.image_size, m.num_image_tokens, m.vocab_size, m.vocab_head.shape) for m in (vlm, again)
-    ]
+    facts = [(m.dim, m.image_size, m.num_image_tokens, m.vocab_size, m.vocab_head.shape) for m in (vlm, again)]
     assert facts[0] == facts[1] and facts[0][4] == (vlm.vocab_size, vlm.dim)
     trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (vlm, again)]
     assert trainable[0] == trainable[1] and all(("lora" in name) == bool(lora_rank) for name in trainable[0])
@@ -220,9 +209,7 @@ def test_older_folders_with_a_stored_tied_head_and_a_template_in_json_are_read(t
     save_vlm(tmp_path, family)
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
-    save_file(
-        {**tensors, "lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
     if (template := tmp_path / "chat_template.jinja").exists():
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
         template.unlink()
@@ -240,9 +227,7 @@ def test_hidden_states_survive_autocast(saved, family):
         exact = vlm(images(50), TASKS, suffix(vlm))
         with torch.autocast("cpu", torch.bfloat16):
             rounded = vlm.extend(vlm(images(50), TASKS, use_cache=True), suffix(vlm))
-    torch.testing.assert_close(
-        rounded.hidden[exact.mask].float(), exact.hidden[exact.mask], atol=0.3, rtol=0.1
-    )
+    torch.testing.assert_close(rounded.hidden[exact.mask].float(), exact.hidden[exact.mask], atol=0.3, rtol=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,11 +246,7 @@ def test_a_folder_without_its_tokenizer_or_processor_is_an_error(tmp_path, famil
 @pytest.mark.parametrize(
     "family, options, message",
     [
-        (
-            "smolvlm",
-            {"image_size": 30},
-            "image_size=30 does not fit .*: expected 46 or a multiple of 14 up to 42",
-        ),
+        ("smolvlm", {"image_size": 30}, "image_size=30 does not fit .*: expected 46 or a multiple of 14 up to 42"),
         ("smolvlm", {"image_size": 56}, "image_size=56"),
         ("qwen2_5_vl", {"image_size": 28}, "image_size=28 .* a multiple of 8 up to 32"),
         ("paligemma", {"image_size": 21}, "image_size=21 does not fit .*: expected 28$"),
@@ -364,9 +345,7 @@ def test_adapters_start_as_nothing_and_freeze_all_else():
     vlm = VLM.from_config(VLMConfig(), TASKS)
     adapted = VLM.from_config(VLMConfig(lora_rank=4, freeze_layers=2), TASKS)
     weights = vlm.state_dict()
-    adapted.load_state_dict(
-        weights | {k: v for k, v in adapted.state_dict().items() if "lora_" in k}, strict=False
-    )
+    adapted.load_state_dict(weights | {k: v for k, v in adapted.state_dict().items() if "lora_" in k}, strict=False)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * 7 * 2 and all("lora_" in name and ".layers.0." not in name for name in names)
     assert all(f".layers.{i}." not in name for name in names for i in range(2))

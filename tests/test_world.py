@@ -4,18 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hlrp.world import (
-    BLOCK_BORDER,
-    COLOURS,
-    EDGES,
-    FPS,
-    MAX_LENGTH,
-    MAX_SPEED,
-    MIN_LENGTH,
-    VARIANTS,
-    World,
-    simulate,
-)
+from hlrp.world import BLOCK_BORDER, COLOURS, EDGES, FPS, MAX_LENGTH, MAX_SPEED, MIN_LENGTH, VARIANTS, World, simulate
 from hlrp.world_picture import IMAGE_SIZE  # fmt: skip
 
 
@@ -42,9 +31,7 @@ def test_a_world_of_some_kinds_of_task_has_no_others():
     world = World("clean", 40, kinds="touch,edge")
     tasks = {world.read(i, [0])["task"].split()[0] for i in range(40)}
     assert tasks == {"touch", "push"} and "kinds=touch,edge" in world.uri
-    with pytest.raises(
-        ValueError, match="kinds='touch,grab': 'grab' is none; some of move, touch, edge, block fit"
-    ):
+    with pytest.raises(ValueError, match="kinds='touch,grab': 'grab' is none; some of move, touch, edge, block fit"):
         World("clean", 40, kinds="touch,grab")
 
 

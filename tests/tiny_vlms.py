@@ -19,12 +19,8 @@ QWEN_CHAT = (
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SMOLVLM_SPECIAL = (
-    "<|endoftext|> <|im_start|> <end_of_utterance> <image> <fake_token_around_image> <global-img> <video>"
-)
-QWEN_SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"
-)
+SMOLVLM_SPECIAL = "<|endoftext|> <|im_start|> <end_of_utterance> <image> <fake_token_around_image> <global-img> <video>"
+QWEN_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -35,9 +31,7 @@ def bytes_tokenizer(special, chat):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        special_tokens=special.split(), initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(special_tokens=special.split(), initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TASKS, trainer)
     return T.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -98,24 +92,15 @@ def model(family, tokenizer, is_tied):
             T.PaliGemmaConfig(
                 text_config={"model_type": "gemma2", "query_pre_attn_scalar": 8, **text},
                 vision_config=vision
-                | {
-                    "model_type": "siglip_vision_model",
-                    "image_size": 28,
-                    "patch_size": 7,
-                    "vision_use_head": False,
-                },
+                | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7, "vision_use_head": False},
                 image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
                 projection_dim=16,
                 hidden_size=16,
                 tie_word_embeddings=is_tied,
             )
         )
-    ids = {
-        f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")
-    }
-    ids |= {
-        f"vision_{x}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{x}|>") for x in ("start", "end")
-    }
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    ids |= {f"vision_{x}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{x}|>") for x in ("start", "end")}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
     vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
     text["rope_parameters"] = ROTARY
@@ -126,9 +111,7 @@ def model(family, tokenizer, is_tied):
             T.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **options)
         )
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    return T.Qwen3VLForConditionalGeneration(
-        T.Qwen3VLConfig(text_config=text, vision_config=vision, **options)
-    )
+    return T.Qwen3VLForConditionalGeneration(T.Qwen3VLConfig(text_config=text, vision_config=vision, **options))
 
 
 def save_vlm(folder, family, is_tied=True, dtype=torch.float32):

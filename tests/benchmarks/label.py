@@ -29,9 +29,7 @@ from hlrp.laq import LAQ, LAQConfig
 from hlrp.launch import keep_freed_memory
 
 
-def per_pair(
-    laq: LAQ, frames: torch.Tensor, offset: int, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def per_pair(laq: LAQ, frames: torch.Tensor, offset: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and indices of the pairs of frames `offset` apart."""
     pairs = torch.stack([frames[:-offset], frames[offset:]], dim=1)  # b 2 c h w
     codes, indices = zip(*(laq.encode(part) for part in pairs.split(batch_size // 2)), strict=True)
@@ -39,9 +37,7 @@ def per_pair(
 
 
 def once(laq: LAQ, frames: torch.Tensor, offset: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    source = SimpleNamespace(
-        lengths=np.array([len(frames)]), read=lambda _, indices: {"frames": frames[indices]}
-    )
+    source = SimpleNamespace(lengths=np.array([len(frames)]), read=lambda _, indices: {"frames": frames[indices]})
     vectors, indices = zip(*label_episode(laq, source, 0, offset, batch_size), strict=True)
     return laq.expand(torch.cat(vectors)), torch.cat(indices)
 
@@ -53,12 +49,8 @@ def main() -> int:
     parser.add_argument("--num-frames", type=int, default=36, help="of the episode")
     parser.add_argument("--offset", type=int, default=4, help="between the frames of a pair")
     parser.add_argument("--batch-size", type=int, default=16, help="frames at a time")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed episodes of each side, after one untimed"
-    )
-    parser.add_argument(
-        "--min-ratio", type=float, default=2.5, help="least per pair / hlrp, time of an episode"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed episodes of each side, after one untimed")
+    parser.add_argument("--min-ratio", type=float, default=2.5, help="least per pair / hlrp, time of an episode")
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(args.threads)

@@ -291,8 +291,7 @@ def main() -> int:
     work = {side: gflop(build, args.batch_size) for side, build in builds.items()}
     models = {side: build() for side, build in builds.items()}
     optimizers = {
-        side: torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True)
-        for side, model in models.items()
+        side: torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True) for side, model in models.items()
     }
     frames = (args.batch_size, 2, 3, SIZE.image_size, SIZE.image_size)
     frames = torch.randint(256, frames, dtype=torch.uint8)

@@ -47,9 +47,7 @@ def count(model, batch) -> tuple[float, float]:
         loss, _ = model(batch)
         loss.backward()
     model.zero_grad()
-    two = {
-        k: torch.cat([x, x]) if torch.is_tensor(x) else x * 2 if k == "task" else x for k, x in batch.items()
-    }
+    two = {k: torch.cat([x, x]) if torch.is_tensor(x) else x * 2 if k == "task" else x for k, x in batch.items()}
     return counter.get_total_flops(), kept(model, two) - kept(model, batch)  # without bf16 copies of weights
 
 
@@ -116,9 +114,7 @@ def vlm_of(name: str, text_layers: int | None = None, vision_layers: int | None 
     part = "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     tokenizer.chat_template = f"{{% for part in messages[0]['content'] %}}{part}{{% endfor %}}<eos>"
     shape = VLMS[name]
-    text = {"model_type": "llama", "vocab_size": 49280, "pad_token_id": tokenizer.pad_token_id} | shape[
-        "text"
-    ]
+    text = {"model_type": "llama", "vocab_size": 49280, "pad_token_id": tokenizer.pad_token_id} | shape["text"]
     vision, edge = dict(shape["vision"]), shape["vision"]["image_size"]
     text["num_hidden_layers"] = text_layers or text["num_hidden_layers"]
     vision["num_hidden_layers"] = vision_layers or vision["num_hidden_layers"]
@@ -167,16 +163,12 @@ def rows(model: Counted, per_gpu: int, in_shards: bool, samples: float, loader: 
     lines = []
     for gpus in GPUS:
         others = (gpus - 1) / gpus
-        weights = model.parameters * (
-            2 * 2 + 4 if in_shards else 2 * 4
-        )  # gathered twice in bf16, gradients in fp32
+        weights = model.parameters * (2 * 2 + 4 if in_shards else 2 * 4)  # gathered twice in bf16, gradients in fp32
         passes = per_gpu * model.flops / (args.peak * 1e12 * args.efficiency)
         compute = passes + model.optimizer_flops / (args.peak * 1e12 * args.efficiency)
         traffic = others * weights
         communication = traffic / ((args.nvlink if gpus <= args.node else args.bus) * 1e9)
-        step = compute + max(
-            0.0, communication - args.overlap * 2 / 3 * passes
-        )  # hidden behind the backward pass
+        step = compute + max(0.0, communication - args.overlap * 2 / 3 * passes)  # hidden behind the backward pass
         rate = gpus * per_gpu / step
         shared = gpus if in_shards else 1
         memory = model.parameters * (model.bytes_a_parameter / shared + 2) + 4 * model.frozen
@@ -199,18 +191,12 @@ def rows(model: Counted, per_gpu: int, in_shards: bool, samples: float, loader: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=798, help="bf16 matrix product of a GPU [TFLOP/s]")
     parser.add_argument("--efficiency", type=float, default=0.4, help="of it, over a step's own FLOPs")
     parser.add_argument("--node", type=int, default=8, help="GPUs")
-    parser.add_argument(
-        "--nvlink", type=float, default=360, help="bus bandwidth of a collective in a node [GB/s]"
-    )
-    parser.add_argument(
-        "--bus", type=float, default=300, help="between nodes, eight links of 400 Gb/s each [GB/s]"
-    )
+    parser.add_argument("--nvlink", type=float, default=360, help="bus bandwidth of a collective in a node [GB/s]")
+    parser.add_argument("--bus", type=float, default=300, help="between nodes, eight links of 400 Gb/s each [GB/s]")
     parser.add_argument("--overlap", type=float, default=0.8, help="share of the backward pass that hides it")
     parser.add_argument("--loader", type=float, default=0.7, help="of one core, for a pair of frames [ms]")
     args = parser.parse_args()
@@ -220,9 +206,7 @@ def main() -> None:
     laq, labelling = alone(laq_base)
     models = [(laq, 256, False, 100e6)]
     models += [(vla(name, labelling, laq.parameters), 32, name == "VLA 2B", 20e6) for name in VLMS]
-    print(
-        "| model | trained | GFLOP a sample | tokens | kept for backward, MB a sample |\n|---|---|---|---|---|"
-    )
+    print("| model | trained | GFLOP a sample | tokens | kept for backward, MB a sample |\n|---|---|---|---|---|")
     for model, *_ in models:
         print(
             f"| {model.name} | {model.parameters / 1e6:,.0f} M | {model.flops / 1e9:,.0f} | {model.tokens} "
@@ -232,9 +216,7 @@ def main() -> None:
     print(f"A step of Muon takes {laq.optimizer_flops / 1e12:.1f} TFLOP for LAQ base, on every rank.")
     for model, per_gpu, in_shards, samples in models:
         layout = "FSDP2" if in_shards else "DDP"
-        print(
-            f"\n### {model.name}, {layout}, {per_gpu} samples a GPU and step, {samples / 1e6:.0f} M samples\n"
-        )
+        print(f"\n### {model.name}, {layout}, {per_gpu} samples a GPU and step, {samples / 1e6:.0f} M samples\n")
         print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
         print("\n".join(rows(model, per_gpu, in_shards, samples, args.loader, args)))
 

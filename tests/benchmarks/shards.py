@@ -118,19 +118,12 @@ def measure_speed(args: Args, folder: Path) -> bool:
     theirs = LeRobotDataset("hlrp/textures", root=folder / "lerobot", delta_timestamps=deltas)
 
     rng = np.random.default_rng(0)
-    chosen = [
-        (int(rng.integers(args.num_episodes)), int(rng.integers(args.num_frames - OFFSET)))
-        for _ in range(1024)
-    ]
+    chosen = [(int(rng.integers(args.num_episodes)), int(rng.integers(args.num_frames - OFFSET))) for _ in range(1024)]
     encoded = [source.encoded(episode, [i, i + OFFSET]) for episode, i in chosen]
     with wds.TarWriter(str(folder / "pairs.tar")) as writer:
         for number, (first, second) in enumerate(encoded):
             writer.write({"__key__": f"{number:06d}", "0.jpg": first, "1.jpg": second})
-    plain = (
-        wds.WebDataset(str(folder / "pairs.tar"), shardshuffle=False)
-        .decode("rgb8")
-        .to_tuple("0.jpg", "1.jpg")
-    )
+    plain = wds.WebDataset(str(folder / "pairs.tar"), shardshuffle=False).decode("rgb8").to_tuple("0.jpg", "1.jpg")
 
     error = []
     for number, sample in enumerate(islice(plain, 64)):
@@ -200,10 +193,7 @@ def write_large(folder: Path, num_shards: int, num_episodes: int = 625, length: 
     """Shards whose episodes are one and the same, over and over; the rest of each TAR is a hole."""
     folder.mkdir()
     tar = folder / "000000.tar"
-    members = {
-        "json": b'{"task": "drift", "fps": 10}',
-        "action.npy": array_bytes(np.zeros((length, 2), np.float32)),
-    }
+    members = {"json": b'{"task": "drift", "fps": 10}', "action.npy": array_bytes(np.zeros((length, 2), np.float32))}
     for i, image in enumerate(Textures(1, length).read(0, range(length))["frames"]):
         members[f"{i:06d}.jpg"] = encode_jpeg(image, 90).numpy().tobytes()
     start = b"".join(member_bytes(f"e.{name}", data) for name, data in members.items())
@@ -263,9 +253,7 @@ def measure_size(args: Args, folder: Path) -> bool:
 
     mixtures = {name: first_sample(folder / name)[2] for name in ("one", "many")}
     clips = mixtures["many"].clips[0]
-    print(
-        f"{len(clips) / 1e6:.1f} million pairs in {len(clips.episodes)} episodes and {args.num_shards} shards"
-    )
+    print(f"{len(clips) / 1e6:.1f} million pairs in {len(clips.episodes)} episodes and {args.num_shards} shards")
     times: dict[str, list[float]] = {name: [] for name in mixtures}
     for turn in range(args.repeats + 1):
         for name, mixture in mixtures.items():
@@ -276,9 +264,7 @@ def measure_size(args: Args, folder: Path) -> bool:
     one, many = (statistics.median(times[name]) for name in ("one", "many"))
     print(f"from opening to the first sample: {wall:.2f} s, {cpu:.2f} CPU-s; {MAX_OPEN:g} s are allowed")
     print(f"memory: {opened:.0f} MiB to open, {worker:.0f} MiB private to a worker; {MAX_MEMORY} are allowed")
-    print(
-        f"a sample: {one:.3f} CPU-ms of one shard, {many:.3f} of all: {many / one:.2f}; {MAX_GROWTH:g} are allowed"
-    )
+    print(f"a sample: {one:.3f} CPU-ms of one shard, {many:.3f} of all: {many / one:.2f}; {MAX_GROWTH:g} are allowed")
     return wall <= MAX_OPEN and worker <= MAX_MEMORY and many / one <= MAX_GROWTH
 
 

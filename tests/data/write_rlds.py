@@ -86,10 +86,7 @@ class TinyRobot(tfds.core.GeneratorBasedBuilder):
                 episode,
                 {
                     "steps": [self.step(rng, episode, t, length) for t in range(length)],
-                    "episode_metadata": {
-                        "file_path": f"/raw/{split}/{episode}.npz",
-                        "episode_id": -episode - 1,
-                    },
+                    "episode_metadata": {"file_path": f"/raw/{split}/{episode}.npz", "episode_id": -episode - 1},
                     "success": episode % 2 == 0,
                     "robot": ["arm", "hand"][episode % 2],
                 },
@@ -142,9 +139,7 @@ def read_back(builder):
             columns["lengths"].append(len(steps))
             for step in steps:
                 jpeg = step["observation"]["image"]
-                step["observation"]["image"] = tf.image.decode_jpeg(
-                    jpeg, dct_method="INTEGER_ACCURATE"
-                ).numpy()
+                step["observation"]["image"] = tf.image.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE").numpy()
             for tree in [tfds.as_numpy(episode), *({"steps": step} for step in steps)]:
                 for path, value in paths(tree):
                     columns.setdefault(path, []).append(value)
@@ -158,9 +153,7 @@ def read_back(builder):
 def main(folder):
     with tempfile.TemporaryDirectory() as data_dir:
         builder = TinyRobot(data_dir=data_dir)
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(num_shards=2, try_download_gcs=False)
-        )
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2, try_download_gcs=False))
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(builder.data_path, folder)
     np.savez_compressed(Path(folder) / "expected.npz", **read_back(tfds.builder_from_directory(folder)))
