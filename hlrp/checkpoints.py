@@ -1,9 +1,13 @@
 """Checkpoint folders: config.json + model.safetensors, written whole or not at all, read strictly, no pickle."""
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
@@ -13,8 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+STEP = "training_state/training_step.json"  # in a checkpoint that a run can go on from
+# of a file system that lacks what was asked for, other than one that fails
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+HASHED = 2**26  # of a set of files, the part that its hash reads [byte]
 
 
 @contextmanager
@@ -34,10 +43,15 @@ def whole_folder(folder: Path):
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
+    """Flushes a file or a folder to the disk; some file systems do so for files alone."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,11 +67,25 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def link_last(checkpoint: Path) -> None:
-    """Points the link `last` beside a checkpoint at it, in one step."""
-    link = checkpoint.with_name("last.partial")
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
-    link.replace(checkpoint.with_name("last"))
+    """Points the link `last` beside a checkpoint at it, in one step. Without links, `last` is a copy."""
+    last, partial = checkpoint.with_name("last"), checkpoint.with_name("last.partial")
+    remove(partial)
+    try:
+        partial.symlink_to(checkpoint.name)
+    except OSError as error:
+        logger.warning("no link in %s (%s): %s is a copy of the checkpoint", last.parent, error.strerror, last.name)
+        shutil.copytree(checkpoint, partial)
+    if not last.is_symlink() or not partial.is_symlink():
+        remove(last)
+    partial.replace(last)
+
+
+def remove(path: Path) -> None:
+    """Removes a link, a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -121,6 +149,58 @@ def weights_hash(model: nn.Module, *facts) -> str:
     tensors = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
     hashes = sorted(hashlib.sha256(tensor).hexdigest() for tensor in tensors)
     return hashlib.sha256(repr((facts, hashes)).encode()).hexdigest()[:16]
+
+
+def contents_hash(paths: Sequence[Path | str]) -> str:
+    """16 hex digits of what is in some files or URLs, in their order, whatever their names and places.
+
+    All of it is read; of more than `HASHED` [byte] blocks, evenly spread over each file. Raises ValueError for what
+    cannot be read.
+    """
+    paths = [str(path) for path in paths]
+    try:
+        if any("://" in path for path in paths):
+            from fsspec.core import url_to_fs
+
+            files, names = url_to_fs(paths[0])[0], [url_to_fs(path)[1] for path in paths]
+            sizes = [files.size(name) for name in names]
+            blocks = _blocks(sizes)
+            ranges = [(name, *block) for name, found in zip(names, blocks, strict=True) for block in found]
+            data = iter(files.cat_ranges(*map(list, zip(*ranges, strict=True)), on_error="raise"))
+            digests = [hashlib.sha256(b"".join(next(data) for _ in found)).hexdigest() for found in blocks]
+        else:
+            sizes = [os.stat(path).st_size for path in paths]
+            with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
+                digests = list(threads.map(_local_digest, paths, _blocks(sizes)))
+    except OSError as error:
+        raise ValueError(f"{paths[0]} or another of {len(paths)} files cannot be read: {error}") from error
+    return hashlib.sha256(repr((sizes, digests)).encode()).hexdigest()[:16]
+
+
+def _blocks(sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Begin and end of what is read of each file of these sizes [byte]."""
+    share = HASHED / max(1, sum(sizes))
+    block = min(max(HASHED // (3 * max(1, len(sizes))), 2**12), 2**16)
+    blocks = []
+    for size in sizes:
+        count = max(3, round(size * share / block)) | 1  # odd: the middle is among them
+        if share >= 1 or count * block >= size:
+            blocks.append([(0, size)])
+        else:
+            starts = [(size - block) * i // (count - 1) for i in range(count)]
+            blocks.append([(start, start + block) for start in starts])
+    return blocks
+
+
+def _local_digest(path: str, blocks: Sequence[tuple[int, int]]) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        for start, end in blocks:
+            file.seek(start)
+            while start < end and (data := file.read(min(end - start, 2**20))):
+                digest.update(data)
+                start += len(data)
+    return digest.hexdigest()
 
 
 class Frozen(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hlrp.checkpoints import contents_hash
 from hlrp.images import decode_all
 from hlrp.videos import probe_all, read_frames
 
@@ -93,11 +94,16 @@ class LeRobotData:
             camera.fps = np.full(len(whole), float(info["fps"]))
         self.num_skipped = len(episodes["length"]) - len(whole)
 
-        files = [path for path in self.data_files + self.video_files if path.exists()]
-        sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
-        tasks = sorted(self.tasks.items())
-        what = repr((self.camera, *self.views, info["fps"], self.lengths.tolist(), sizes, tasks))
-        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
+        files = self.video_files if self.is_video else self.data_files
+        if self.latent_space is not None:
+            files = files + self.data_files
+        digest = hashlib.sha256(contents_hash([path for path in files if path.exists()]).encode())
+        others = [view.fingerprint for view in self.views.values()]
+        kept = {key: column.tolist() for key, column in self.episodes.items() if key != "row_in_file"}
+        digest.update(repr((self.camera, *others, info["fps"], kept, sorted(self.tasks.items()))).encode())
+        for key, column in self.numbers.items():
+            digest.update(repr((key, column.shape)).encode() + np.ascontiguousarray(column).tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         at = {key: column[episode] for key, column in self.episodes.items()}

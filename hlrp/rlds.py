@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torchvision.io import encode_png
 
+from hlrp.checkpoints import contents_hash
 from hlrp.images import decode
 from hlrp.open_x import DATASETS, EXTERNAL
 from hlrp.streams import Episode
@@ -103,7 +104,8 @@ class RLDS:
 
         self.name = name or f"rlds-{info['name'].removesuffix(EXTERNAL)}" + (f"-{camera}" if camera else "")
         chosen = (self.camera_path, self.instruction_path, self.fps, self.action, self.state, self.is_bgr, split)
-        self.fingerprint = hashlib.sha256(repr((info, features, chosen)).encode()).hexdigest()[:16]
+        what = repr((info, features, chosen, contents_hash(self.files)))
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def episodes(self, shard: int) -> Iterator[Episode]:
         """Raises ValueError at a broken episode; where its end is known, next() then gives the one behind it."""

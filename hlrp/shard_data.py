@@ -18,6 +18,7 @@ import torch
 from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
+from hlrp.checkpoints import contents_hash
 from hlrp.images import decode_all
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
@@ -249,8 +250,10 @@ class ShardStream:
         episode = to_episode(first, fps)
         self.fps, self.camera = episode.fps, first.header.get("camera") or ""
         self.state_dim, self.action_dim = map(width, (episode.state, episode.action))
-        sizes = [None if is_url(url) else Path(url).expanduser().stat().st_size for url in self.urls]
-        what = repr(([Path(url).name for url in self.urls], sizes, self.fps, self.state_dim, self.action_dim))
+        files = [Path(url).expanduser() for url in self.urls if not is_url(url)]
+        begins = [member.data for member in first.members.values()]  # of URLs, no more is known
+        digest = hashlib.sha256(b"".join(begins)).hexdigest()
+        what = repr(([Path(url).name for url in self.urls], contents_hash(files), digest, self.fps, self.ignore))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def episodes(self, shard: int) -> Iterator[Episode]:

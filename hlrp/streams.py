@@ -221,7 +221,8 @@ class StreamClips:
         """A hash of what the clips are."""
         labelled = tuple(self.labelled_episodes)
         what = (self.source.fingerprint, self.episodes, labelled, self.times.tolist(), self.image_size)
-        return hashlib.sha256(repr((what, sorted(self.settings.items()))).encode()).hexdigest()[:16]
+        settings = sorted((name, value) for name, value in self.settings.items() if name != "name")
+        return hashlib.sha256(repr((what, settings)).encode()).hexdigest()[:16]
 
     def part(self, shard: int) -> Iterator[tuple[int, Episode]]:
         """The episodes of a shard that belong here and are long enough for a clip, with their numbers.

@@ -21,6 +21,8 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from hlrp.checkpoints import contents_hash
+
 logger = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 TOLERANCE = 0.001  # [s]; WebM and Matroska round time stamps to milliseconds
@@ -349,8 +351,7 @@ class Videos:
         self.tasks = [read_task(path.with_suffix(".txt")) for path in self.paths]
 
         names = [path.relative_to(folder).as_posix() for path in self.paths]
-        sizes = [path.stat().st_size for path in self.paths]
-        what = repr((names, sizes, self.lengths.tolist(), self.fps.tolist(), self.tasks))
+        what = repr((names, contents_hash(self.paths), self.lengths.tolist(), self.fps.tolist(), self.tasks))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, whole_folder
+from hlrp import checkpoints
+from hlrp.checkpoints import Frozen, contents_hash, link_last, load_config, load_weights, save_pretrained, whole_folder
 
 
 @pytest.fixture
@@ -74,3 +77,60 @@ def test_a_frozen_module_stays_in_evaluation_mode_and_out_of_the_checkpoint():
     assert not model[1].module.training and model[0].training
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
     assert not model[1](torch.ones(1, 2, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("hashed", [2**26, 2**17])  # all of the files, and blocks of them
+def test_a_hash_of_contents_follows_the_bytes_and_not_the_place(hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "HASHED", hashed)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "small").write_bytes(b"some bytes")
+        (folder / "large").write_bytes(bytes(2**20))
+    files = [[folder / "small", folder / "large"] for folder in folders]
+    first = contents_hash(files[0])
+    assert contents_hash(files[1]) == first == contents_hash([f"file://{path}" for path in files[0]])
+    assert contents_hash(files[0][::-1]) != first
+    for place in (0, 2**19, 2**20 - 1):  # head, middle and tail
+        data = bytearray(2**20)
+        data[place] = 1
+        files[1][1].write_bytes(data)
+        assert contents_hash(files[1]) != first
+    with pytest.raises(ValueError, match="absent"):
+        contents_hash([tmp_path / "absent"])
+
+
+def unsupported(*args, **kwargs):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+
+def test_without_links_last_is_a_copy_and_a_plain_folder_gives_way_to_a_link(tmp_path, monkeypatch):
+    for step in "123":
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "model").write_text(step)
+    link_last(tmp_path / "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", unsupported)
+        for step in "23":
+            link_last(tmp_path / step)
+            assert not (tmp_path / "last").is_symlink() and (tmp_path / "last/model").read_text() == step
+    link_last(tmp_path / "1")
+    assert (tmp_path / "last").is_symlink() and (tmp_path / "last/model").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "last"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_written_all_the_same_and_a_disk_that_fails_is_told(tmp_path, monkeypatch):
+    def failing(number):
+        def fsync(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    with whole_folder(tmp_path / "whole") as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "whole/file").is_file()
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError), whole_folder(tmp_path / "other") as partial:
+        pass

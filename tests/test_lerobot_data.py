@@ -194,6 +194,29 @@ def test_an_episode_that_one_camera_lacks_is_left_out_for_all(copy):
         open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
 
 
+def test_edited_numbers_and_frames_of_equal_size_are_another_data_set_and_another_place_is_not(h264, images, tmp_path):
+    for original, camera in ((h264, "top,wrist"), (images, "wrist")):
+        folder = shutil.copytree(original, tmp_path / original.name)
+        first = LeRobotData(original, camera).fingerprint
+        assert LeRobotData(folder, camera).fingerprint == first
+        (path,) = (folder / "data").rglob("*.parquet")
+        for column in ("action", "observation.state"):
+            table = pq.read_table(path)
+            values = table[column].to_pylist()
+            values[7][0] += 0.5
+            change(path, **{column: values})
+            assert LeRobotData(folder, camera).fingerprint != first
+            pq.write_table(table, path)
+    assert LeRobotData(folder, camera).fingerprint != LeRobotData(h264, "wrist").fingerprint
+    for video in (tmp_path / h264.name / "videos").rglob("*.mp4"):  # the policy's second view among them
+        data = bytearray(video.read_bytes())
+        data[data.index(b"mdat") + 400] ^= 1
+        video.write_bytes(data)
+        assert LeRobotData(tmp_path / h264.name, "top,wrist").fingerprint != LeRobotData(h264, "top,wrist").fingerprint
+        data[data.index(b"mdat") + 400] ^= 1
+        video.write_bytes(data)
+
+
 def test_the_fingerprint_is_of_the_instructions_too(copy):
     before = LeRobotData(copy).fingerprint
     change(copy / "meta/tasks.parquet", task_index=[1, 0])

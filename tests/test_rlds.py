@@ -145,6 +145,16 @@ def test_the_version_below_a_folder_is_found_and_one_of_several_is_asked_for(tmp
         tiny_robot(tmp_path)
 
 
+def test_the_fingerprint_is_of_the_records(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    assert tiny_robot(tmp_path).fingerprint == tiny_robot().fingerprint
+    file = min(tmp_path.glob("*-train.tfrecord-*"))
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    assert tiny_robot(tmp_path).fingerprint != tiny_robot().fingerprint
+
+
 def test_of_several_versions_of_a_known_data_set_that_of_the_table_is_taken(tmp_path):
     for version in ("0.1.0", "1.0.0"):
         shutil.copytree(FIXTURE, tmp_path / "bc_z" / version)

@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from multiprocessing import get_context
@@ -24,7 +25,8 @@ from hlrp.shard_data import Shards, ShardStream, is_indexed
 from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
 from hlrp.shards import Args, main
 from hlrp.sources import open_source
-from hlrp.streams import Episode
+from hlrp.splits import EpisodeRange
+from hlrp.streams import Episode, clips_of
 from hlrp.tars import END, array_bytes, member_bytes, read_members
 from hlrp.transforms import fit
 
@@ -200,6 +202,21 @@ def test_a_command_that_fails_is_an_error(tmp_path):
     plain_tar(tmp_path / "a.tar", plain_sample())
     with pytest.raises(ValueError, match=r"pipe:cat .*a.tar; exit 3.* exit 3"):
         list(ShardStream(f"pipe:cat {tmp_path}/a.tar; exit 3").episodes(0))
+
+
+def test_the_fingerprint_of_a_stream_is_of_its_bytes_and_not_of_their_place(tmp_path):
+    samples = [plain_sample("a"), plain_sample("b")]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        plain_tar(tmp_path / folder / "0.tar", *samples)
+    shutil.copy(tmp_path / "one/0.tar", tmp_path / "two/0.tar")
+    one, two = (ShardStream(tmp_path / folder) for folder in ("one", "two"))
+    assert one.fingerprint == two.fingerprint and one.name != two.name
+    clips = [clips_of(stream, EpisodeRange(0, 0.0, 1.0), (0.0, 0.1), 16, name=stream.name) for stream in (one, two)]
+    assert clips[0].fingerprint == clips[1].fingerprint
+    samples[1]["action.npy"][0] += 1  # behind the first sample, of equal size
+    plain_tar(tmp_path / "two/0.tar", *samples)
+    assert ShardStream(tmp_path / "two").fingerprint != one.fingerprint
 
 
 def test_a_frame_rate_is_by_json_by_time_stamps_or_by_option(tmp_path):

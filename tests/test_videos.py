@@ -269,6 +269,10 @@ def test_the_fingerprint_is_of_the_files_and_not_of_the_place(tmp_path):
     assert Videos(tmp_path / "one").fingerprint == Videos(tmp_path / "two").fingerprint
     write(tmp_path / "two" / "a.mp4", num_frames=49)
     assert Videos(tmp_path / "one").fingerprint != Videos(tmp_path / "two").fingerprint
+    data = bytearray((tmp_path / "one" / "a.mp4").read_bytes())
+    data[data.index(b"mdat") + 400] ^= 1  # of equal size
+    (tmp_path / "two" / "a.mp4").write_bytes(data)
+    assert Videos(tmp_path / "one").fingerprint != Videos(tmp_path / "two").fingerprint
 
 
 def broken_files(folder):
