@@ -28,6 +28,8 @@ METRICS = (  # of stages 1, 2 and 3, whichever a run has
     "val/*/action_error",
     "env/success/all",
 )
+# columns of every run; a setting of such a name, as `state` of stage 3, is settings.state
+OWN = frozenset("run script state step device hours settings".split())
 COMPARISONS = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -70,8 +72,10 @@ def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
     settings = record["settings"]
     step = max([record.get("step", 0), *(line["step"] for line in logged)])
     row = {"run": str(folder), "state": record["state"], "step": f"{step}/{settings['steps']}"}
-    row |= {"device": record["device"], "hours": hours(settings, logged), "settings": settings}
+    row |= {"device": record["device"], "hours": hours(settings, logged)}
     row["script"] = Path(record["command"][0]).stem
+    settings = {f"settings.{name}" if name in OWN else name: value for name, value in settings.items()}
+    row["settings"] = settings
     for line in logged:
         for name, value in line.items():
             name = f"{line['split']}/{name}"
@@ -108,8 +112,7 @@ def columns_of(runs: list[dict], more: tuple[str, ...]) -> list[str]:
     ]
     if len({run["script"] for run in runs}) > 1:
         differ.insert(0, "script")
-    fixed = {"run", "script", "state", "step", "device", "hours", "settings"}
-    measured = sorted({name for run in runs for name in run if name not in fixed and name not in names})
+    measured = sorted({name for run in runs for name in run if name not in OWN and name not in names})
     return ["run", *dict.fromkeys([*more, *differ]), *measured, "hours", "device", "step", "state"]
 
 

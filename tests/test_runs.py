@@ -50,6 +50,20 @@ def test_hours_are_of_all_processes_at_the_logged_speed(folder):
     assert row["hours"] == pytest.approx(100 * (4 * 2 * 2) / 16.0 * 2 / 3600)
 
 
+def test_a_setting_of_the_name_of_a_column_does_not_hide_it(folder, capsys):
+    for name, value in (("a", True), ("b", False)):
+        path = folder / "sweep" / name / "run.json"
+        record = json.loads(path.read_text())
+        record["settings"] |= {"state": value, "device": "auto"}
+        path.write_text(json.dumps(record))
+    head, a, b, c = table(capsys, folder, settings=("settings.device",))
+    assert [row[head.index("state")] for row in (a, b, c)] == ["done", "failed", "running"]
+    assert [row[head.index("settings.state")] for row in (a, b, c)] == ["True", "False", "-"]
+    assert [row[head.index("settings.device")] for row in (a, b, c)] == ["auto", "auto", "-"]
+    assert [row[0][-1] for row in table(capsys, folder, where=("state=done",))[1:]] == ["a"]
+    assert [row[0][-1] for row in table(capsys, folder, where=("settings.state=False",))[1:]] == ["b"]
+
+
 def test_runs_are_sorted_with_those_that_lack_the_figure_last_and_filtered(folder, capsys):
     def names(**args):
         return [row[0][-1] for row in table(capsys, folder, **args)[1:]]
