@@ -24,6 +24,7 @@ import tyro
 
 from hlrp.checkpoints import load_config, write_json
 from hlrp.idle import IdleConfig
+from hlrp.launch import ends_its_run
 from hlrp.lerobot_flags import lerobot_flags, policy_settings
 from hlrp.policy import HLRPConfig
 
@@ -93,6 +94,7 @@ class Args:
     given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
 
+@ends_its_run
 def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -195,7 +197,7 @@ def main(args: Args) -> None:
             raise ValueError(f"ema_decay={args.ema_decay}, but the model lies in shards; 0 fits")
         average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     learned = policy if average is None else average.module
-    run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
+    run = Run(accelerator, args.output_dir, settings(args), mixture.parts)
     run.load(model, optimizer, average)
 
     @gathered(policy)

@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from hlrp.laq import LAQ, LAQConfig
+from hlrp.launch import ends_its_run
 
 
 @dataclass
@@ -59,11 +60,12 @@ class Args:
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 
 
+@ends_its_run
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.chosen import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.sharding import distribute, gathered
@@ -115,7 +117,7 @@ def main(args: Args) -> None:
     model = distribute(laq, {Block}, accelerator)  # what a rank holds, the optimizer too
     optimizer = make_optimizer(args.optimizer, laq, {Block}, args.lr, args.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    run = Run(accelerator, args.output_dir, settings(args), mixture.fingerprint)
+    run = Run(accelerator, args.output_dir, settings(args), mixture.parts)
     run.load(model, optimizer)
 
     @gathered(laq)
@@ -129,6 +131,7 @@ def main(args: Args) -> None:
             figures = draw_pictures(laq, partial(encoded, laq), val_sets, buckets, bindings, **place)
             run.log("pictures", figures, run.step)
             run.show(place["folder"].rglob(f"*_{run.step:06d}.png"), run.step)
+        wait_for_all()
 
     # train
     num_parameters = sum(p.numel() for p in laq.parameters() if p.requires_grad)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import tyro
 
+from hlrp.launch import ends_its_run
 from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
 
@@ -63,6 +64,7 @@ class Args:
     tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
 
 
+@ends_its_run
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.checkpoints import load_config
@@ -70,7 +72,7 @@ def main(args: Args) -> None:
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
@@ -146,7 +148,7 @@ def main(args: Args) -> None:
     model = distribute(vla, vla.vlm.block_classes(), accelerator)  # what a rank holds, the optimizer too
     optimizer = make_optimizer(args.optimizer, vla, vla.hidden_classes(), args.lr, args.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    run = Run(accelerator, args.output_dir, settings(args) | {"laq": space.fingerprint}, mixture.fingerprint)
+    run = Run(accelerator, args.output_dir, settings(args), mixture.parts)
     run.load(model, optimizer)
 
     @gathered(vla)
@@ -161,6 +163,7 @@ def main(args: Args) -> None:
             figures = draw_pictures(laq, predicted, val_sets, buckets, bindings, **place)
             run.log("pictures", figures, run.step)
             run.show(place["folder"].rglob(f"*_{run.step:06d}.png"), run.step)
+        wait_for_all()
 
     # train
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)

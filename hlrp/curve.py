@@ -17,7 +17,6 @@ again, what was cut is resumed, and several processes may share the table: each 
 trains. Gives curve.json, curve.md and curve.png.
 """
 
-import fcntl
 import json
 import shlex
 import subprocess
@@ -31,6 +30,7 @@ import tyro
 
 from hlrp.checkpoints import load_config, write_json, write_text
 from hlrp.metrics import wilson
+from hlrp.run_folder import hold
 
 Method = Literal["hlrp", "bc", "idm", "random", "shuffled"]
 ROOT = Path(__file__).parents[1]
@@ -183,7 +183,7 @@ def exclusive(folder: Path):
     """Holds a folder's work against the other processes that share the table; they wait here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        hold(lock)
         yield
 
 

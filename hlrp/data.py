@@ -108,8 +108,13 @@ class Mixture(Dataset):
         self.counts = tuple(counts.tolist())  # samples of each source in a block
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
 
-        parts = [(c.fingerprint, count) for c, count in zip(self.clips, self.counts, strict=True)]
-        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        # what a run of these data records of each part; a resume is to have the same, of whatever name and place
+        self.parts = [
+            {"name": c.name, "uri": c.source.uri, "content": c.source.fingerprint, "clips": c.fingerprint, "count": n}
+            for c, n in zip(self.clips, self.counts, strict=True)
+        ]
+        identity = [(part["clips"], part["count"]) for part in self.parts]
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     def _sizes(self) -> np.ndarray:
         if self.streams:
@@ -285,7 +290,7 @@ def kill_workers() -> None:
 
 
 def start_worker(init: Callable[[], None] | None, worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # a terminal's Ctrl-C goes to all, too
         signal.signal(number, signal.SIG_IGN)
     if init is not None:
         init()

@@ -1,13 +1,15 @@
 """What the training scripts do before a run: settings are checked, processes and device are set up by accelerate."""
 
 import ctypes
+import functools
 import itertools
 import os
 import signal
 import socket
 import sys
 import traceback
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -44,31 +46,39 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+PARENT = os.getppid()  # as early as it can be known
+
+
+def under_launcher() -> bool:
+    """Whether accelerate launch or torchrun started this process."""
+    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+
+
 def die_with_launcher() -> None:
     """Has the kernel warn this process by SIGTERM when the launcher that started it has died, of whatever.
 
     A launcher dies at once of Slurm's SIGUSR1 or of kill -9. Its ranks then save and stop, and do not train on.
     """
-    libc, launchers = ctypes.CDLL(None), ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
-    if hasattr(libc, "prctl") and any(name in os.environ for name in launchers):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl") and under_launcher():
         pr_set_pdeathsig = 1
         libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() == 1:
+        if os.getppid() != PARENT:  # that it is process 1 proves nothing: a container may begin with the launcher
             sys.exit("the launcher has gone")
 
 
 def make_accelerator(args):
-    """accelerate's Accelerator for the settings that all scripts share; without a GPU, on the CPU."""
+    """accelerate's Accelerator for the settings that all scripts share; without a GPU, on the CPU.
+
+    Raises ValueError for settings of the launcher that contradict those of the script, or that nothing here follows.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
     torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=args.grad_accumulation,
+        mixed_precision=precision(args.mixed_precision),
+        gradient_accumulation_steps=accumulation(args.grad_accumulation),
         log_with=[name for name in ("wandb", "tensorboard") if getattr(args, name)] or None,
         project_dir=args.output_dir,
         kwargs_handlers=[
@@ -79,6 +89,37 @@ def make_accelerator(args):
     if accelerator.num_processes > 1:
         sys.excepthook = tell_failure
     return accelerator
+
+
+def precision(flag: str) -> str:
+    """That of the flag, or of the launcher where the flag is "auto". The launcher's "no" is its default, and says
+    nothing."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision={launched} of the launcher; expected bf16 or no")
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(f"use_{name.lower()} of the launcher; expected DDP, or FSDP as in slurm/fsdp.yaml")
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        raise ValueError(
+            f"dynamo_backend={backend.lower()} of the launcher; expected no: --compile is the script's own"
+        )
+    if flag == "no" and launched == "bf16":
+        raise ValueError(
+            "mixed_precision=no, but the launcher says bf16; leave the flag out, or launch with --mixed_precision no"
+        )
+    if flag != "auto":
+        return flag
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    return "bf16" if on_gpu else launched
+
+
+def accumulation(flag: int) -> int:
+    """Forward passes per optimizer step: of the flag, or of the launcher where the flag is 1, its default."""
+    launched = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", flag))
+    if flag not in (1, launched):
+        raise ValueError(f"grad_accumulation={flag}, but the launcher says {launched}; leave one of them out")
+    return launched
 
 
 _waits = itertools.count()
@@ -104,13 +145,41 @@ def first_alone():
         wait_for_all()
 
 
+_open_runs: list[ExitStack] = []
+
+
+def ends_its_run(main: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a function that makes a `hlrp.training.Run`, so that run.json says how the run ended, whatever happens."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **settings) -> None:
+        with ExitStack() as runs:
+            _open_runs.append(runs)
+            runs.callback(_open_runs.remove, runs)
+            return main(*args, **settings)
+
+    return wrapped
+
+
+def watch_over(run) -> None:
+    """Has the innermost function that `ends_its_run` wraps end a run."""
+    if _open_runs:
+        _open_runs[-1].push(run)
+
+
+@functools.cache
+def fails_first() -> bool:
+    """Called by a rank that fails: whether it is the first one."""
+    try:
+        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("hlrp/failures", 1) == 1
+    except (RuntimeError, ValueError):  # it went with the first rank's machine
+        return True
+
+
 def tell_failure(kind, error, trace) -> None:
     """In place of sys.excepthook: the first rank that fails says why, the others, which then fail too, just that."""
     name = f"rank {dist.get_rank()} on {socket.gethostname()}" if dist.is_initialized() else "a rank"
-    try:
-        is_first = dist.distributed_c10d._get_default_store().add("hlrp/failures", 1) == 1
-    except (RuntimeError, ValueError):  # it went with the first rank's machine, or there is none yet
-        is_first = True
+    is_first = fails_first()
     reason = traceback.format_exception_only(error)[-1].strip()
     if not is_first:
         text = f"{name} stops, since another one has failed ({reason[:80]})"

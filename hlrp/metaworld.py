@@ -11,7 +11,6 @@ import atexit
 import copy
 import ctypes
 import difflib
-import fcntl
 import importlib.util
 import json
 import logging
@@ -29,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+from hlrp.run_folder import hold
 
 CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 CONTROL_FREQ = 80  # environment steps a second
@@ -130,7 +131,7 @@ def cached(
     name = "+".join(tasks.split(",")) + f"_{episodes}episodes_{camera}_{size}px_noise{noise}_seed{seed}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here until the first one has rendered
+        hold(lock)  # other processes wait here until the first one has rendered
         if not (cache / name).exists():
             render(cache / name, tasks, episodes, (camera,), size, noise=noise, seed=seed)
     return cache / name

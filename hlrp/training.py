@@ -20,7 +20,9 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,32 +37,15 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import WEIGHTS, link_last, load_weights, save_tensors, whole_folder, write_json, write_text
 from hlrp.intake import Intake
-from hlrp.launch import keep_freed_memory, wait_for_all
+from hlrp.launch import fails_first, keep_freed_memory, under_launcher, wait_for_all, watch_over
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.run_folder import git_state, last_checkpoint, lock
+from hlrp.run_folder import changes, check_output_dir, contents, git_state, last_checkpoint, lock
 from hlrp.sharding import full, full_copies, sharding
 from hlrp.watchdog import Stopwatch, Watchdog, stragglers
 
 # exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
 INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
-FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
-    *(
-        "output_dir",
-        "num_workers",
-        "log_freq",
-        "eval_freq",
-        "save_freq",
-        "val_samples",
-        "max_broken",
-        "buckets",
-        "pictures",
-        "wandb",
-        "tensorboard",
-        "env",
-        "env_eval_freq",
-        "eval",
-    )
-}
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # save and stop
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -71,10 +56,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 class Run:
     """One output folder from the first step to the last, shared by all ranks of an `accelerate.Accelerator`.
 
-    settings: plain values, recorded in run.json; a resume with others is refused. fingerprint: of the data.
+    settings: plain values, recorded in run.json; a resume with others is refused. data: the parts of the mixture.
+    As a context, or in a function that `hlrp.launch.ends_its_run` wraps, run.json says how the run ended, whatever
+    happens: done, interrupted, or failed and why.
     """
 
-    def __init__(self, accelerator, output_dir: Path, settings: dict, fingerprint: str):
+    def __init__(self, accelerator, output_dir: Path, settings: dict, data: list[dict]):
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != accelerator.num_processes:
             raise ValueError(
@@ -85,62 +72,70 @@ class Run:
         if accelerator.device.type == "cpu":  # accelerate launch leaves one thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
             keep_freed_memory()
-        self.settings = settings | {"num_processes": accelerator.num_processes}
+        self.settings = settings | {
+            "num_processes": accelerator.num_processes,
+            "grad_accumulation": accelerator.gradient_accumulation_steps,  # the launcher may have set these two
+            "mixed_precision": accelerator.mixed_precision,
+        }
         self.steps, self.seed = settings["steps"], settings["seed"]
         self.check_freq = 1 if accelerator.device.type == "cpu" else 10  # what waits for the device [optimizer step]
         self.watchdog, self.stopwatch = Watchdog(accelerator.process_index), None
         if accelerator.is_main_process:
             self.lock = lock(output_dir)
+            check_output_dir(output_dir)
         wait_for_all()
         self.checkpoint = last_checkpoint(output_dir)
         record = output_dir / "run.json"
         self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
-        self.refuse_other_settings(fingerprint)
+        self.record = {"settings": self.settings, "contents": contents(self.settings), "data": data}
+        if self.before is not None and (found := changes(self.before, self.record)):
+            raise ValueError(
+                f"{self.output_dir} holds a run with other settings ({'; '.join(found)}). Give the old ones to resume "
+                "it, or another --output-dir to start anew"
+            )
         self.step = int(self.checkpoint.name) if self.checkpoint else 0
         self.report = None  # of the last validation, kept in every checkpoint
         self.intake = Intake(settings["num_workers"], settings["max_broken"])
         self.first_fault = torch.full((), math.inf, device=accelerator.device)
-        self.stop_signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request_stop)
+        self.stop_signal, self.stop_asked, self.is_over = 0, 0.0, False
         self.restart_clock()
         self.bar = None
         if accelerator.is_main_process:
-            self.start_log(fingerprint)
+            self.start_log()
+        self.handlers = {number: signal.signal(number, self.request_stop) for number in STOP}
+        watch_over(self)
         wait_for_all()
 
-    def refuse_other_settings(self, fingerprint: str) -> None:
-        if self.before is None:
-            return
-        was = self.before["settings"] | {"data content": self.before["fingerprint"]}
-        now = self.settings | {"data content": fingerprint}
-        other = [name for name in sorted(was | now) if name not in FREE and was.get(name) != now.get(name)]
-        if other:
-            changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in other)
-            raise ValueError(
-                f"{self.output_dir} holds a run with other settings ({changes}). Give the old ones to resume it, "
-                f"or another --output-dir to start anew"
-            )
+    def __enter__(self) -> "Run":
+        return self
 
-    def start_log(self, fingerprint: str) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        if self.is_over:
+            return
+        if error is None:
+            self.finish()
+        elif fails_first() and (self.output_dir / "run.json").is_file():
+            record = json.loads((self.output_dir / "run.json").read_text())
+            reason = traceback.format_exception_only(error)[-1].strip()
+            write_json(self.output_dir / "run.json", record | {"state": "failed", "step": self.step, "reason": reason})
+        self.close(exit_code=1)
+
+    def start_log(self) -> None:
         metrics = self.output_dir / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.is_file() else []
         whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
         write_text(metrics, "".join(line + "\n" for line in whole if self.step))
         self.metrics = metrics.open("a")
-        self.record = {
+        self.record |= {
             "state": "running",
             "started": self.before["started"] if self.before else time.strftime("%Y%m%d-%H%M%S"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "settings": self.settings,
-            "fingerprint": fingerprint,
             "device": str(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
             "in_shards": sharding() is not None,
             "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
             "git": git_state(),
         }
-        write_json(self.output_dir / "run.json", self.record)
         wandb = {
             "id": re.sub(r"[^\w.-]", "-", f"{self.output_dir.name}-{self.record['started']}"),
             "resume": "allow",
@@ -149,10 +144,22 @@ class Run:
         plain = {name: x if isinstance(x, int | float | str) else str(x) for name, x in self.settings.items()}
         project = os.environ.get("WANDB_PROJECT", "hlrp")
         self.accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
+        write_json(self.output_dir / "run.json", self.record)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
 
     def request_stop(self, number: int, frame) -> None:
+        """Has the run save and stop after its step; a second Ctrl-C ends it at once."""
+        if number == signal.SIGINT:
+            # a launcher passes the terminal's Ctrl-C on to its ranks, which have had it already
+            patience = 2.0 if under_launcher() else 0.0
+            if self.stop_signal == number and time.monotonic() - self.stop_asked >= patience:
+                signal.signal(number, signal.SIG_DFL)
+                raise KeyboardInterrupt("a second Ctrl-C: ended at once, without saving")
+            if self.stop_signal != number:
+                self.stop_asked = time.monotonic()
+                if self.accelerator.is_main_process:  # print() may not be called twice at a time
+                    os.write(2, b"\nCtrl-C: saves and stops after this step; Ctrl-C again ends at once\n")
         self.stop_signal = number
 
     def load(self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None = None) -> None:
@@ -170,12 +177,17 @@ class Run:
             load_optimizer(self.checkpoint / "training_state", optimizer)
             step = json.loads((self.checkpoint / "training_state" / "training_step.json").read_text())
             self.report, self.intake.turns = step["report"], step["turns"]
+            if self.before is not None:  # streams at another place may have another name
+                parts = zip(self.before["data"], self.record["data"], strict=True)
+                names = {old["name"]: part["name"] for old, part in parts}
+                self.intake.turns = {names[name]: turn for name, turn in step["turns"].items()}
             self.print(f"resumed {self.output_dir} at step {self.step}")
             for name, turn in self.intake.turns.items():
                 self.print(
                     f"{name} is a stream: it goes on at the beginning of shard {turn} since its start; what was read "
                     "of it and of later ones is seen again"
                 )
+        wait_for_all()  # some disks are slow
 
     def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
         """The loader's batches on the device, with torch's random numbers set for each; endless loaders only.
@@ -183,15 +195,19 @@ class Run:
         The time that the training waits for data is measured here.
         """
         iterator, accumulation = iter(loader), self.accelerator.gradient_accumulation_steps
+        is_first = True
         while self.step < self.steps:
             before = time.monotonic()
             self.watchdog.begins(f"waits for data of step {self.step + 1}")
             batches = [next(iterator) for _ in range(accumulation)]
+            if is_first:
+                wait_for_all()  # workers start, and streams fill their buffers, within times of their own
+            is_first = False
             self.watchdog.begins(f"computes step {self.step + 1}")
             self.waited += time.monotonic() - before
             labelled = self.share_of_labelled(batches)
             for i, batch in enumerate(batches):
-                self.take_in(batch)
+                self.intake.take(batch, self.step + 1)
                 self.samples += len(batch["dataset"])
                 batch = {
                     k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
@@ -199,13 +215,6 @@ class Run:
                 }
                 seed_step(self.seed, self.step * accumulation + i, self.accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
-
-    def take_in(self, batch: dict) -> None:
-        try:
-            self.intake.take(batch, self.step + 1)
-        except ValueError:
-            self.finish("failed")
-            raise
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
         """How many samples of an optimizer step, on all ranks, have actions, how many have latent actions, and of how
@@ -243,7 +252,6 @@ class Run:
             return
         mine = float(self.first_fault) == first
         sources = sorted(set(self.intake.seen.get(int(first), [])))
-        self.finish("failed")
         raise FloatingPointError(
             f"step {int(first)}: the loss or its gradient is not finite"
             + (f"; the batch held {', '.join(sources[:16])}" if mine else "; the batch of another rank is at fault")
@@ -283,7 +291,7 @@ class Run:
             if self.bar is not None:
                 self.bar.set_postfix_str(shown)
             else:
-                eta = time.strftime("%H:%M:%S", time.gmtime(values["eta_s"]))
+                eta = timedelta(seconds=round(values["eta_s"]))
                 self.print(f"step {step}/{self.steps}  {shown}  lr {values['lr']:.1e}  eta {eta}")
 
     def show(self, files: Iterable[Path], step: int) -> None:
@@ -373,16 +381,28 @@ class Run:
         sys.exit(INTERRUPTED)
 
     def finish(self, state: str = "done") -> None:
-        self.watchdog.stopped.set()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # a further warning is not to kill what is about to end
         if self.accelerator.is_main_process:
             write_json(self.output_dir / "run.json", self.record | {"state": state, "step": self.step})
-            self.metrics.close()
-            self.lock.close()
-            if self.bar is not None:
-                self.bar.close()
+        self.close()
         self.accelerator.end_training()
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends what watches, logs and holds the folder. exit_code: for W&B."""
+        self.is_over = True
+        self.watchdog.stopped.set()
+        for number, handler in self.handlers.items():  # a further warning is not to kill what is about to end
+            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics.close()
+        self.lock.close()
+        if self.bar is not None:
+            self.bar.close()
+        for tracker in self.accelerator.trackers if exit_code else ():
+            if tracker.name == "wandb":
+                tracker.tracker.finish(exit_code=exit_code)
+            else:
+                tracker.finish()
 
     def print(self, text: str) -> None:
         """One line above the progress bar, from the main process."""

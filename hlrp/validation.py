@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from hlrp.data import Loader, collate
 from hlrp.laq import LAQ
+from hlrp.launch import wait_for_all
 from hlrp.losses import mean_action
 from hlrp.metrics import code_health, gather
 from hlrp.probes import MIN_EPISODES, probe_features, probe_r2
@@ -55,11 +56,13 @@ class Share(NamedTuple):
         tasks = {task for _, batch in self.batches(dataset) for task in batch["task"]}
         if self.num_ranks > 1:
             parts = [None] * self.num_ranks
+            wait_for_all()
             dist.all_gather_object(parts, tasks)
             tasks = set().union(*parts)
         return sorted(tasks)
 
     def gather(self, tensor: Tensor) -> Tensor:
+        wait_for_all()  # on the host: shares may differ in how long they take
         return gather(tensor) if self.num_ranks > 1 else tensor
 
 
