@@ -197,10 +197,10 @@ def load(name: str, families: dict[str, Family]):
 
 
 def read(auto, name: str, **options):
-    """auto.from_pretrained(name), with a ValueError that names `name` and what would fit."""
+    """auto.from_pretrained(name) without code of the hub, and a ValueError that names `name` and what would fit."""
     try:
-        return auto.from_pretrained(name, **options)
-    except OSError as error:
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
         examples = "facebook/dinov2-base, google-t5/t5-base or HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
         files = "config.json, model.safetensors and the config of its processor or tokenizer"
         fits = f"a hub id such as {examples}, or a folder with {files}"

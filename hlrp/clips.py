@@ -1,6 +1,7 @@
 """Clips: the samples of a source, frames of one episode at stated times. The contract is in `hlrp.data`."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from hlrp.images import decode_clips
 from hlrp.transforms import fit, fit_all
 
+logger = logging.getLogger(__name__)
 # of a sample, as `hlrp.data` has them; what else a source knows of a frame or an episode has other names
 SAMPLE_KEYS = frozenset("frames images task dataset source episode index fps state action".split()) | {
     "action_is_pad",
@@ -52,7 +54,8 @@ class Plan(NamedTuple):
 class Clips(Dataset):
     """Every clip of some episodes: frames at `times` [s] that all lie inside one episode.
 
-    Seconds become frames by the frame rate of each episode; an episode shorter than a clip contributes none.
+    Seconds become frames by the frame rate of each episode; an episode shorter than a clip contributes none. Clips of
+    unevenly spaced frames that are not `times` apart are left out, and counted in a warning.
     The index holds a few numbers for an episode and none for a clip.
 
     With `min_times`, only so many of the times have to: a policy, which is to act in every frame, asks for one. What
@@ -109,6 +112,9 @@ class Clips(Dataset):
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
+        if any(episode in getattr(source, "uneven", ()) for episode in self.episodes.tolist()):
+            self.starts = self._evenly_spaced(self.starts or [np.arange(n) for n in num_clips])
+        if self.starts is not None:
             num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)
         self.ends = np.cumsum(num_clips)
         self.firsts = self.ends - num_clips  # of the clips of each episode
@@ -143,6 +149,30 @@ class Clips(Dataset):
                     f"{self.source.uri}: delta={delta:g} s is {delta * fps[worst]:.2f} frames at the "
                     f"{fps[worst]:g} fps of episode {self.episodes[worst]}; {nearest:.4g} s fits"
                 )
+
+    def _evenly_spaced(self, starts: list[np.ndarray]) -> list[np.ndarray]:
+        """Those of the starts from which all frames inside the episode lie `times` apart, to a fifth."""
+        kept, error, worst = [], 0.0, ""
+        for frames, episode, offsets in zip(starts, self.episodes.tolist(), self.offsets, strict=True):
+            if (shown_at := self.source.uneven.get(episode)) is not None and len(frames):
+                shown = frames[:, None] + offsets  # starts t
+                found = shown_at[shown.clip(max=len(shown_at) - 1)] - shown_at[frames][:, None]
+                errors = np.where(shown < len(shown_at), np.abs(found - self.times), 0)[:, 1:] / self.times[1:]
+                errors = errors.max(axis=1, initial=0)
+                if errors.max() > error:
+                    i, error = errors.argmax(), errors.max()
+                    worst = (
+                        f"episode {episode}: from frame {frames[i]} on, they lie {found[i].round(3).tolist()} s apart"
+                    )
+                frames = frames[errors <= 0.2]
+            kept.append(frames)
+        num_clips, num_kept = sum(map(len, starts)), sum(map(len, kept))
+        if num_kept < num_clips:
+            what = f"{num_clips - num_kept} of {num_clips} clips, whose frames are not {self.times.tolist()} s apart"
+            if not num_kept:
+                raise ValueError(f"{self.source.uri}: no clip is left without {what}, such as in {worst}")
+            logger.warning("%s: left out %s, such as in %s", self.source.uri, what, worst)
+        return kept
 
     def _check_labels(self, fps: np.ndarray) -> None:
         source, found = self.source, getattr(self.source, "latent_space", None)
@@ -227,14 +257,15 @@ class Clips(Dataset):
         return Plan(starts, clip_frames, action_frames, action_is_pad, latent_is_pad, requests)
 
     def _read(self, plan: Plan) -> Iterator[dict]:
-        """For each request, read() of the source with `frames` fitted to the square, `native` as they are, `labels`."""
+        """For each request, read() of the source with `frames` fitted to the square, `native` as they are, and of each
+        sample `task` and `labels`."""
         if hasattr(self.source, "encoded"):
             yield from self._read_encoded(plan)
             return
         for request in plan.requests:
             with naming(self.source, request.episode):
                 read = self.source.read(request.episode, request.frames)
-                read["labels"] = self._labels(plan, request)
+                read |= self._known(plan, request, read["task"])
             yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size)}
 
     def _read_encoded(self, plan: Plan) -> Iterator[dict]:
@@ -243,7 +274,8 @@ class Clips(Dataset):
             _, _, episode, frames, _ = request
             with naming(source, episode):
                 encoded.append(source.encoded(episode, frames))
-                reads.append(source.about(episode, frames) | {"labels": self._labels(plan, request)})
+                read = source.about(episode, frames)
+                reads.append(read | self._known(plan, request, read["task"]))
 
         def name(number: int) -> str:
             shown = [(request.episode, frame) for request in plan.requests for frame in request.frames]
@@ -253,6 +285,13 @@ class Clips(Dataset):
         natives = decode_clips(encoded, name)
         for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size), strict=True):
             yield read | {"native": native, "frames": frames}
+
+    def _known(self, plan: Plan, request: Request, task: str) -> dict:
+        if hasattr(self.source, "instructions"):
+            tasks = self.source.instructions(request.episode, plan.starts[request.samples])
+        else:
+            tasks = [task] * len(request.samples)
+        return {"task": tasks, "labels": self._labels(plan, request)}
 
     def _labels(self, plan: Plan, request: Request) -> dict[str, Sequence[Tensor]]:
         """The labelled actions and the cached latent actions of each sample, where there are some."""
@@ -274,7 +313,7 @@ class Clips(Dataset):
         source, (samples, _, episode, frames, place) = self.source, request
         number = episode if self.episode_numbers is None else self.episode_numbers[episode]
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
-        native, fitted, labels, task = map(read.pop, ("native", "frames", "labels", "task"))
+        native, fitted, labels, tasks = map(read.pop, ("native", "frames", "labels", "task"))
         state, point = read.pop("state", None), read.pop("point", None)
         pictures = {}
         if self.input_size is not None:
@@ -288,7 +327,7 @@ class Clips(Dataset):
             shown = places[:num_shown]
             sample = {
                 "frames": select(fitted, shown),
-                "task": task,
+                "task": tasks[j],
                 "dataset": self.name,
                 "source": self.source_index,
                 "episode": number,

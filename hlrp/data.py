@@ -10,12 +10,17 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
     action_dim, state_dim, camera   0, 0 and "" where the source has none
     fingerprint       str: a hash of what the data are, not of where they lie
     read(episode, indices) -> dict of what is at these frame indices, in their order:
-        frames uint8 (t, c, h, w) of native size; task str, or ""; state float32 (t, s) where state_dim > 0;
+        frames uint8 (t, c, h, w) of native size; task str, or "", of the first of these frames;
+        state float32 (t, s) where state_dim > 0;
         point float32 (t, 2) where the source knows at which place of the image the thing is that the task names: x to
         the right and y down from the middle, 1 is half the longer side; and whatever else it knows, as tensors
         (t, ...) or as one value for the episode
     actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
     states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
+    instructions(episode, indices) -> list[str], the task at each of these frames, without a frame decoded; only where
+                      a source knows them so, and always where they change within an episode
+    uneven            {episode: float64 (t,)}: when each frame was taken [s], of episodes whose frames are not evenly
+                      spaced in time; only where a source has some
     encoded(episode, indices) -> list[bytes], about(episode, indices), place(episode) -> str   only where each frame is
                       encoded alone, as `hlrp.images` knows it: the frames, what read() gives without them, and the name
                       of file and episode for errors; the frames of a whole batch are then decoded into one memory

@@ -11,12 +11,13 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
 from hlrp.clips import Clips
+from hlrp.sources import instructions_of
 from hlrp.splits import is_stream
 
 
 def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:
     """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them. A
-    stream, which cannot be read at random, has none.
+    stream, which cannot be read at random, has none. An episode is of its first instruction that is not empty.
 
     Raises ValueError where an instruction has fewer.
     """
@@ -26,7 +27,8 @@ def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None,
         return np.asarray(episodes)
     by_task: dict[str, list[int]] = {}
     for episode in np.random.default_rng(seed).permutation(episodes).tolist():
-        by_task.setdefault(source.read(episode, [0])["task"], []).append(episode)
+        task = next(filter(None, instructions_of(source, episode)), "")
+        by_task.setdefault(task, []).append(episode)
     for task, found in by_task.items():
         if len(found) < per_task:
             raise ValueError(

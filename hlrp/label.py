@@ -28,16 +28,8 @@ from tqdm import tqdm
 from hlrp.checkpoints import whole_folder, write_json
 from hlrp.clips import Clips
 from hlrp.laq import LAQ, LatentActions
-from hlrp.lerobot_data import (
-    ACTION,
-    LATENT_ACTION,
-    LATENT_INDICES,
-    LATENT_SPACE,
-    POINT,
-    STATE,
-    LeRobotData,
-    find_dataset,
-)
+from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
+from hlrp.lerobot_files import POINT
 from hlrp.sources import open_source, parse_uri
 from hlrp.splits import is_stream
 from hlrp.transforms import fit
@@ -137,7 +129,7 @@ def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, n
     for episode, offset in enumerate(tqdm(frame_offsets(laq, source), unit="episode", disable=None)):
         first = source.episodes["first_row"][episode]
         for part in label_episode(laq, source, episode, int(offset), batch_size):
-            rows = slice(first, first := first + len(part.vectors))
+            rows = source.places[first : (first := first + len(part.vectors))]
             columns[LATENT_ACTION][rows] = part.vectors.flatten(1).cpu().numpy()
             if space.num_tokens:
                 columns[LATENT_INDICES][rows] = part.indices.cpu().numpy()
@@ -226,11 +218,14 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
                 columns[ACTION] = source.actions(episode, indices).numpy()
             if point_dim:
                 columns[POINT] = read["point"].numpy()
+            tasks = [read["task"]] * len(indices)
+            if hasattr(source, "instructions"):
+                tasks = source.instructions(episode, indices)
             for i in range(len(indices)):
                 while any(queue.full() for queue in queues.values()):  # LeRobot would drop the frame
                     time.sleep(0.001)
                 frame = {key: column[i] for key, column in columns.items()}
-                dataset.add_frame(frame | {"task": read["task"]})
+                dataset.add_frame(frame | {"task": tasks[i]})
         dataset.save_episode()
     dataset.finalize()
 

@@ -1,17 +1,17 @@
 """LeRobot datasets (format v3), read directly: `lerobot:REPO_OR_DIR?camera=KEY,KEY`.
 
 The format: many episodes share a file, and meta/episodes says in which rows of which parquet file, and from
-which time on in which mp4, each of them lies. Numbers are read once; frames are decoded, or read as PNG, on
-demand.
+which time on in which mp4, each of them lies. The frame of a row is the one that the mp4 shows at this start plus the
+row's own `timestamp`. Numbers are read once; frames are decoded, or read as PNG, on demand.
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache, reduce
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +19,37 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.images import decode_all
-from hlrp.videos import probe_all, read_frames
+from hlrp.lerobot_files import (
+    POINT,
+    Columns,
+    check_columns,
+    episode_files,
+    read_episodes,
+    read_images,
+    read_info,
+    read_json,
+    read_numbers,
+    read_table,
+    read_tasks,
+    to_numpy,
+)
+from hlrp.videos import open_video, probe_all
 
+logger = logging.getLogger(__name__)
 STATE, ACTION = "observation.state", "action"
-POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
 LATENT_ACTION, LATENT_INDICES = "latent_action", "latent_action_indices"  # columns that hlrp.label adds
 LATENT_SPACE = "meta/latent_actions.json"  # and what they are
-Columns = dict[str, np.ndarray]
+FRAME_KEYS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every dataset
+EVEN = 0.05  # of a frame: how far time stamps may lie from evenly spaced ones
 
 
 class LeRobotData:
     """One camera of a LeRobot dataset: a source, as the data contract has it. Further ones are views for a policy.
 
-    camera: features, or the last part of their names (`top` for observation.images.top), by commas; else the first.
-    Raises ValueError for another version of the format, and for files that are missing, broken, or shorter
-    than their episodes. With `skip_broken`, episodes of broken videos are left out, logged, and counted in
-    `num_skipped`.
+    camera: features, or the last parts of their names (`top` for observation.images.top), by commas; else the first.
+    Raises ValueError for another version of the format, for files that are missing, broken, or shorter than their
+    episodes, and for rows that are null, not finite, or of another size. With `skip_broken`, episodes with such rows
+    and of broken videos are left out, logged, and counted in `num_skipped`.
     """
 
     def __init__(
@@ -49,39 +63,51 @@ class LeRobotData:
         camera, *others = camera.split(",") if camera else [None]
         self.uri = uri or f"lerobot:{repo_or_dir}"
         self.root = root = find_dataset(repo_or_dir, "meta/*")
-        info = read_info(root, repo_or_dir)
-        self.camera = choose_camera(self.uri, info["features"], camera)
-        self.is_video = info["features"][self.camera]["dtype"] == "video"
+        info = read_info(root)
+        features = info["features"]
+        self.camera = choose_camera(self.uri, features, camera)
+        self.is_video = features[self.camera]["dtype"] == "video"
         find_dataset(repo_or_dir, "data/*", f"videos/{self.camera}/*")
         self.name = name or f"lerobot-{Path(repo_or_dir).name or root.name}"
         if camera and not name:
-            self.name += "-" + self.camera.split(".")[-1]
+            self.name += "-" + short_name(self.camera, features)
 
-        episodes = read_episodes(root)
+        video = f"videos/{self.camera}"
+        episodes = read_episodes(root, video if self.is_video else None)
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
-        keys = [key for key in ("task_index", STATE, ACTION, POINT) if key in info["features"]]
-        self.numbers = read_numbers(self.data_files, episodes, keys)
+        keys = [key for key in (STATE, ACTION, POINT) if key in features]
+        self.tasks = read_tasks(root) if "task_index" in features else None
+        self.numbers, self.places, broken = read_numbers(self.data_files, episodes, keys, self.tasks)
         self.state_dim, self.action_dim = (self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION))
+        if not self.is_video:
+            for path in self.data_files:
+                check_columns(path, [self.camera])
         if POINT in keys:
             check_points(self.numbers[POINT], self.uri)
-        self.tasks = read_tasks(root)
-        labels = root / LATENT_SPACE
-        self.latent_space = json.loads(labels.read_text()) if labels.is_file() else None
+        self.latent_space = read_json(root / LATENT_SPACE) if (root / LATENT_SPACE).is_file() else None
+        cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+        others_read = {*keys, *cameras, *FRAME_KEYS, LATENT_ACTION, LATENT_INDICES}
+        tell_columns(self.uri, tuple(key for key in features if key not in others_read))
 
-        self.video_files, broken = [], {}
+        stamps = self.numbers["timestamp"]
+        episodes["fps"], is_even = frame_rates(stamps, episodes["first_row"], episodes["length"], float(info["fps"]))
+        self.video_files = []
         if self.is_video:
             self.video_files, episodes["video_file"] = episode_files(
-                root, info["video_path"], episodes, f"videos/{self.camera}", self.camera
+                root, info["video_path"], episodes, video, self.camera
             )
-            episodes["video_start"] = episodes[f"videos/{self.camera}/from_timestamp"]
-            broken = broken_episodes(self.video_files, episodes, info["fps"])
+            episodes["video_start"] = episodes[f"{video}/from_timestamp"]
+            add_places(episodes, stamps)
+            self.spacing = frame_spacing(stamps, episodes)
+            broken = broken_episodes(self.video_files, episodes, stamps) | broken
         if broken and (not skip_broken or len(broken) == len(episodes["length"])):
-            raise ValueError(f"{self.uri}, {next(iter(broken.values()))}")
+            more = f"; {len(broken)} episodes are broken in all" if len(broken) > 1 else ""
+            raise ValueError(f"{self.uri}, {next(iter(broken.values()))}{more}")
         for error in broken.values():
-            logging.getLogger(__name__).warning("skipped %s, %s", self.uri, error)
+            logger.warning("skipped %s, %s", self.uri, error)
         kept = np.setdiff1d(np.arange(len(episodes["length"])), list(broken))
-        used = ("episode_index", "length", "data_file", "row_in_file", "first_row", "video_file", "video_start")
-        self.episodes = {key: episodes[key][kept] for key in used if key in episodes}
+        used = "episode_index length fps data_file row_in_file first_row video_file video_start first_shown num_shown"
+        self.episodes = {key: episodes[key][kept] for key in used.split() if key in episodes}
         views = [LeRobotData(repo_or_dir, other, self.uri, skip_broken=skip_broken) for other in others]
         self.views = {view.camera: view for view in views if view.camera != self.camera}
         whole = reduce(np.intersect1d, (camera.episodes["episode_index"] for camera in (self, *views)))
@@ -90,9 +116,11 @@ class LeRobotData:
         for camera in (self, *views):
             kept = np.isin(camera.episodes["episode_index"], whole)
             camera.episodes = {key: column[kept] for key, column in camera.episodes.items()}
-            camera.lengths = camera.episodes["length"]
-            camera.fps = np.full(len(whole), float(info["fps"]))
+            camera.lengths, camera.fps = camera.episodes["length"], camera.episodes["fps"]
         self.num_skipped = len(episodes["length"]) - len(whole)
+        uneven = episodes["episode_index"][~is_even]
+        uneven = np.flatnonzero(np.isin(self.episodes["episode_index"], uneven)).tolist()
+        self.uneven = {episode: self._stamps(episode) for episode in uneven}
 
         files = self.video_files if self.is_video else self.data_files
         if self.latent_space is not None:
@@ -100,51 +128,81 @@ class LeRobotData:
         digest = hashlib.sha256(contents_hash([path for path in files if path.exists()]).encode())
         others = [view.fingerprint for view in self.views.values()]
         kept = {key: column.tolist() for key, column in self.episodes.items() if key != "row_in_file"}
-        digest.update(repr((self.camera, *others, info["fps"], kept, sorted(self.tasks.items()))).encode())
+        digest.update(repr((self.camera, *others, kept, sorted((self.tasks or {}).items()))).encode())
         for key, column in self.numbers.items():
             digest.update(repr((key, column.shape)).encode() + np.ascontiguousarray(column).tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
-        at = {key: column[episode] for key, column in self.episodes.items()}
-        indices = np.asarray(indices)
+        rows = self._rows(episode, indices)
         if self.is_video:
-            # the middle of a frame's time, from where no rounding of time stamps leads to its neighbour
-            times = at["video_start"] + (indices + 0.5) / self.fps[episode]
-            frames = read_frames(self.video_files[at["video_file"]], times)
+            frames = self._decode(episode, np.asarray(indices))
         else:
-            frames = read_images(self.data_files[at["data_file"]], self.camera, at["row_in_file"] + indices)
-        task = self.tasks[int(self.numbers["task_index"][at["first_row"], 0])]
-        read = {"frames": frames, "task": task}
+            at = {key: self.episodes[key][episode] for key in ("data_file", "row_in_file", "first_row")}
+            in_file = self.places[rows] - at["first_row"] + at["row_in_file"]
+            frames = read_images(self.data_files[at["data_file"]], self.camera, in_file)
+        read = {"frames": frames, "task": self.instructions(episode, indices[:1])[0]}
         if self.state_dim:
             read["state"] = self.states(episode, indices)
         if POINT in self.numbers:
-            read["point"] = torch.from_numpy(self.numbers[POINT][at["first_row"] + indices])
+            read["point"] = torch.from_numpy(self.numbers[POINT][rows])
         return read
+
+    def _decode(self, episode: int, indices: np.ndarray) -> Tensor:
+        """The frames of an mp4 whose own times are those of the rows, to half a frame."""
+        at = {key: self.episodes[key][episode] for key in ("video_file", "video_start", "first_shown", "num_shown")}
+        path, rows = self.video_files[at["video_file"]], self._rows(episode, indices)
+        video, times = open_video(path), at["video_start"] + self.numbers["timestamp"][rows]
+        if at["num_shown"] == len(video.shown_at):  # the frames of the file are the rows, one by one
+            numbers = at["first_shown"] + indices
+        else:
+            numbers = nearest(video.shown_at, times)
+        error = np.abs(video.shown_at[numbers] - times) / self.spacing[rows]
+        if error.max() > 0.4999:  # but for rounding, half a frame
+            worst = error.argmax()
+            raise ValueError(
+                f"episode {self.episodes['episode_index'][episode]}: its frame {indices[worst]} is at "
+                f"{times[worst]:.3f} s by timestamp and from_timestamp, but {path} shows one at "
+                f"{video.shown_at[numbers[worst]]:.3f} s"
+            )
+        return video.numbered(numbers)
+
+    def _rows(self, episode: int, indices: Sequence[int]) -> np.ndarray:
+        return self.episodes["first_row"][episode] + np.asarray(indices)
+
+    def _stamps(self, episode: int) -> np.ndarray:
+        """When the frames of an episode were taken, from about 0 on [s]."""
+        first, length = self.episodes["first_row"][episode], self.episodes["length"][episode]
+        return self.numbers["timestamp"][first : first + length].astype(np.float64)
+
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        if "task_index" not in self.numbers:
+            return [""] * len(indices)
+        return [self.tasks[task] for task in self.numbers["task_index"][self._rows(episode, indices)].tolist()]
 
     def look(self, camera: str, episode: int, indices: Sequence[int]) -> Tensor:
         return self.views[camera].read(episode, indices)["frames"]
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
-        rows = self.episodes["first_row"][episode] + np.asarray(indices)
-        return torch.from_numpy(self.numbers[ACTION][rows])
+        return torch.from_numpy(self.numbers[ACTION][self._rows(episode, indices)])
 
     def states(self, episode: int, indices: Sequence[int]) -> Tensor:
-        rows = self.episodes["first_row"][episode] + np.asarray(indices)
-        return torch.from_numpy(self.numbers[STATE][rows])
+        return torch.from_numpy(self.numbers[STATE][self._rows(episode, indices)])
 
     def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.episodes["first_row"][episode] + np.asarray(indices)
+        rows = self.places[self._rows(episode, indices)]
         return {name: torch.from_numpy(column[rows]) for name, column in self.latent_actions.items()}
 
     @cached_property
     def latent_actions(self) -> Columns:
-        """The cached labels of all frames, as `labels` names them; read when they are first asked for."""
+        """The cached labels of all rows of the data files; read when they are first asked for."""
         columns = {"latent_vectors": LATENT_ACTION}
         if self.latent_space["num_tokens"]:
             columns["latent_indices"] = LATENT_INDICES
         tables = [read_table(path, list(columns.values())) for path in self.data_files]
-        return {name: np.concatenate([to_numpy(table[column]) for table in tables]) for name, column in columns.items()}
+        return {
+            name: np.concatenate([to_numpy(table[column])[0] for table in tables]) for name, column in columns.items()
+        }
 
 
 def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
@@ -167,27 +225,43 @@ def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
         raise ValueError(f"lerobot:{name}: no such folder, and the Hub does not give it: {error}") from error
 
 
-def read_info(root: Path, repo_or_dir: str | Path) -> dict:
-    info = json.loads((root / "meta" / "info.json").read_text())
-    version = info.get("codebase_version")
-    if not str(version).startswith("v3."):
-        raise ValueError(
-            f"{repo_or_dir}: version {version} of the LeRobot format; v3 fits. To convert it: python -m "
-            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
-        )
-    return info
+def is_depth(feature: dict) -> bool:
+    """Whether a camera shows distances, by any spelling of the flag that LeRobot has had."""
+    for facts in (feature, feature.get("info"), feature.get("video_info")):
+        flags = [facts.get(flag) for flag in ("is_depth_map", "video.is_depth_map")] if isinstance(facts, dict) else []
+        if any(str(flag).lower() in ("true", "1") for flag in flags):
+            return True
+    return False
 
 
 def choose_camera(uri: str, features: dict, camera: str | None) -> str:
-    cameras = [
-        key
-        for key, feature in features.items()
-        if feature["dtype"] in ("video", "image") and not (feature.get("info") or {}).get("is_depth_map")
-    ]
-    fitting = [key for key in cameras if camera in (None, key, key.split(".")[-1])]
-    if not fitting:
-        raise ValueError(f"{uri}: camera={camera}; its cameras: {', '.join(cameras) or 'none'}")
-    return fitting[0]
+    """The feature that `camera` names, by its whole name or the last parts of it; None: the first."""
+    kinds = {key: feature for key, feature in features.items() if feature["dtype"] in ("video", "image")}
+    cameras = [key for key, feature in kinds.items() if not is_depth(feature)]
+    known = ", ".join(cameras) or "none"
+    if others := ", ".join(key for key in kinds if key not in cameras):
+        known += f" (and of depth, which is not read: {others})"
+    found = cameras if camera is None else [key for key in cameras if f".{key}".endswith(f".{camera}")]
+    found = [camera] if camera in found else found
+    if not found:
+        raise ValueError(f"{uri}: camera={camera}; its cameras: {known}")
+    if camera is not None and len(found) > 1:
+        raise ValueError(f"{uri}: camera={camera} is the end of several names; expected one of {', '.join(found)}")
+    return found[0]
+
+
+def short_name(camera: str, features: dict) -> str:
+    """The last parts of a camera's name, as few as tell it from the other features."""
+    parts = camera.split(".")
+    ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    return next(end for end in ends if sum(f".{key}".endswith(f".{end}") for key in features) == 1 or end == camera)
+
+
+@lru_cache
+def tell_columns(uri: str, columns: tuple[str, ...]) -> None:
+    """Says once which columns are not read, in the first of all processes."""
+    if columns and parent_process() is None and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s: columns not read: %s", uri, ", ".join(columns))
 
 
 def check_points(points: np.ndarray, uri: str) -> None:
@@ -198,119 +272,77 @@ def check_points(points: np.ndarray, uri: str) -> None:
         raise ValueError(f"{uri}: {POINT} has {found}; {expected} fit")
 
 
-def read_table(path: Path, columns: list[str] | None = None):
-    """A parquet file as a pyarrow table."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path, columns=columns, use_threads=False)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def to_numpy(column) -> np.ndarray:
-    """A pyarrow column of numbers, or of lists of equal length, as (rows, numbers)."""
-    from pyarrow import types
-
-    array = column.combine_chunks()
-    while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def read_episodes(root: Path) -> Columns:
-    """The columns of meta/episodes with one number an episode, sorted by episode."""
-    from pyarrow import parquet
-
-    tables = []
-    for path in sorted((root / "meta" / "episodes").rglob("*.parquet")):
-        names = parquet.read_schema(path).names
-        tables.append(read_table(path, [n for n in names if not n.startswith("stats/") and n != "tasks"]))
-    if not tables:
-        raise ValueError(f"{root}: no episodes in meta/episodes")
-    columns = {
-        name: np.concatenate([to_numpy(table[name])[:, 0] for table in tables]) for name in tables[0].column_names
-    }
-    order = columns["episode_index"].argsort()
-    return {name: column[order] for name, column in columns.items()}
+def frame_rates(
+    stamps: np.ndarray, first_row: np.ndarray, lengths: np.ndarray, fps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames per second of each episode by its time stamps, which are exactly `fps` where they agree with it; and
+    whether its frames are evenly spaced."""
+    episode_of = np.repeat(np.arange(len(lengths)), lengths)
+    first, last = (stamps[rows].astype(np.float64) for rows in (first_row, first_row + lengths - 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rates = (lengths - 1) / (last - first)
+        number = np.arange(len(stamps)) - np.repeat(first_row, lengths)
+        away = np.abs((stamps - first[episode_of]) * rates[episode_of] - number)
+    away[~np.isfinite(away)] = 0
+    is_even = np.maximum.reduceat(away, first_row) <= EVEN
+    for i in np.flatnonzero(~is_even).tolist():  # the rate of most of its frames
+        gaps = np.diff(stamps[first_row[i] : first_row[i] + lengths[i]].astype(np.float64))
+        rates[i] = 1 / gaps[np.abs(gaps / np.median(gaps) - 1) < 0.2].mean()
+    is_known = np.isfinite(rates) & (rates > 0)
+    rates[~is_known] = np.median(rates[is_known]) if is_known.any() else fps
+    return np.where(np.abs(rates / fps - 1) < 1e-3, fps, rates), is_even
 
 
-def episode_files(
-    root: Path, template: str, episodes: Columns, prefix: str, camera: str = ""
-) -> tuple[list[Path], np.ndarray]:
-    """The files that episodes lie in, and for each episode the number of its file in that list."""
-    places = np.stack([episodes[f"{prefix}/chunk_index"], episodes[f"{prefix}/file_index"]], axis=1)
-    unique, number = np.unique(places, axis=0, return_inverse=True)
-    paths = [template.format(chunk_index=chunk, file_index=file, video_key=camera) for chunk, file in unique.tolist()]
-    return [root / path for path in paths], number.ravel()
+def frame_spacing(stamps: np.ndarray, episodes: Columns) -> np.ndarray:
+    """From each frame to the nearer one of its neighbours in the episode; float32 (rows,) [s]."""
+    first, last = episodes["first_row"], episodes["first_row"] + episodes["length"] - 1
+    gaps = np.diff(stamps.astype(np.float64), prepend=-np.inf, append=np.inf)
+    gaps[first] = gaps[last + 1] = np.inf
+    spacing = np.minimum(gaps[:-1], gaps[1:])
+    spacing[first[first == last]] = 1 / episodes["fps"][first == last]
+    return spacing.astype(np.float32)
 
 
-def read_numbers(paths: list[Path], episodes: Columns, keys: list[str]) -> Columns:
-    """Columns of all data files, one after another. Adds to `episodes` where each begins there (`first_row`)
-    and in its own file (`row_in_file`)."""
-    lengths, episode_index = episodes["length"], episodes["episode_index"]
-    episodes["first_row"], episodes["row_in_file"] = np.zeros_like(lengths), np.zeros_like(lengths)
-    parts = []
-    num_rows = 0
-    for number, path in enumerate(paths):
-        table = read_table(path, ["episode_index", *keys])
-        here = np.flatnonzero(episodes["data_file"] == number)
-        expected = np.repeat(episode_index[here], lengths[here])
-        if not np.array_equal(to_numpy(table["episode_index"])[:, 0], expected):
-            raise ValueError(f"{path}: its rows are not those of the episodes that meta/episodes has in it")
-        episodes["row_in_file"][here] = lengths[here].cumsum() - lengths[here]
-        episodes["first_row"][here] = num_rows + episodes["row_in_file"][here]
-        num_rows += len(table)
-        parts.append({key: to_numpy(table[key]).astype(np.float32, copy=False) for key in keys})
-    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
+def nearest(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The places among the first of those nearest to the second."""
+    right = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    left = (right - 1).clip(min=0)
+    return np.where(values - sorted_values[left] <= sorted_values[right] - values, left, right)
 
 
-def read_tasks(root: Path) -> dict[int, str]:
-    table = read_table(root / "meta" / "tasks.parquet")
-    (text,) = (name for name in table.column_names if name != "task_index")
-    return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+def add_places(episodes: Columns, stamps: np.ndarray) -> None:
+    """Adds to `episodes` how many frames their mp4 has before them (`first_shown`) and in all (`num_shown`), if it has
+    one for each row of its episodes; -1 where episodes share frames."""
+    lengths, starts = episodes["length"], episodes["video_start"]
+    episodes["first_shown"], episodes["num_shown"] = np.zeros_like(lengths), np.full_like(lengths, -1)
+    lasts = stamps[episodes["first_row"] + lengths - 1]
+    for number in np.unique(episodes["video_file"]):
+        here = np.flatnonzero(episodes["video_file"] == number)
+        here = here[starts[here].argsort(kind="stable")]
+        if (starts[here][1:] > (starts + lasts / 2)[here][:-1]).all():
+            episodes["first_shown"][here] = lengths[here].cumsum() - lengths[here]
+            episodes["num_shown"][here] = lengths[here].sum()
 
 
-def broken_episodes(paths: list[Path], episodes: Columns, fps: float) -> dict[int, str]:
-    """What is wrong with each episode whose video is missing, unreadable, or shorter than the episode."""
-    headers = list(probe_all(paths).values())
-    broken = {}
-    for i, (number, start, length) in enumerate(
-        zip(episodes["video_file"], episodes["video_start"], episodes["length"], strict=True)
+def broken_episodes(paths: list[Path], episodes: Columns, stamps: np.ndarray) -> dict[int, str]:
+    """What is wrong with each episode whose video is missing, unreadable, or does not show all of the episode."""
+    headers, broken = list(probe_all(paths).values()), {}
+    begins, ends = episodes["first_row"], episodes["first_row"] + episodes["length"] - 1
+    firsts, lasts = (episodes["video_start"] + stamps[rows] for rows in (begins, ends))
+    for i, (number, first, last, fps) in enumerate(
+        zip(episodes["video_file"], firsts, lasts, episodes["fps"], strict=True)
     ):
-        header, last = headers[number], start + (length - 1) / fps
+        header, name = headers[number], f"episode {episodes['episode_index'][i]}"
         if isinstance(header, ValueError):
-            broken[i] = f"episode {episodes['episode_index'][i]}: {header}"
-        elif last > header.last + 0.5 / fps:
+            broken[i] = f"{name}: {header}"
+        elif not last <= header.last + 0.5 / fps:
             broken[i] = (
-                f"episode {episodes['episode_index'][i]}: its last frame is at {last:.3f} s, "
-                f"but {paths[number]} ends with a frame at {header.last:.3f} s"
+                f"{name}: its last frame is at {last:.3f} s, but {paths[number]} ends with a frame at "
+                f"{header.last:.3f} s"
+            )
+        elif first < header.first - 0.5 / fps:
+            broken[i] = (
+                f"{name}: its first frame is at {first:.3f} s, but {paths[number]} begins with a frame at "
+                f"{header.first:.3f} s"
             )
     return broken
-
-
-def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:
-    """Images that stand as PNG or JPEG in the rows of a parquet file; uint8 (t, c, h, w)."""
-    ends, rows = row_group_ends(path), rows.tolist()
-    images = []
-    for row in rows:
-        group = int(np.searchsorted(ends, row, side="right"))
-        first = ends[group - 1] if group else 0
-        images.append(row_group(path, group, camera)[row - first]["bytes"].as_py())
-    return decode_all(images, lambda i: f"{path}, row {rows[i]}")
-
-
-@lru_cache(maxsize=256)
-def row_group_ends(path: Path) -> np.ndarray:
-    from pyarrow import parquet
-
-    metadata = parquet.ParquetFile(path).metadata
-    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-
-
-@lru_cache(maxsize=4)
-def row_group(path: Path, group: int, camera: str):
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(path).read_row_group(group, columns=[camera], use_threads=False)[camera]

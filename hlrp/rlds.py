@@ -137,17 +137,20 @@ class RLDS:
         frames = read_strings(example, self.camera_path)
         return Encoded(frames, self.is_bgr, name) if self.is_bgr else frames
 
-    def _task(self, example: Example) -> str:
-        """That of the first step. Numbers are the bytes of a text, padded with zeros, as language_table has it."""
+    def _task(self, example: Example) -> str | list[str]:
+        """That of each step, or of the episode. Numbers are the bytes of a text, padded with zeros, as language_table
+        has it."""
         path = self.instruction_path
         if not path:
             return ""
-        if self.features[path].dtype == "string":
-            text = next(iter(read_strings(example, path)), b"")
+        feature = self.features[path]
+        if feature.dtype == "string":
+            texts = read_strings(example, path)
         else:
-            steps = read_tensor(example, path, self.features[path])
-            text = bytes(steps[0].ravel().tolist()).split(b"\0")[0] if len(steps) else b""
-        return text.decode()
+            steps = read_tensor(example, path, feature)
+            texts = [bytes(step.ravel().tolist()).split(b"\0")[0] for step in (steps if feature.depth else [steps])]
+        decoded = {text: text.decode() for text in set(texts)}
+        return [decoded[text] for text in texts] if len(decoded) > 1 else next(iter(decoded.values()), "")
 
     def _numbers(self, example: Example, columns: Sequence[Column]) -> np.ndarray | None:
         if not columns:
@@ -158,7 +161,12 @@ class RLDS:
             raise ValueError(f"steps of {lengths} differ in number")
         parts = [values[path].reshape(lengths[path], math.prod(values[path].shape[1:])) for path, _ in columns]
         parts = [part[:, column.range] for part, column in zip(parts, columns, strict=True)]  # t a
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        with np.errstate(over="ignore"):
+            numbers = np.concatenate(parts, axis=1).astype(np.float32)
+        for step in np.flatnonzero(~np.isfinite(numbers).all(axis=1)).tolist():
+            names = ", ".join(path for path, _ in columns)
+            raise ValueError(f"{names}, step {step}: expected finite numbers, got {numbers[step].tolist()}")
+        return numbers
 
     def _value(self, example: Example, path: str) -> str | int | float | bool:
         if self.features[path].dtype == "string":

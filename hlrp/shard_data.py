@@ -22,7 +22,7 @@ from hlrp.checkpoints import contents_hash
 from hlrp.images import decode_all
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
-from hlrp.tars import Sample, as_column, read_samples, task_of, to_array, to_object
+from hlrp.tars import Sample, as_column, read_samples, tasks_of, to_array, to_object
 
 logger = logging.getLogger(__name__)
 PLAN = "shards.json"  # in a folder that hlrp.shards writes
@@ -128,10 +128,15 @@ class Shards:
         """What read() gives, without the frames."""
         place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
-        read = {"task": task_of(header, members.get("txt", b""), f"{place}, txt")}
+        read = {"task": self.instructions(episode, indices[:1])[0]}
         for name in self.read_columns:
             read[name] = self._rows(episode, name, indices)
         return read | header.get("facts", {})  # which the index was made from, and has been checked
+
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        place, members = self._members(episode)
+        header = to_object(members["json"], f"{place}, json") if "json" in members else {}
+        return tasks_of(header, members.get("txt", b""), f"{place}, txt", indices)
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self._rows(episode, "action", indices)

@@ -23,7 +23,7 @@ from hlrp.shard_index import SUFFIX, index_tar
 from hlrp.sources import open_source
 from hlrp.splits import is_stream
 from hlrp.streams import Episode
-from hlrp.tars import END, array_bytes, member_bytes
+from hlrp.tars import END, array_bytes, changes_of, member_bytes
 from hlrp.transforms import fit
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class View:
     fps: float
     read: Callable[[Sequence[int]], dict]
     actions: Callable[[Sequence[int]], Tensor] | None
+    instructions: Callable[[Sequence[int]], list[str]] | None = None
     labels: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
     encoded: Callable[[Sequence[int]], list[bytes]] | None = None
 
@@ -163,6 +164,7 @@ def view_of(source, number: int) -> View:
         float(source.fps[number]),
         partial(source.read, number),
         partial(source.actions, number) if source.action_dim else None,
+        partial(source.instructions, number) if hasattr(source, "instructions") else None,
         partial(source.labels, number) if latent_space is not None else None,
         partial(source.encoded, number) if hasattr(source, "encoded") else None,
     )
@@ -174,12 +176,15 @@ def view_passing(episode: Episode) -> View:
         episode.fps,
         episode.read,
         None if episode.action is None else episode.actions,
+        episode.instructions,
         encoded=lambda indices: [episode.frames[i] for i in indices],
     )
 
 
 def record(source, number: int, view: View, settings: Settings) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
+    if number in getattr(source, "uneven", ()):
+        raise ValueError("its frames are not evenly spaced in time, but an episode in a shard has one frame rate")
     fps = view.fps if settings.fps is None else settings.fps
     indices = frame_numbers(view, settings)
     encoded, small, facts = [], [], {}
@@ -207,6 +212,8 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
         if settings.instruction not in facts:
             raise ValueError(f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}")
         header["task"] = str(facts[settings.instruction])
+    elif view.instructions:
+        header |= changes_of(view.instructions(indices))
     if view.actions and not settings.drop_actions:
         columns["action"] = view.actions(indices)
     if view.labels and not settings.drop_actions:

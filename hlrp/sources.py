@@ -137,18 +137,27 @@ def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> lis
 
 
 def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:
-    """The instructions of some episodes of each source, which a tokenizer from scratch learns from."""
+    """The instructions of each source, which a tokenizer from scratch learns from: all of them, but of streams and of
+    sources that decode a frame to know one, those of some episodes."""
     found = set()
     for source in sources:
         if is_stream(source):
             episodes = (pair[1] for shard in range(source.num_shards) for pair in readable(source, shard))
-            found |= {episode.task for episode in islice(episodes, 256)}
+            for episode in islice(episodes, 256):
+                found.update(episode.instructions(range(len(episode.frames))))
             continue
-        read = getattr(source, "about", source.read)
-        for episode in range(0, len(source.lengths), max(1, len(source.lengths) // 256)):
+        step = 1 if hasattr(source, "instructions") else max(1, len(source.lengths) // 256)
+        for episode in range(0, len(source.lengths), step):
             try:
-                found.add(read(episode, [0])["task"])
+                found.update(instructions_of(source, episode))
             except ValueError:  # which the training tells
                 if not skip_broken:
                     raise
     return sorted(found)
+
+
+def instructions_of(source, episode: int) -> list[str]:
+    """The task at each frame of an episode; at the first one alone, where a source has one for the whole episode."""
+    if hasattr(source, "instructions"):
+        return source.instructions(episode, range(source.lengths[episode]))
+    return [source.read(episode, [0])["task"]]

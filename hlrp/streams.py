@@ -36,7 +36,7 @@ class Episode:
     name: str  # the file that it comes from, and its place there: what an error says
     frames: Sequence[bytes]  # as `hlrp.images.decode` knows them
     fps: float
-    task: str = ""
+    task: str | Sequence[str] = ""  # one for the episode, or of each frame
     state: np.ndarray | None = None  # float32 (t, s)
     action: np.ndarray | None = None  # float32 (t, a)
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # of whatever else is known of each frame, (t, ...)
@@ -45,9 +45,9 @@ class Episode:
     def __post_init__(self):
         if not self.frames:
             raise ValueError(f"{self.name}: an episode without frames")
-        for key in ("state", "action"):
+        for key in ("state", "action", "task"):
             column = getattr(self, key)
-            if column is not None and len(column) != len(self.frames):
+            if column is not None and not isinstance(column, str) and len(column) != len(self.frames):
                 raise ValueError(f"{self.name}: {len(self.frames)} frames, but {key} has {len(column)} rows")
 
     @property
@@ -57,12 +57,15 @@ class Episode:
 
     def read(self, indices: Sequence[int]) -> dict:
         frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
-        read = {"frames": frames, "task": self.task}
+        read = {"frames": frames, "task": self.instructions(indices[:1])[0]}
         if self.state is not None:
             read["state"] = self.states(indices)
         for name, column in self.columns.items():
             read[name] = torch.from_numpy(column[np.asarray(indices)])
         return read | self.facts
+
+    def instructions(self, indices: Sequence[int]) -> list[str]:
+        return [self.task if isinstance(self.task, str) else self.task[i] for i in indices]
 
     def actions(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.action[np.asarray(indices)])
@@ -88,6 +91,9 @@ class Held:
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         return self.episodes[episode].read(indices)
+
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        return self.episodes[episode].instructions(indices)
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self.episodes[episode].actions(indices)

@@ -1,7 +1,8 @@
 """TAR files as `webdataset` has them: members that share a name up to its first dot are a sample, here one episode.
 
 Members of an episode, by what follows the dot; any part but the frames may be missing:
-    json              an object: fps; task, or instruction, or text; facts, an object of whatever else is known
+    json              an object: fps; task, or instruction, or text; task_changes, [[0, TASK], [FRAME, TASK], ...],
+                      where the task is another from a frame on; facts, an object of whatever else is known
     txt               the task, where the JSON has none
     NAME.npy          state and action (t, n), timestamp (t,) [s], or any other array (t, ...)
     *.jpg, *.png, *.yuv.npy   the frames, in the order of the numbers in their names; YUV 4:2:0 as in `hlrp.images`
@@ -14,10 +15,12 @@ import re
 import tarfile
 import tokenize
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
+from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -80,12 +83,16 @@ class Sample:
         place = f"{self.path}: {self.members['json'].name}"
         header = to_object(self.members["json"].data, place)
         facts_of(header, place)
+        check_changes(header.get("task_changes"), place)
         return header
 
     @property
-    def task(self) -> str:
+    def task(self) -> str | list[str]:
+        """One for the episode, or of each frame."""
         text = self.members.get("txt", Member("", 0, b""))
-        return task_of(self.header, text.data, f"{self.path}: {text.name}")
+        num_frames = sum(is_image(suffix) for suffix in self.members) if "task_changes" in self.header else 1
+        tasks = tasks_of(self.header, text.data, f"{self.path}: {text.name}", range(num_frames))
+        return tasks if len(tasks) > 1 else tasks[0]
 
     def fps(self, default: float | None = None) -> float:
         """That of the JSON; else that of the time stamps, which must be regular to half a frame; else the default."""
@@ -139,8 +146,31 @@ def facts_of(header: dict, name: str) -> dict:
     return facts
 
 
+def check_changes(changes, name: str) -> None:
+    """Raises ValueError where the JSON `name` has unusable `task_changes`."""
+    if changes is None:
+        return
+    is_list = isinstance(changes, list) and all(isinstance(change, list) and len(change) == 2 for change in changes)
+    is_sound = is_list and all(type(frame) is int and isinstance(task, str) for frame, task in changes)
+    frames = [frame for frame, _ in changes] if is_sound else []
+    if not frames or frames[0] != 0 or frames != sorted(set(frames)):
+        raise ValueError(f"{name}: expected task_changes [[0, TASK], [FRAME, TASK], ...], got {str(changes)[:200]}")
+
+
+def changes_of(tasks: Sequence[str]) -> dict:
+    """The tasks of the frames of an episode, as its JSON has them."""
+    changes = [[i, task] for i, task in enumerate(tasks) if i == 0 or task != tasks[i - 1]]
+    return {"task": tasks[0]} | ({"task_changes": changes} if len(changes) > 1 else {})
+
+
+def tasks_of(header: dict, text: bytes, name: str, frames: Sequence[int]) -> list[str]:
+    """The instruction at each of these frames by the JSON, or by the text member `name`; "" where there is none."""
+    if changes := header.get("task_changes"):
+        return [changes[bisect_right(changes, frame, key=itemgetter(0)) - 1][1] for frame in frames]
+    return [task_of(header, text, name)] * len(frames)
+
+
 def task_of(header: dict, text: bytes, name: str) -> str:
-    """The instruction by the JSON, or by the text member `name`; "" where there is none."""
     for key in ("task", "instruction", "text"):
         if isinstance(header.get(key), str):
             return header[key]

@@ -50,7 +50,12 @@ def read_frames(path: str | Path, times: Sequence[float]) -> Tensor:
 
     Raises ValueError, naming the file, where it is broken or does not last that long.
     """
-    return _open(str(path), os.getpid()).frames(times)
+    return open_video(path).frames(times)
+
+
+def open_video(path: str | Path) -> "VideoReader":
+    """A video file, opened once in each process."""
+    return _open(str(path), os.getpid())
 
 
 @lru_cache(maxsize=NUM_OPEN)
@@ -91,7 +96,10 @@ class VideoReader:
         if times.min() < first - TOLERANCE or times.max() > last + interval + TOLERANCE:
             wanted = f"{times.min():.3f} to {times.max():.3f} s"
             raise ValueError(f"{self.path}: no frames at {wanted}; it lasts from {first:.3f} to {last:.3f} s")
-        numbers = np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1
+        return self.numbered(np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1)
+
+    def numbered(self, numbers: np.ndarray) -> Tensor:
+        """The frames of these numbers, which are shown at `shown_at[numbers]` [s]."""
         if (numbers[1:] > numbers[:-1]).all():
             return self._decode(numbers.tolist())
         numbers, position = np.unique(numbers, return_inverse=True)
@@ -298,7 +306,18 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a readable video: {error}") from error
+        raise unreadable(path, "video", error) from error
+
+
+def unreadable(path: str | Path, kind: str, error: Exception) -> ValueError:
+    """The error of a file that is not what it should be. It tells where Git LFS left a pointer in place of the file."""
+    path = Path(path)
+    head = path.open("rb").read(64) if path.is_file() else b""
+    if head.startswith(b"version https://git-lfs"):
+        return ValueError(f"{path}: not a {kind}, but the pointer of Git LFS to one; git lfs pull brings the file")
+    if path.is_file() and not head:
+        return ValueError(f"{path}: not a readable {kind}: it is empty")
+    return ValueError(f"{path}: not a readable {kind}: {error}")
 
 
 def files_in(folder: Path) -> Iterator[Path]:
@@ -353,6 +372,9 @@ class Videos:
         names = [path.relative_to(folder).as_posix() for path in self.paths]
         what = repr((names, contents_hash(self.paths), self.lengths.tolist(), self.fps.tolist(), self.tasks))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        return [self.tasks[episode]] * len(indices)
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         times = self.first[episode] + np.asarray(indices) / self.fps[episode]

@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from fractions import Fraction
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +15,9 @@ import torch
 from hlrp import videos
 from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
-from hlrp.lerobot_data import LeRobotData, check_points, find_dataset
-from hlrp.sources import open_source
+from hlrp.demonstrations import choose_demonstrations
+from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
+from hlrp.sources import instructions, open_source
 
 LENGTHS, FPS, SIZE = (12, 30, 9), 10, 64
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -38,10 +41,7 @@ def write(folder, codec="h264", g=2, numbers=True, **settings):
     total = 0
     for episode, length in enumerate(LENGTHS):
         for i in range(length):
-            picture = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
-            for bit in range(8):
-                picture[:, 8 * bit : 8 * bit + 8] = 255 * (total >> bit & 1)
-            frame = {TOP: picture, WRIST: 255 - picture, "task": f"task {episode % 2}"}
+            frame = {TOP: picture(total), WRIST: 255 - picture(total), "task": f"task {episode % 2}"}
             if numbers:
                 frame["observation.state"] = np.array([episode, i, total], dtype=np.float32)
                 frame["action"] = np.array([total, -i], dtype=np.float32)
@@ -253,3 +253,250 @@ def test_a_name_is_looked_up_at_home_and_then_on_the_hub(h264, tmp_path, monkeyp
         LeRobotData("you/toy")
     with pytest.raises(ValueError, match="no meta/info.json there"):
         find_dataset(tmp_path)
+
+
+def encode(path, times):
+    """An mp4 whose frame number k is shown at times[k] [ms]."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "10", "g": "4"})
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def picture(number):
+    image = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    for bit in range(8):
+        image[:, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
+    return image
+
+
+def edit_info(folder, **changes):
+    path = folder / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FIRST_ROWS, NUMBER = np.array([0, 12, 42]), np.concatenate([np.arange(length) for length in LENGTHS])
+DATA, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+MP4 = f"videos/{TOP}/chunk-000/file-000.mp4"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "starts", "milliseconds", "fps", "factor"),
+    [
+        (0.11, FIRST_ROWS * 0.11, np.arange(51) * 110, 1 / 0.11, 1),
+        (0.1, FIRST_ROWS * 0.1, np.rint(np.arange(153) * 1000 / 30).astype(int), 10, 3),
+        (0.1, FIRST_ROWS * 0.1 + [0, 0.03, -0.03], np.arange(51) * 100, 10, 1),
+        (0.1, [3.9, 0.9, 0.0], np.arange(51) * 100, 10, None),
+    ],
+    ids=["stamps .11 s apart at 10 fps", "30 fps mp4", "from_timestamp drifts less than half a frame", "other order"],
+)
+def test_frames_are_those_that_the_mp4_shows_at_the_time_stamps_of_the_rows(
+    copy, seconds, starts, milliseconds, fps, factor
+):
+    encode(copy / MP4, milliseconds.tolist())
+    change(copy / DATA, timestamp=(NUMBER * seconds).astype(np.float32))
+    change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": list(starts)})
+    source = LeRobotData(copy)
+    np.testing.assert_allclose(source.fps, fps, rtol=1e-4)
+    assert source.uneven == {}
+    for episode, length in enumerate(LENGTHS):
+        first = FIRST_ROWS[episode] if factor else (39, 9, 0)[episode]
+        rows = first + np.arange(length)
+        assert shown(source.read(episode, range(length))["frames"]) == (rows * (factor or 1)).tolist()
+
+
+def test_the_frame_rate_is_that_of_the_time_stamps_and_not_of_a_wrong_info_json(copy):
+    edit_info(copy, fps=30)
+    source = LeRobotData(copy)
+    np.testing.assert_allclose(source.fps, 10, rtol=1e-5)
+    assert shown(Clips(source, [1], (0.0, 0.5), SIZE)[3]["frames"]) == [15, 20]
+
+
+def test_a_frame_half_a_frame_off_its_row_names_episode_file_and_both_times(copy):
+    change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.13, 4.2]})
+    source = LeRobotData(copy)
+    assert shown(source.read(0, [3])["frames"]) == [3]
+    with pytest.raises(ValueError, match=r"episode 1: its frame 4 is at 1.530 s .*top.*mp4 shows one at 1.600 s"):
+        source.read(1, [4])
+    change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.2, 4.2]})
+    change(copy / DATA, timestamp=(NUMBER * 0.11).astype(np.float32))  # of frames that are .1 s apart
+    source = LeRobotData(copy, skip_broken=True)
+    with pytest.raises(ValueError, match=r"episode 0: its frame 6 is at 0.660 s .*mp4 shows one at 0.600 s"):
+        source.read(0, [6])
+
+
+@pytest.mark.parametrize("dataset", ["h264", "images"])
+def test_rows_out_of_order_are_read_by_their_frame_index(dataset, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(dataset), tmp_path / "mixed")
+    order = np.concatenate([12 - 1 - np.arange(12), 12 + np.random.default_rng(0).permutation(30), np.arange(42, 51)])
+    pq.write_table(pq.read_table(folder / DATA).take(order), folder / DATA)
+    mixed, plain = LeRobotData(folder), LeRobotData(request.getfixturevalue(dataset))
+    for episode, length in enumerate(LENGTHS):
+        read, expected = mixed.read(episode, range(length)), plain.read(episode, range(length))
+        for key in ("frames", "state", "point"):
+            assert torch.equal(read[key], expected[key]), key
+        assert torch.equal(mixed.actions(episode, range(length)), plain.actions(episode, range(length)))
+    change(folder / DATA, frame_index=[3] * 51)
+    with pytest.raises(
+        ValueError, match="episode 0: .*frame_index, row 1: expected more than the 3 of the frame before"
+    ):
+        LeRobotData(folder)
+
+
+def test_clips_over_a_gap_in_time_are_left_out_and_counted(copy, caplog):
+    stamps = NUMBER * 0.1 + np.where((np.arange(51) >= 22) & (np.arange(51) < 42), 0.7, 0)  # after 10 rows of episode 1
+    milliseconds = np.arange(51) * 100 + np.where(np.arange(51) >= 22, 700, 0)
+    encode(copy / MP4, milliseconds.tolist())
+    change(copy / DATA, timestamp=stamps.astype(np.float32))
+    change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.2, 4.9]})
+    source = LeRobotData(copy)
+    np.testing.assert_allclose(source.fps, 10, rtol=1e-4)
+    clips = Clips(source, range(3), (0.0, 0.5), SIZE)
+    assert len(clips) == 7 + 25 + 4 - 5 and "left out 5 of 36 clips" in caplog.text and "episode 1" in caplog.text
+    samples = clips.__getitems__(range(len(clips)))
+    assert [sample["index"] for sample in samples if sample["episode"] == 1] == [*range(5), *range(10, 25)]
+    for sample in samples:
+        first = int(FIRST_ROWS[sample["episode"]] + sample["index"])
+        assert shown(sample["frames"]) == [first, first + 5]
+    with pytest.raises(ValueError, match="no clip is left without 3 of 3 clips.* episode 1"):
+        Clips(source, [1], (0.0, 0.5), SIZE, frames={1: np.arange(6, 9)})
+
+
+def test_the_instruction_is_that_of_the_row_and_an_empty_first_one_empties_no_other(copy, caplog):
+    change(copy / "meta/tasks.parquet", **{"__index_level_0__" if has_index(copy) else "task": ["", "put it down"]})
+    change(copy / DATA, task_index=[0] * 5 + [1] * 37 + [0] * 9)
+    source = LeRobotData(copy)
+    assert [source.read(0, [i])["task"] for i in (4, 5, 7)] == ["", "put it down", "put it down"]
+    assert instructions([source]) == ["", "put it down"]
+    clips = Clips(source, [0], (0.0, 0.5), SIZE, input_size=SIZE, num_images=3)
+    assert [s["task"] for s in clips.__getitems__([6, 5, 4, 0])] == ["put it down"] * 2 + [""] * 2
+    chosen = choose_demonstrations(source, range(3), 1, seed=0)
+    assert len(chosen) == 2 and 2 in chosen  # episodes 0 and 1 are of one task
+
+
+def has_index(folder):
+    return "__index_level_0__" in pq.read_schema(folder / "meta/tasks.parquet").names
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fault"),
+    [
+        ("action", None, "expected numbers, got null"),
+        ("action", [1.0], "expected 2 numbers, got 1"),
+        ("action", [1.0, 2.0, 3.0, 4.0], "expected 2 numbers, got 4"),
+        ("action", [1.0, None], r"expected finite numbers, got \[1.0, nan\]"),
+        ("observation.state", [1.0, float("nan"), 0.0], r"expected finite numbers, got \[1.0, nan, 0.0\]"),
+        ("observation.state", [1.0, float("inf"), 0.0], r"expected finite numbers, got \[1.0, inf, 0.0\]"),
+        ("task_index", 7, "expected one of meta/tasks, got 7"),
+        ("timestamp", None, "expected numbers, got null"),
+    ],
+)
+def test_a_row_that_cannot_be_used_names_file_column_row_and_episode_or_is_skipped(copy, column, value, fault):
+    values = pq.read_table(copy / DATA)[column].to_pylist()
+    values[20] = value
+    change(copy / DATA, **{column: values})
+    with pytest.raises(ValueError, match=rf"episode 1: {copy / DATA}: {column}, row 20: {fault}"):
+        LeRobotData(copy)
+    source = LeRobotData(copy, skip_broken=True)
+    assert source.lengths.tolist() == [12, 9] and source.num_skipped == 1
+    assert shown(source.read(1, [0])["frames"]) == [42] and source.actions(1, [8]).tolist() == [[50, -8]]
+
+
+def test_columns_that_are_not_needed_may_be_null_and_are_named_once(copy, caplog):
+    features = json.loads((copy / "meta/info.json").read_text())["features"]
+    edit_info(copy, features=features | {"next.reward": {"dtype": "float32", "shape": [1], "names": None}})
+    for path, name in ((DATA, "next.reward"), (EPISODES, "videos/other/from_timestamp"), (EPISODES, "meta/note")):
+        table = pq.read_table(copy / path)
+        pq.write_table(table.append_column(name, pa.nulls(len(table))), copy / path)
+    sources = [open_source(f"lerobot:{copy}?camera=top,wrist") for _ in range(2)]
+    assert sources[0].lengths.tolist() == list(LENGTHS)
+    lines = [record.getMessage() for record in caplog.records if "columns not read" in record.getMessage()]
+    assert lines == [f"lerobot:{copy}?camera=top,wrist: columns not read: next.reward"]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"info": {"is_depth_map": True}},
+        {"info": {"video.is_depth_map": True}},
+        {"video_info": {"video.is_depth_map": True}},
+        {"video_info": {"is_depth_map": True}, "info": None},
+    ],
+)
+def test_a_depth_camera_is_never_picked(copy, flag):
+    features = json.loads((copy / "meta/info.json").read_text())["features"]
+    edit_info(copy, features=features | {TOP: {k: features[TOP][k] for k in ("dtype", "shape")} | flag})
+    assert LeRobotData(copy).camera == WRIST
+    with pytest.raises(ValueError, match=rf"camera=top; its cameras: {WRIST} \(and of depth, .*: {TOP}\)"):
+        LeRobotData(copy, camera="top")
+
+
+def test_an_ambiguous_camera_lists_those_that_it_may_be():
+    left, right, top = ({f"observation.images.{name}": {"dtype": "video"}} for name in ("left.top", "right.top", "top"))
+    with pytest.raises(
+        ValueError, match="camera=top .*one of observation.images.left.top, observation.images.right.top"
+    ):
+        choose_camera("lerobot:x", left | right, "top")
+    assert choose_camera("lerobot:x", left | right, "right.top") == "observation.images.right.top"
+    assert choose_camera("lerobot:x", left | right | top, "observation.images.top") == "observation.images.top"
+    assert short_name("observation.images.right.top", left | right) == "right.top"
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize("file", ["meta/info.json", "meta/tasks.parquet", EPISODES, DATA, MP4])
+@pytest.mark.parametrize(("content", "reason"), [(POINTER, "pointer of Git LFS"), ("", "empty"), (None, "")])
+def test_a_file_that_is_missing_empty_or_a_pointer_of_git_lfs_is_named(copy, file, content, reason):
+    (copy / file).unlink()
+    if content is not None:
+        (copy / file).write_text(content)
+    place = copy if content is None and file in ("meta/info.json", EPISODES) else copy / file
+    with pytest.raises(ValueError, match=f"{place}.*{reason}"):
+        LeRobotData(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not a readable JSON file"),
+        ("[]", "expected a JSON object, got a list"),
+        ({"fps": None}, "expected fps, a number above 0, got None"),
+        ({"features": None}, "expected features"),
+        ({"features": {TOP: {"shape": [1]}}}, "expected features, an object with the dtype of each"),
+        ({"data_path": None}, "expected data_path, a template"),
+        ({"video_path": None}, "expected video_path, a template"),
+        ({"data_path": "data/{episode_chunk}/{episode_index}.parquet"}, "expected a path of chunk_index"),
+    ],
+)
+def test_an_unusable_info_json_is_named_with_the_reason(copy, content, reason):
+    if isinstance(content, str):
+        (copy / "meta/info.json").write_text(content)
+    else:
+        edit_info(copy, **content)
+    with pytest.raises(ValueError, match=f"{copy / 'meta/info.json'}: {reason}"):
+        LeRobotData(copy)
+
+
+@pytest.mark.parametrize(
+    "names", [("task_index", "task"), ("task_index", "__index_level_0__"), ("words", "task_index")]
+)
+def test_tasks_are_read_whatever_their_column_is_called(copy, names):
+    columns = {name: [1, 0] if name == "task_index" else ["b", "a"] for name in names}
+    categories = {"category": ["x", "y"]} if "words" not in names else {}
+    pq.write_table(pa.table(categories | columns), copy / "meta/tasks.parquet")
+    assert LeRobotData(copy).tasks == {0: "a", 1: "b"}
+    pq.write_table(pa.table({"x": ["a", "b"], "y": ["a", "b"], "task_index": [0, 1]}), copy / "meta/tasks.parquet")
+    with pytest.raises(ValueError, match=r"tasks.parquet: expected columns task_index and task, got x, y, task_index"):
+        LeRobotData(copy)
+    (copy / "meta/tasks.parquet").unlink()
+    lines = '{"task_index": 0, "task": "a"}\n{"task_index": 1, "task": "b"}\n'
+    (copy / "meta/tasks.jsonl").write_text(lines)
+    assert LeRobotData(copy).tasks == {0: "a", 1: "b"}

@@ -1,0 +1,252 @@
+"""The files of a LeRobot dataset, format v3: info.json, tasks, episodes, rows, and images in rows.
+
+All raise ValueError, naming file, column and row, for what they cannot use.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from hlrp.images import decode_all
+from hlrp.videos import unreadable
+
+POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
+Columns = dict[str, np.ndarray]
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError, naming the file, where it is no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise unreadable(path, "JSON file", error) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_info(root: Path) -> dict:
+    """meta/info.json. Raises ValueError where it is unusable, or of another version."""
+    path = root / "meta" / "info.json"
+    info = read_json(path)
+    version = info.get("codebase_version")
+    if not str(version).startswith("v3."):
+        raise ValueError(
+            f"{path}: expected version v3 of the LeRobot format, got version {version} of it. To convert it: python -m "
+            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
+        )
+    features = info.get("features")
+    if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
+        raise ValueError(f"{path}: expected features, an object with the dtype of each, got {str(features)[:200]}")
+    fps, is_video = info.get("fps"), any(feature["dtype"] == "video" for feature in features.values())
+    if type(fps) not in (int, float) or not 0 < fps < float("inf"):
+        raise ValueError(f"{path}: expected fps, a number above 0, got {fps!r}")
+    for key in ("data_path", "video_path")[: 1 + is_video]:
+        if not isinstance(info.get(key), str):
+            raise ValueError(f"{path}: expected {key}, a template of paths, got {info.get(key)!r}")
+    return info
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None):
+    """A parquet file, or some columns of it, as a pyarrow table. Raises ValueError, naming what is missing."""
+    import pyarrow
+    from pyarrow import parquet
+
+    check_columns(path, columns or ())
+    try:
+        return parquet.read_table(path, columns=columns, use_threads=False)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise unreadable(path, "parquet file", error) from error
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = parquet.read_schema(path).names
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise unreadable(path, "parquet file", error) from error
+    if missing := [column for column in columns if column not in names]:
+        raise ValueError(f"{path}: expected columns {', '.join(missing)}, got {', '.join(names)}")
+
+
+def to_numpy(column) -> tuple[np.ndarray, dict[int, str]]:
+    """A pyarrow column of numbers, or of lists of them, as (rows, numbers). What is wrong with rows that are null, or
+    of another size than most, stands beside it; there are nan."""
+    from pyarrow import compute, types
+
+    array = column.combine_chunks()
+    while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
+        sizes = compute.min_max(compute.list_value_length(array)).as_py()
+        if array.null_count or sizes["min"] != sizes["max"]:
+            return mended(column.to_pylist())
+        array = array.flatten()
+    is_number = types.is_integer(array.type) or types.is_floating(array.type) or types.is_boolean(array.type)
+    if array.null_count or not is_number:
+        return mended(column.to_pylist())
+    return array.to_numpy(zero_copy_only=False).reshape(len(column), -1), {}
+
+
+def mended(rows: list) -> tuple[np.ndarray, dict[int, str]]:
+    """As `to_numpy`, row by row."""
+    values, faults = {}, {}
+    for number, row in enumerate(rows):
+        if row is None:
+            faults[number] = "expected numbers, got null"
+            continue
+        try:
+            values[number] = np.asarray(row, dtype=np.float64).ravel()
+        except (ValueError, TypeError):
+            faults[number] = f"expected numbers, got {str(row)[:60]}"
+    size = int(np.bincount([value.size for value in values.values()] or [1]).argmax())
+    array = np.full((len(rows), size), np.nan)
+    for number, value in values.items():
+        if value.size == size:
+            array[number] = value
+        else:
+            faults[number] = f"expected {size} numbers, got {value.size}"
+    return array, faults
+
+
+def read_episodes(root: Path, video: str | None) -> Columns:
+    """What meta/episodes says of each episode, one number each, sorted by episode. video: the folder of a camera."""
+    names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    if video is not None:
+        names += [f"{video}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    parts = []
+    for path in sorted((root / "meta" / "episodes").rglob("*.parquet")):
+        table, part = read_table(path, names), {}
+        for name in names:
+            part[name], faults = to_numpy(table[name])
+            for row, fault in faults.items():
+                raise ValueError(f"{path}: {name}, row {row}: {fault}")
+        for row in np.flatnonzero(part["length"] < 1).tolist():
+            raise ValueError(f"{path}: length, row {row}: expected 1 or more, got {part['length'][row, 0]}")
+        parts.append(part)
+    columns = {name: np.concatenate([part[name][:, 0] for part in parts]) for name in names} if parts else {}
+    if not columns or not len(columns["length"]):
+        raise ValueError(f"{root}: no episodes in meta/episodes")
+    order = columns["episode_index"].argsort()
+    return {name: column[order] for name, column in columns.items()}
+
+
+def episode_files(
+    root: Path, template: str, episodes: Columns, prefix: str, camera: str = ""
+) -> tuple[list[Path], np.ndarray]:
+    """The files that episodes lie in, and for each episode the number of its file in that list."""
+    places = np.stack([episodes[f"{prefix}/chunk_index"], episodes[f"{prefix}/file_index"]], axis=1)
+    unique, number = np.unique(places, axis=0, return_inverse=True)
+    try:
+        paths = [template.format(chunk_index=i, file_index=j, video_key=camera) for i, j in unique.tolist()]
+    except (KeyError, IndexError, ValueError) as error:
+        fields = "chunk_index, file_index and video_key"
+        raise ValueError(f"{root}/meta/info.json: expected a path of {fields}, got {template!r}") from error
+    return [root / path for path in paths], number.ravel()
+
+
+def read_numbers(
+    paths: list[Path], episodes: Columns, keys: Sequence[str], tasks: dict[int, str] | None
+) -> tuple[Columns, np.ndarray, dict[int, str]]:
+    """Columns of all data files, one after another, the rows of an episode in the order of their frame_index; the place
+    of each row in these files as they are; and what is wrong with episodes that have broken rows.
+
+    Adds to `episodes` where each begins there (`first_row`) and in its own file (`row_in_file`)."""
+    lengths, episode_index = episodes["length"], episodes["episode_index"]
+    episodes["first_row"], episodes["row_in_file"] = np.zeros_like(lengths), np.zeros_like(lengths)
+    names = ["timestamp", "frame_index", *([] if tasks is None else ["task_index"]), *keys]
+    parts, places, broken, num_rows = [], [], {}, 0
+    for number, path in enumerate(paths):
+        table, part, faults = read_table(path, ["episode_index", *names]), {}, {}
+        here = np.flatnonzero(episodes["data_file"] == number)
+        episode_of = np.repeat(here, lengths[here])
+        if not np.array_equal(to_numpy(table["episode_index"])[0][:, 0], episode_index[episode_of]):
+            raise ValueError(f"{path}: its rows are not those of the episodes that meta/episodes has in it")
+        for name in names:
+            column, wrong = to_numpy(table[name])
+            if name in keys:
+                with np.errstate(over="ignore"):
+                    column = column.astype(np.float32, copy=False)
+            if parts and name in keys and column.shape[1] != parts[0][name].shape[1]:
+                sizes = f"expected {parts[0][name].shape[1]} numbers as in {paths[0]}, got {column.shape[1]}"
+                raise ValueError(f"{path}: {name}: {sizes}")
+            is_sound = ~np.isinf(column) if name == POINT else np.isfinite(column)
+            for row in np.flatnonzero(~is_sound.all(axis=1)).tolist():
+                wrong.setdefault(row, f"expected finite numbers, got {column[row].tolist()}")
+            if name == "task_index":
+                for row in np.flatnonzero(~np.isin(column[:, 0], list(tasks))).tolist():
+                    wrong.setdefault(row, f"expected one of meta/tasks, got {column[row, 0]}")
+                column = np.nan_to_num(column).astype(np.int64, copy=False)
+            part[name] = column if name in keys else column[:, 0]
+            faults |= {row: f"{name}, row {row}: {fault}" for row, fault in wrong.items()}
+        order = np.lexsort((part["frame_index"], episode_of))
+        part = {name: column[order] for name, column in part.items()}
+        is_next = np.diff(episode_of) == 0
+        for name in ("frame_index", "timestamp"):
+            column = part[name]
+            for i in np.flatnonzero(is_next & (np.diff(column) <= 0)).tolist():
+                found = f"expected more than the {column[i]} of the frame before, got {column[i + 1]}"
+                faults.setdefault(int(order[i + 1]), f"{name}, row {order[i + 1]}: {found}")
+        for row in sorted(faults):
+            episode = int(episode_of[row])
+            broken.setdefault(episode, f"episode {episode_index[episode]}: {path}: {faults[row]}")
+        episodes["row_in_file"][here] = lengths[here].cumsum() - lengths[here]
+        episodes["first_row"][here] = num_rows + episodes["row_in_file"][here]
+        places.append(num_rows + order)
+        num_rows += len(table)
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}, np.concatenate(places), broken
+
+
+def read_tasks(root: Path) -> dict[int, str]:
+    """The instructions by their task_index, from meta/tasks.parquet, or meta/tasks.jsonl as version 2 has it."""
+    from pyarrow import types
+
+    path, lines = root / "meta" / "tasks.parquet", root / "meta" / "tasks.jsonl"
+    if lines.is_file() and not path.is_file():
+        try:
+            rows = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
+            return {int(row["task_index"]): str(row["task"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise unreadable(lines, "file of a task_index and a task in each line", error) from error
+    table = read_table(path)
+    is_text = {f.name: types.is_string(f.type) or types.is_large_string(f.type) for f in table.schema}
+    texts = [name for name, found in is_text.items() if found]
+    named = [name for name in ("task", "__index_level_0__") if name in texts] or texts
+    if "task_index" not in is_text or not (len(named) == 1 or named[:1] == ["task"]):
+        raise ValueError(f"{path}: expected columns task_index and task, got {', '.join(is_text)}")
+    texts = [text or "" for text in table[named[0]].to_pylist()]
+    return dict(zip(table["task_index"].to_pylist(), texts, strict=True))
+
+
+def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:
+    """Images that stand as PNG or JPEG in the rows of a parquet file; uint8 (t, c, h, w)."""
+    ends, rows = row_group_ends(path), rows.tolist()
+    images = []
+    for row in rows:
+        group = int(np.searchsorted(ends, row, side="right"))
+        first = ends[group - 1] if group else 0
+        image = row_group(path, group, camera)[row - first].as_py()
+        if not isinstance(image, dict) or not image.get("bytes"):
+            raise ValueError(f"{path}: {camera}, row {row}: expected the bytes of an image, got {str(image)[:80]}")
+        images.append(image["bytes"])
+    return decode_all(images, lambda i: f"{path}, row {rows[i]}")
+
+
+@lru_cache(maxsize=256)
+def row_group_ends(path: Path) -> np.ndarray:
+    from pyarrow import parquet
+
+    metadata = parquet.ParquetFile(path).metadata
+    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
+
+@lru_cache(maxsize=4)
+def row_group(path: Path, group: int, camera: str):
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path).read_row_group(group, columns=[camera], use_threads=False)[camera]
