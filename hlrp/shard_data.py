@@ -182,7 +182,7 @@ class Shards:
 
     def _rows(self, episode: int, name: str, indices: Sequence[int]) -> Tensor:
         place, members = self._members(episode)
-        array = as_column(name, to_array(members[f"{name}.npy"], f"{place}, {name}.npy"))
+        array = as_column(name, to_array(members[f"{name}.npy"], f"{place}, {name}.npy"), place)
         return torch.from_numpy(array.take(indices, axis=0))
 
 

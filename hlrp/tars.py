@@ -72,7 +72,7 @@ class Sample:
             array = to_array(member.data, place)
             if array.ndim == 0 or len(array) != num_frames:
                 raise ValueError(f"{place}: of shape {array.shape}, but the episode has {num_frames} frames")
-            columns[name] = as_column(name, array)
+            columns[name] = as_column(name, array, place)
         return columns
 
     @cached_property
@@ -114,9 +114,15 @@ def is_image(suffix: str) -> bool:
     return suffix.endswith((*IMAGES, YUV))
 
 
-def as_column(name: str, array: np.ndarray) -> np.ndarray:
-    if name in ("state", "action") and (array.ndim != 2 or array.dtype != np.float32):
-        return array.reshape(len(array), -1).astype(np.float32, copy=False)
+def as_column(name: str, array: np.ndarray, place: str) -> np.ndarray:
+    """State and action as float32 (t, n). Raises ValueError where they are not finite."""
+    if name not in ("state", "action"):
+        return array
+    with np.errstate(over="ignore"):
+        array = array.reshape(len(array), -1).astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        frame = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        raise ValueError(f"{place}: {name} of frame {frame}: expected finite numbers, got {array[frame].tolist()}")
     return array
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import transformers as T
@@ -5,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hlrp.backbones import FrozenEncoder, TextEncoder
+from hlrp.vlm import read_parts
 
 TINY = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP = {**TINY, "intermediate_size": 16, "image_size": 28, "patch_size": 7}
@@ -254,3 +257,21 @@ def test_a_text_encoder_with_a_missing_tensor_is_an_error(tmp_path, family):  # 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"missing {key.removeprefix('text_model.')}"):
         TextEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoder", [FrozenEncoder, TextEncoder, read_parts])
+def test_a_model_that_brings_code_is_refused_and_no_question_is_asked(tmp_path, monkeypatch, encoder):
+    def ask(*args):
+        raise AssertionError("a question on stdin")
+
+    monkeypatch.setattr("builtins.input", ask)
+    code = {name: f"odd.{name}" for name in ("AutoConfig", "AutoModel", "AutoImageProcessor")}
+    code |= {"AutoTokenizer": ["odd.Slow", "odd.Fast"]}
+    config = json.dumps(
+        {"model_type": "odd", "auto_map": code, "tokenizer_class": "Odd", "image_processor_type": "Odd"}
+    )
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(config)
+    (tmp_path / "odd.py").write_text("raise AssertionError('code of the hub ran')")
+    with pytest.raises(ValueError, match=f"cannot read '{tmp_path}'"):
+        encoder(str(tmp_path))

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from hlrp import rlds
 from hlrp.images import decode
 from hlrp.open_x import BUCKET, DATASETS, MIXTURES, mixture
 from hlrp.rlds import RLDS
+from hlrp.sources import instructions
 from hlrp.tfds_features import Feature, read_features, read_tensor
 from hlrp.tfrecord import masked_crc32c, parse_example, parse_feature, parse_varint, parse_varints, read_records
 
@@ -440,3 +442,38 @@ def test_a_data_set_that_tensorflow_datasets_writes_now_reads_the_same(tmp_path)
         assert new.files == old.files
         for key in old.files:
             np.testing.assert_array_equal(new[key], old[key])
+
+
+def test_the_instruction_is_that_of_each_step_and_an_empty_first_one_empties_no_other(monkeypatch):
+    source = tiny_robot()
+    read = rlds.read_strings
+
+    def of_steps(example, path):
+        texts = read(example, path)
+        if path != source.instruction_path:
+            return texts
+        return [b"", *[b"push"] * (len(texts) - 2), b"let go"][: len(texts)]
+
+    monkeypatch.setattr(rlds, "read_strings", of_steps)
+    episode = max(episodes(source), key=lambda e: len(e.frames))
+    length = len(episode.frames)
+    assert length > 2 and episode.instructions([0, 1, length - 1]) == ["", "push", "let go"]
+    assert episode.read([1, 0])["task"] == "push"
+    assert instructions([source]) == ["", "let go", "push"]
+
+
+def test_actions_that_are_not_finite_name_episode_column_and_step(monkeypatch):
+    source = tiny_robot(action="world_vector")
+    read = rlds.read_tensor
+
+    def with_nan(example, path, feature):
+        values = np.array(read(example, path, feature))
+        if path == "steps/action/world_vector":
+            values[1, 0] = np.nan
+        return values
+
+    monkeypatch.setattr(rlds, "read_tensor", with_nan)
+    with pytest.raises(
+        ValueError, match="record 0: steps/action/world_vector, step 1: expected finite numbers, got .nan"
+    ):
+        next(source.episodes(0))

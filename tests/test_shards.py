@@ -8,6 +8,7 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +22,15 @@ from hlrp import idle, shard_writer, shards
 from hlrp.clips import Clips
 from hlrp.data import Mixture, collate
 from hlrp.images import decode
+from hlrp.label import write_dataset
+from hlrp.lerobot_data import LeRobotData
 from hlrp.shard_data import Shards, ShardStream, is_indexed
 from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
+from hlrp.shard_writer import Settings, record, view_of
 from hlrp.shards import Args, main
-from hlrp.sources import open_source
+from hlrp.sources import instructions, open_source
 from hlrp.splits import EpisodeRange
-from hlrp.streams import Episode, clips_of
+from hlrp.streams import Episode, Held, clips_of
 from hlrp.tars import END, array_bytes, member_bytes, read_members
 from hlrp.transforms import fit
 
@@ -709,3 +713,43 @@ def test_an_index_of_another_format_is_refused(tmp_path, png):
     with pytest.raises(ValueError, match="000001.index: of format 99"):
         Shards(folder)
     assert row_of(member(folder / "000000.tar", ".json"))[1] > 0
+
+
+def test_the_task_of_each_frame_survives_shards_streams_and_what_a_labelled_dataset_is_written_from(tmp_path):
+    tasks = ["", "lift", "lift", "put", "put", "put", "lift"]
+    episode = Episode("e", [jpeg(i) for i in range(7)], 10.0, tasks)
+    held = Held(
+        SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0), [episode], [0]
+    )
+    settings = Settings(None, None, False, None, "jpeg", 90, None)
+    members, _ = record(held, 0, view_of(held, 0), settings)
+    assert json.loads(members["json"])["task_changes"] == [[0, ""], [1, "lift"], [3, "put"], [6, "lift"]]
+    with open(tmp_path / "0.tar", "wb") as tar:
+        tar.write(b"".join(member_bytes(f"a.{suffix}", data) for suffix, data in members.items()) + END)
+    stream = ShardStream(tmp_path / "0.tar")
+    main(Args(tmp_path, index=True))
+    source = Shards(tmp_path)
+    assert source.instructions(0, [6, 0, 3]) == ["lift", "", "put"] and source.read(0, [4])["task"] == "put"
+    assert [e.instructions(range(7)) for e in stream.episodes(0)] == [tasks]
+    assert instructions([source]) == instructions([stream]) == ["", "lift", "put"]
+    for clips in (Clips(held, [0], (0.0, 0.1), 32), Clips(source, [0], (0.0, 0.1), 32, input_size=32, num_images=2)):
+        assert [sample["task"] for sample in clips.__getitems__(range(6))] == tasks[:6]
+    write_dataset(source, tmp_path / "lerobot", 32)
+    assert LeRobotData(tmp_path / "lerobot").instructions(0, range(7)) == tasks
+
+
+def test_unusable_changes_of_the_task_and_actions_that_are_not_finite_are_named(tmp_path):
+    plain_tar(tmp_path / "0.tar", plain_sample("a", 3) | {"json": {"fps": 10, "task_changes": [[1, "x"]]}})
+    with pytest.raises(ValueError, match=r"0.tar: a.json: expected task_changes \[\[0, TASK\]"):
+        main(Args(tmp_path, index=True))
+    numbers = np.array([[0.0, 1.0], [np.inf, 0.0], [0.0, 0.0]], dtype=np.float32)
+    plain_tar(tmp_path / "0.tar", plain_sample("a", 3) | {"action.npy": numbers})
+    with pytest.raises(ValueError, match=r"0.tar: a.action.npy: action of frame 1: expected finite .*\[inf, 0.0\]"):
+        main(Args(tmp_path, index=True))
+
+
+def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
+    held = Held(SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0), [], [])
+    held.uneven = {3: np.array([0.0, 0.1, 0.9])}
+    with pytest.raises(ValueError, match="not evenly spaced in time"):
+        record(held, 3, None, Settings(None, None, False, None, "jpeg", 90, None))
