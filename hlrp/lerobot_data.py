@@ -290,7 +290,7 @@ def frame_rates(
         rates[i] = 1 / gaps[np.abs(gaps / np.median(gaps) - 1) < 0.2].mean()
     is_known = np.isfinite(rates) & (rates > 0)
     rates[~is_known] = np.median(rates[is_known]) if is_known.any() else fps
-    return np.where(np.abs(rates / fps - 1) < 1e-3, fps, rates), is_even
+    return np.where(np.abs(rates / fps - 1) < 1e-3, fps, rates.round(4)), is_even  # stamps are float32
 
 
 def frame_spacing(stamps: np.ndarray, episodes: Columns) -> np.ndarray:

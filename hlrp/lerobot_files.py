@@ -214,11 +214,13 @@ def read_tasks(root: Path) -> dict[int, str]:
         except (ValueError, KeyError, TypeError) as error:
             raise unreadable(lines, "file of a task_index and a task in each line", error) from error
     table = read_table(path)
-    is_text = {f.name: types.is_string(f.type) or types.is_large_string(f.type) for f in table.schema}
-    texts = [name for name, found in is_text.items() if found]
-    named = [name for name in ("task", "__index_level_0__") if name in texts] or texts
-    if "task_index" not in is_text or not (len(named) == 1 or named[:1] == ["task"]):
-        raise ValueError(f"{path}: expected columns task_index and task, got {', '.join(is_text)}")
+    kinds = {f.name: f.type.value_type if types.is_dictionary(f.type) else f.type for f in table.schema}
+    texts = [name for name, kind in kinds.items() if types.is_string(kind) or types.is_large_string(kind)]
+    indices = (table.schema.pandas_metadata or {}).get("index_columns", [])  # where LeRobot has it; else a range
+    named = [name for name in ("task", *indices, "__index_level_0__") if name in texts]
+    named = named or texts if len(texts) == 1 else named
+    if "task_index" not in kinds or not named:
+        raise ValueError(f"{path}: expected columns task_index and task, got {', '.join(kinds)}")
     texts = [text or "" for text in table[named[0]].to_pylist()]
     return dict(zip(table["task_index"].to_pylist(), texts, strict=True))
 

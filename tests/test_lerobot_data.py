@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -492,6 +493,9 @@ def test_tasks_are_read_whatever_their_column_is_called(copy, names):
     columns = {name: [1, 0] if name == "task_index" else ["b", "a"] for name in names}
     categories = {"category": ["x", "y"]} if "words" not in names else {}
     pq.write_table(pa.table(categories | columns), copy / "meta/tasks.parquet")
+    assert LeRobotData(copy).tasks == {0: "a", 1: "b"}
+    frame = pd.DataFrame({"task_index": [0, 1], "category": ["x", "y"]}, index=pd.Index(["a", "b"], name=names[0]))
+    frame.rename_axis(index={"task_index": "instruction"}).to_parquet(copy / "meta/tasks.parquet")
     assert LeRobotData(copy).tasks == {0: "a", 1: "b"}
     pq.write_table(pa.table({"x": ["a", "b"], "y": ["a", "b"], "task_index": [0, 1]}), copy / "meta/tasks.parquet")
     with pytest.raises(ValueError, match=r"tasks.parquet: expected columns task_index and task, got x, y, task_index"):
