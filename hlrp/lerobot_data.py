@@ -74,6 +74,12 @@ class LeRobotData:
 
         video = f"videos/{self.camera}"
         episodes = read_episodes(root, video if self.is_video else None)
+        num_episodes, empty = len(episodes["length"]), np.flatnonzero(episodes["length"] < 1)
+        for episode in episodes["episode_index"][empty]:
+            if not skip_broken or len(empty) == num_episodes:
+                raise ValueError(f"{self.uri}, episode {episode}: {root}/meta/episodes has it without frames")
+            logger.warning("skipped %s, episode %d: it has no frames", self.uri, episode)
+        episodes = {key: np.delete(column, empty) for key, column in episodes.items()}
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
         keys = [key for key in (STATE, ACTION, POINT) if key in features]
         self.tasks = read_tasks(root) if "task_index" in features else None
@@ -117,7 +123,7 @@ class LeRobotData:
             kept = np.isin(camera.episodes["episode_index"], whole)
             camera.episodes = {key: column[kept] for key, column in camera.episodes.items()}
             camera.lengths, camera.fps = camera.episodes["length"], camera.episodes["fps"]
-        self.num_skipped = len(episodes["length"]) - len(whole)
+        self.num_skipped = num_episodes - len(whole)
         uneven = episodes["episode_index"][~is_even]
         uneven = np.flatnonzero(np.isin(self.episodes["episode_index"], uneven)).tolist()
         self.uneven = {episode: self._stamps(episode) for episode in uneven}

@@ -89,7 +89,7 @@ def to_numpy(column) -> tuple[np.ndarray, dict[int, str]]:
     is_number = types.is_integer(array.type) or types.is_floating(array.type) or types.is_boolean(array.type)
     if array.null_count or not is_number:
         return mended(column.to_pylist())
-    return array.to_numpy(zero_copy_only=False).reshape(len(column), -1), {}
+    return array.to_numpy(zero_copy_only=False).reshape(len(column), len(array) // max(len(column), 1)), {}
 
 
 def mended(rows: list) -> tuple[np.ndarray, dict[int, str]]:
@@ -125,8 +125,6 @@ def read_episodes(root: Path, video: str | None) -> Columns:
             part[name], faults = to_numpy(table[name])
             for row, fault in faults.items():
                 raise ValueError(f"{path}: {name}, row {row}: {fault}")
-        for row in np.flatnonzero(part["length"] < 1).tolist():
-            raise ValueError(f"{path}: length, row {row}: expected 1 or more, got {part['length'][row, 0]}")
         parts.append(part)
     columns = {name: np.concatenate([part[name][:, 0] for part in parts]) for name in names} if parts else {}
     if not columns or not len(columns["length"]):

@@ -183,8 +183,13 @@ def view_passing(episode: Episode) -> View:
 
 def record(source, number: int, view: View, settings: Settings) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
-    if number in getattr(source, "uneven", ()):
-        raise ValueError("its frames are not evenly spaced in time, but an episode in a shard has one frame rate")
+    if (times := getattr(source, "uneven", {}).get(number)) is not None:
+        away = np.abs((times - times[0]) * view.fps - np.arange(len(times)))
+        if away.max() > 0.5:
+            raise ValueError(
+                f"expected frames {1 / view.fps:.4g} s apart, for an episode in a shard has one frame rate, but frame "
+                f"{away.argmax()} is at {times[away.argmax()] - times[0]:.3f} s"
+            )
     fps = view.fps if settings.fps is None else settings.fps
     indices = frame_numbers(view, settings)
     encoded, small, facts = [], [], {}

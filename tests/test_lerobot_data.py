@@ -504,3 +504,16 @@ def test_tasks_are_read_whatever_their_column_is_called(copy, names):
     lines = '{"task_index": 0, "task": "a"}\n{"task_index": 1, "task": "b"}\n'
     (copy / "meta/tasks.jsonl").write_text(lines)
     assert LeRobotData(copy).tasks == {0: "a", 1: "b"}
+
+
+def test_an_episode_without_frames_is_named_or_skipped(copy):
+    table = pq.read_table(copy / EPISODES)
+    changes = {"episode_index": [0, 1, 2, 3], "length": [12, 30, 9, 0]}
+    table = table.take([0, 1, 2, 2])
+    for name, values in changes.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, copy / EPISODES)
+    with pytest.raises(ValueError, match="episode 3: .*meta/episodes has it without frames"):
+        LeRobotData(copy)
+    source = LeRobotData(copy, skip_broken=True)
+    assert source.lengths.tolist() == list(LENGTHS) and source.num_skipped == 1

@@ -751,5 +751,5 @@ def test_unusable_changes_of_the_task_and_actions_that_are_not_finite_are_named(
 def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
     held = Held(SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0), [], [])
     held.uneven = {3: np.array([0.0, 0.1, 0.9])}
-    with pytest.raises(ValueError, match="not evenly spaced in time"):
-        record(held, 3, None, Settings(None, None, False, None, "jpeg", 90, None))
+    with pytest.raises(ValueError, match="expected frames 0.1 s apart.* frame 2 is at 0.900 s"):
+        record(held, 3, SimpleNamespace(fps=10.0), Settings(None, None, False, None, "jpeg", 90, None))
