@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -19,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train_vla
+from hlrp import pictures, validation
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.sharding import distribute
 from hlrp.training import Run
@@ -48,7 +52,7 @@ def train(folder, name, batch_size):
 
 
 def launch(folder, *names):
-    """Trains under these names on two processes; only the one called ddp in no shards."""
+    """Trains under these names on two processes; those called ddp and slow in no shards."""
     options = ["--config_file", ROOT / "slurm/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, __file__, folder, *names]
     variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -57,14 +61,14 @@ def launch(folder, *names):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The runs ddp and fsdp behind a LAQ whose codes are as random as its weights."""
+    """The runs ddp, fsdp and slow behind a LAQ whose codes are as random as its weights."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "laq").mkdir()
     torch.manual_seed(0)
     laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8))
     nn.init.normal_(laq.to_change.weight)
     laq.save_pretrained(folder / "laq", data=DATA, step=0, report=None)
-    launch(folder, "ddp", "fsdp")
+    launch(folder, "ddp", "fsdp", "slow")
     return folder
 
 
@@ -110,6 +114,11 @@ def test_a_killed_run_of_shards_continues_to_the_bit(folder):
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
+def test_a_rank_that_draws_or_validates_for_longer_than_a_collective_may_take_loses_no_other(folder):
+    assert json.loads((folder / "slow/run.json").read_text())["state"] == "done"
+    assert logged(folder / "slow", "loss") == logged(folder / "ddp", "loss")
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -124,6 +133,15 @@ def test_what_shards_cannot_do_is_named(variables, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         distribute(LAQ(LAQConfig(image_size=32, patch_size=8, quantizer="vq")), set(), None)
+
+
+def slowed(function, rank, seconds=8):
+    def slow(*args, **settings):
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return function(*args, **settings)
+
+    return slow
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -145,7 +163,11 @@ def main(folder: Path, names: list[str]) -> None:
     AcceleratorState.destroy_process_group = lambda _: None  # the store would give a second one the first's addresses
     for name in names:
         seen["labelled"] = []
-        os.environ["ACCELERATE_USE_FSDP"] = str(name != "ddp").lower()
+        os.environ["ACCELERATE_USE_FSDP"] = str(name not in ("ddp", "slow")).lower()
+        if name == "slow":
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
+            pictures.draw_pictures = slowed(pictures.draw_pictures, rank=0)
+            validation.Share.tasks = slowed(validation.Share.tasks, rank=1)
         train(folder, name, batch_size=4)
         (folder / f"{name}_{os.environ['RANK']}.json").write_text(json.dumps(seen))
         AcceleratorState._reset_state(reset_partial_state=True)
