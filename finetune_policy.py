@@ -33,63 +33,64 @@ STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
 
 @dataclass
 class EnvArgs:
-    type: str | None = None  # LeRobot's name of an environment, hlrp_metaworld or hlrp_world: evaluate in it
-    task: str | None = None  # its tasks, by commas
+    type: str | None = None  # environment to try the policy in: hlrp_metaworld, hlrp_world or one of LeRobot's
+    task: str | None = None  # tasks of the environment, by commas; None: those it has by default
 
 
 @dataclass
 class EvalArgs:
-    n_episodes: int = 10  # of each task
-    batch_size: int = 5  # environments at once
+    n_episodes: int = 10  # episodes to try in each task
+    batch_size: int = 5  # environments that run at once
 
 
 @dataclass
 class Args:
-    # sources, each with @WEIGHT behind it or 1; by default those that stage 2 learned from
+    # sources to learn from, as for train_laq.py; by default those that stage 2 learned from
     data: tuple[str, ...] = ()
-    demonstrations: int | None = None  # episodes of each task whose actions are learned; all by default
-    # numbers of these, in place of --demonstrations, of the only source
+    demonstrations: int | None = None  # episodes of each task whose actions are learned; None: all
+    # numbers of the episodes whose actions are learned, in place of --demonstrations; with one source only
     episodes: tuple[int, ...] | None = None
-    action_free: float = 0.5  # share of the samples that are of other episodes, for their latent actions
-    # folder of hlrp.inverse, whose actions other episodes of the only source get
+    action_free: float = 0.5  # share of the samples that come from the other episodes, which show latent actions alone
+    # folder that hlrp.inverse wrote: its actions label the other episodes; with one source only
     pseudo_actions: Path | None = None
-    shuffle_latents: bool = False  # a control: each sample is given the latent actions of another one
+    shuffle_latents: bool = False  # a control: give each sample the latent actions of another one
     idle: IdleConfig = field(default_factory=IdleConfig)  # frames that are left out of training
-    state: bool = True  # the policy reads the robot's state where the data have it
-    val_fraction: float = 0.1  # share of each source's episodes held out
-    val_samples: int = 512  # samples of each source in a validation
-    skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
-    # with --skip-broken: files, clips and parts of streams that a process may leave out
-    max_broken: int = 100
+    state: bool = True  # let the policy read the robot's state where the data have it
+    val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
+    val_samples: int = 512  # most samples of each source in a validation
+    skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
+    max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
 
     policy: HLRPConfig = field(default_factory=lambda: HLRPConfig(vla=str(STAGE2), push_to_hub=False))
-    # checkpoint of a policy to start from, in place of policy.vla and policy.vlm
-    policy_path: Path | None = None
-    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # stage 1, which stage 2 learned from
+    policy_path: Path | None = None  # policy to start from, in place of --policy.vla and --policy.vlm
+    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1 that stage 2 learned from
 
-    output_dir: Path = Path("outputs/policy")
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # samples per process and forward pass
-    grad_accumulation: int = 1  # forward passes per optimizer step
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon learns from scratch in fewer steps
-    lr: float = 1e-3  # highest learning rate; 1e-4 or less, and adamw, suit a pretrained vlm
-    warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
-    weight_decay: float = 0.05
-    grad_clip: float = 1.0  # largest gradient norm
-    # above 0: the policy is the exponential moving average of the weights, such as .999
-    ema_decay: float = 0.0
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
-    seed: int = 0
-    num_workers: int = 2  # loader processes per training process
+    output_dir: Path = Path("outputs/policy")  # folder of this run: checkpoints, videos and log
+    steps: int = 1000  # optimizer steps of the whole run
+    batch_size: int = 32  # samples in a forward pass of one process
+    grad_accumulation: int = 1  # forward passes in an optimizer step, whose gradients are added
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
+    lr: float = 1e-3  # highest learning rate; use 1e-4 or less, and adamw, for a pretrained vlm
+    # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05  # share of a weight, times the learning rate, that each step takes away
+    grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down to it
+    ema_decay: float = 0.0  # keep an exponential moving average of the weights as the policy, such as .999; 0: do not
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
+    seed: int = 0  # of the weights, the order of the data and the held-out episodes
+    num_workers: int = 2  # processes that load data, for each training process
 
-    log_freq: int = 50  # [optimizer step]
-    eval_freq: int = 250  # [optimizer step]
-    save_freq: int = 500  # [optimizer step]
+    # log the training loss every so many steps; None: a twelfth of --steps, at most 50
+    log_freq: int | None = None
+    # validate every so many steps, and after the last one; None: a quarter of --steps, at most 250
+    eval_freq: int | None = None
+    # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 500
+    save_freq: int | None = None
     env: EnvArgs = field(default_factory=EnvArgs)
-    env_eval_freq: int = 0  # evaluate in env so often [optimizer step]; 0: after the last step alone
+    env_eval_freq: int = 0  # try the policy in the environment every so many steps; 0: only after the last one
     eval: EvalArgs = field(default_factory=EvalArgs)
-    wandb: bool = False  # log to Weights & Biases too
-    tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+    wandb: bool = False  # also log to Weights & Biases
+    tensorboard: bool = False  # also log to OUTPUT_DIR/tensorboard
     # settings of the policy that the command line has
     given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
@@ -107,7 +108,7 @@ def main(args: Args) -> None:
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.predictions import label, shuffled
     from hlrp.rollout import environment
@@ -119,6 +120,7 @@ def main(args: Args) -> None:
     from hlrp.validation import scalars
 
     die_with_launcher()
+    set_intervals(args, eval_freq=(4, 250), save_freq=(2, 500))
     check_loop(args)
     args.data = expand(args.data) or data_of(args)
     check(args)

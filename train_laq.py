@@ -23,41 +23,44 @@ from hlrp.launch import ends_its_run
 
 @dataclass
 class Args:
-    # sources, each with @WEIGHT behind it or 1: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...
+    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...; one may end in @WEIGHT
     data: tuple[str, ...] = ("metaworld:mt10",)
-    # also weigh sources by their number of clips ** (1 / temperature); 1: by size
+    # multiply each source's weight by its number of clips ** (1 / temperature); 1: sources count by their size
     temperature: float | None = None
-    val_fraction: float = 0.1  # share of each source's episodes held out
-    val_samples: int = 512  # pairs of each source in a validation
-    label_fraction: float = 1.0  # share of the training episodes whose actions --action-weight may use
-    skip_broken: bool = False  # leave out what cannot be read, and count it, instead of stopping
-    # with --skip-broken: files, clips and parts of streams that a process may leave out
-    max_broken: int = 100
+    val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
+    val_samples: int = 512  # most pairs of frames of each source in a validation
+    label_fraction: float = 1.0  # with --action-weight: share of the training episodes whose actions are used
+    skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
+    max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
 
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
-    output_dir: Path = Path("outputs/laq")
-    steps: int = 600  # optimizer steps
-    batch_size: int = 32  # pairs per process and forward pass
-    grad_accumulation: int = 1  # forward passes per optimizer step
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon learns from scratch in fewer steps
-    lr: float = 3e-3  # highest learning rate; 3e-4 or less suits the larger sizes
-    warmup_steps: int = 100  # the learning rate grows linearly, then falls to a tenth by a cosine
-    weight_decay: float = 0.05
-    grad_clip: float = 1.0  # largest gradient norm
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
-    compile: bool = False  # torch.compile of each transformer block
-    seed: int = 0
-    num_workers: int = 2  # loader processes per training process
+    output_dir: Path = Path("outputs/laq")  # folder of this run: checkpoints, pictures and log
+    steps: int = 600  # optimizer steps of the whole run
+    batch_size: int = 32  # pairs of frames in a forward pass of one process
+    grad_accumulation: int = 1  # forward passes in an optimizer step, whose gradients are added
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
+    lr: float = 3e-3  # highest learning rate; use 3e-4 or less for the larger sizes
+    # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05  # share of a weight, times the learning rate, that each step takes away
+    grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down to it
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
+    compile: bool = False  # compile each transformer block by torch.compile
+    seed: int = 0  # of the weights, the order of the data and the held-out episodes
+    num_workers: int = 2  # processes that load data, for each training process
 
-    log_freq: int = 50  # [optimizer step]
-    eval_freq: int = 300  # [optimizer step]
-    save_freq: int = 300  # [optimizer step]
-    buckets: tuple[str, ...] = ()  # sets of validation samples: 'left: task~left', or files of such lines
-    # drawn of validation samples: NAME, of all buckets at every validation, NAME:BUCKET,BUCKET or NAME@STEPS
+    # log the training loss every so many steps; None: a twelfth of --steps, at most 50
+    log_freq: int | None = None
+    # validate every so many steps, and after the last one; None: half of --steps, at most 300
+    eval_freq: int | None = None
+    # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 300
+    save_freq: int | None = None
+    buckets: tuple[str, ...] = ()  # sets of validation samples to draw: 'left: task~left', or files of such lines
+    # which pictures to draw at validation: NAME, NAME:BUCKET,BUCKET or NAME@STEPS
     pictures: tuple[str, ...] = ("every",)
-    wandb: bool = False  # log to Weights & Biases too
-    tensorboard: bool = False  # log to OUTPUT_DIR/tensorboard too
+    wandb: bool = False  # also log to Weights & Biases
+    tensorboard: bool = False  # also log to OUTPUT_DIR/tensorboard
 
 
 @ends_its_run
@@ -65,7 +68,7 @@ def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.chosen import action_statistics, choose_clips
     from hlrp.data import Mixture, loader
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, wait_for_all
+    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
     from hlrp.pictures import bindings_of, draw_pictures
     from hlrp.sharding import distribute, gathered
@@ -78,6 +81,7 @@ def main(args: Args) -> None:
     from hlrp.validation import alarms, evaluate, scalars
 
     die_with_launcher()
+    set_intervals(args)
     check_loop(args)
     args.data = expand(args.data)
     args.model = args.model.resolved()

@@ -37,20 +37,20 @@ WORLD_SEED = 0
 
 @dataclass
 class Args:
-    quantizers: tuple[QuantizerName, ...] = get_args(QuantizerName)
-    num_tokens: tuple[int, ...] = (4,)
-    codebook_size: int = 8
-    label_fractions: tuple[float, ...] = (0.0,)  # share of the training episodes whose actions are seen
-    variants: tuple[Variant, ...] = ("hand",)  # of the built-in world; the others take more steps
-    delta: float = 0.4  # [s]; at 32 pixels, what moves in it can be seen
-    seeds: tuple[int, ...] = (0, 1)  # of the weights and the order of the data
+    quantizers: tuple[QuantizerName, ...] = get_args(QuantizerName)  # quantizers to compare
+    num_tokens: tuple[int, ...] = (4,)  # tokens per latent action, each number a cell
+    codebook_size: int = 8  # codes that each token chooses from
+    label_fractions: tuple[float, ...] = (0.0,)  # shares of the training episodes whose actions are seen, each a cell
+    variants: tuple[Variant, ...] = ("hand",)  # variants of the built-in world; all but hand take more steps
+    delta: float = 0.4  # time between the two frames of a pair [s]
+    seeds: tuple[int, ...] = (0, 1)  # seeds of the weights and the order of the data, each a cell
 
     steps: int = 320  # optimizer steps of each cell
-    batch_size: int = 16
-    lr: float = 4e-3
+    batch_size: int = 16  # pairs of frames in an optimizer step
+    lr: float = 4e-3  # highest learning rate
 
-    num_processes: int | None = None  # cells at a time, one thread each; None: as many as there are cores
-    output_dir: Path = Path("outputs/bakeoff")
+    num_processes: int | None = None  # cells that train at once, one thread each; None: one for each core
+    output_dir: Path = Path("outputs/bakeoff")  # folder for the results and the table
 
 
 class Cell(NamedTuple):

@@ -40,22 +40,22 @@ LAST = "checkpoints/last/pretrained_model"
 @dataclass
 class Args:
     data: str = "metaworld:mt10?episodes=100"  # demonstrations and, without their actions, other video
-    demonstrations: tuple[int, ...] = (1, 2, 5, 10, 25, 50)  # K: of each task
-    methods: tuple[Method, ...] = get_args(Method)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    demonstrations: tuple[int, ...] = (1, 2, 5, 10, 25, 50)  # numbers of demonstrations of each task, each a cell
+    methods: tuple[Method, ...] = get_args(Method)  # methods to compare
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the demonstrations and the training, each a cell
 
-    env: str = "hlrp_metaworld"  # where success counts
-    tasks: tuple[str, ...] = ("mt10",)  # of it
-    episodes: int = 5  # of each task in a cell
-    eval_seed: int = 1000  # of the first episode, the same in every cell
+    env: str = "hlrp_metaworld"  # environment in which success counts
+    tasks: tuple[str, ...] = ("mt10",)  # tasks of the environment
+    episodes: int = 5  # episodes of each task in a cell
+    eval_seed: int = 1000  # seed of a task's first episode, the same in every cell
 
     laq_flags: str = ""  # further flags of train_laq.py, as in --laq-flags='--steps 1000'
-    vla_flags: str = ""  # of train_vla.py
-    policy_flags: str = "--no-state"  # of finetune_policy.py, for every method
-    inverse_flags: str = ""  # of hlrp.inverse
+    vla_flags: str = ""  # further flags of train_vla.py
+    policy_flags: str = "--no-state"  # further flags of finetune_policy.py, for every method
+    inverse_flags: str = ""  # further flags of hlrp.inverse
 
-    output_dir: Path = Path("outputs/curve")
-    cell: int | None = None  # run this one alone, by its number in --list
+    output_dir: Path = Path("outputs/curve")  # folder for all runs, their results and the figure
+    cell: int | None = None  # run only this cell, by its number in --list
     list: bool = False  # show the cells and run nothing
 
 

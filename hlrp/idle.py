@@ -26,9 +26,9 @@ SHOWN_EPISODES, SHOWN_FRAMES = 6, 12
 
 @dataclass
 class IdleConfig:
-    motion: float = 0.0  # frames before less change of the image than this are idle [of 255]; 0: not measured
-    action: float = 0.0  # frames before less action than this [mean action of the source]; 0: not measured
-    span: float = 0.2  # over this time [s]
+    motion: float = 0.0  # leave out frames after which the image changes less than this [of 255]; 0: keep them
+    action: float = 0.0  # leave out frames after which actions are smaller than this [mean action]; 0: keep them
+    span: float = 0.2  # time after a frame over which --idle.motion and --idle.action are measured [s]
 
     def is_set(self) -> bool:
         return self.motion > 0 or self.action > 0

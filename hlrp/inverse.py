@@ -40,16 +40,16 @@ ACTIONS, FACTS = "actions.safetensors", "inverse.json"
 
 @dataclass
 class Args:
-    data: str  # a source with actions
-    output_dir: Path  # folder to write, must not exist yet
+    data: str  # a source with actions, as for train_laq.py
+    output_dir: Path  # folder to write; it must not exist yet
     demonstrations: int = 5  # episodes of each task whose actions are learned
-    val_fraction: float = 0.1  # share of the episodes held out; as for finetune_policy.py
-    seed: int = 0  # of the split, the demonstrations and the training; likewise
+    val_fraction: float = 0.1  # share of the episodes that is held out; take the one of finetune_policy.py
+    seed: int = 0  # of the split, the demonstrations and the training; take the one of finetune_policy.py
     image_size: int = 64  # side of the frames that the model sees [pixel]
-    steps: int = 600  # optimizer steps
-    batch_size: int = 32
-    lr: float = 3e-3
-    num_workers: int = 0
+    steps: int = 600  # optimizer steps of the training
+    batch_size: int = 32  # pairs of frames in an optimizer step
+    lr: float = 3e-3  # highest learning rate
+    num_workers: int = 0  # processes that load data; 0: this one
 
 
 class InverseModel(nn.Module):

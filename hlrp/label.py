@@ -41,13 +41,13 @@ QUEUE_SIZE = 64  # frames that wait for the encoder
 
 @dataclass
 class Args:
-    data: str  # the source: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS
-    output_dir: Path  # folder to write, must not exist yet
-    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1
-    # videos: and world: side of the square that frames are letterboxed into [pixel]; None: as they are
+    data: str  # source to label: videos:DIR lerobot:REPO_OR_DIR world:NAME metaworld:TASKS
+    output_dir: Path  # folder to write; it must not exist yet
+    laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1, which labels
+    # for videos: and world:, side of the square that frames are letterboxed into [pixel]; None: as they are
     image_size: int | None = None
-    batch_size: int = 64  # frames embedded together
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+    batch_size: int = 64  # frames that the LAQ encodes together
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the encoder; auto: bf16 on a GPU
 
 
 def main(args: Args) -> None:

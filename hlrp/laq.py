@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from tyro.conf import Fixed, Suppress
 
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
 from hlrp.laq_decoder import Decoder
@@ -46,28 +47,29 @@ SIZES = {
 class LAQConfig:
     delta: float = 0.2  # time between the two frames of a pair [s]
     size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 34 or 350 million parameters
-    image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by size
-    patch_size: int | None = None  # [pixel]; None: 8, 16 or 32 by size
+    image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by --size
+    patch_size: int | None = None  # height and width of a patch of the frame [pixel]; None: 8, 16 or 32 by --size
 
     num_tokens: int = 4  # discrete tokens per latent action
-    codebook_size: int = 8  # codes a token chooses from
-    quantizer: QuantizerName = "fsq"
+    codebook_size: int = 8  # codes that each token chooses from
+    quantizer: QuantizerName = "fsq"  # how a token becomes one of the codes; gaussian and none are continuous
 
-    features: str | None = None  # frozen features, hub id or folder: DINOv2, DINOv3, SigLIP2, V-JEPA 2
+    features: str | None = None  # hub id or folder of a frozen image encoder: DINOv2, DINOv3, SigLIP2, V-JEPA 2
     encoder: Literal["pixels", "features"] = "pixels"  # what the latent action is encoded from
     pixel_weight: float = 1.0  # weight of the second frame's pixels as a target
-    feature_weight: float = 0.0  # weight of its frozen features
-    flow_weight: float = 0.0  # weight of the optical flow between the frames
-    flow_teacher: str = "C_T_V2"  # RAFT-small weights of torchvision by name, or a safetensors file
-    flow_warmup_steps: int = 1000  # the flow weight grows linearly [optimizer step]
-    mean_flow_weight: float = 0.1  # of the mean flow, within the flow term
+    feature_weight: float = 0.0  # weight of the second frame's frozen --features as a target
+    flow_weight: float = 0.0  # weight of the optical flow between the frames as a target
+    flow_teacher: str = "C_T_V2"  # what computes the flow: weights of torchvision's RAFT-small, or a safetensors file
+    flow_warmup_steps: int = 1000  # optimizer steps in which --flow-weight grows linearly from 0
+    mean_flow_weight: float = 0.1  # weight of the frame's mean flow within the flow's loss
 
-    action_weight: float = 0.0  # weight of true actions where a sample has them
-    action_dim: int = 0  # set from the data when action_weight > 0
-    action_sources: int = 0  # likewise: action spaces, one head each
+    action_weight: float = 0.0  # weight of the true actions as a target, where a sample has them
+    # set from the data when action_weight > 0: dimensions of an action, and action spaces, one readout each
+    action_dim: Suppress[Fixed[int]] = 0
+    action_sources: Suppress[Fixed[int]] = 0
 
-    language: str | None = None  # text encoder, hub id or folder: the decoder also reads the instruction
-    # LAQ trained with `language`: its codes are given, the rest is learned
+    language: str | None = None  # hub id or folder of a text encoder: the decoder then reads the instruction too
+    # LAQ that was trained with --language: the decoder gets its codes too, so that new ones hold the rest
     task_irrelevant: str | None = None
 
     def resolved(self) -> "LAQConfig":

@@ -19,6 +19,9 @@ COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, 
 WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
 
 
+INTERVALS = {"warmup_steps": (6, 100), "log_freq": (12, 50), "eval_freq": (2, 300), "save_freq": (2, 300)}
+
+
 def check_loop(args) -> None:
     """Raises ValueError for settings of a training script that no run can have."""
     counts = "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split()
@@ -35,6 +38,16 @@ def check_loop(args) -> None:
             raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
     if not 0 <= args.warmup_steps <= args.steps:
         raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
+
+
+def set_intervals(args, **others: tuple[int, int]) -> None:
+    """Sets each interval that is None to steps // parts, at least 1 (a warm-up: 0) and at most `most`.
+
+    others: (parts, most) where they are not those of `INTERVALS`.
+    """
+    for name, (parts, most) in (INTERVALS | others).items():
+        if getattr(args, name) is None:
+            setattr(args, name, min(most, max(args.steps // parts, int(name != "warmup_steps"))))
 
 
 def keep_freed_memory() -> None:

@@ -13,6 +13,8 @@ def lerobot_flags(argv: list[str]) -> list[str]:
     refused = {  # and what sets it
         "policy.optimizer_betas": "--optimizer, --lr",
         "policy.scheduler_decay_steps": "--steps",
+        "policy.device": "the variable CUDA_VISIBLE_DEVICES",
+        "policy.use_amp": "--mixed-precision",
         "policy.pretrained_path": "--policy.path",
         "policy.stage2": "--policy.vla",
         "wandb.project": "the variable WANDB_PROJECT",

@@ -20,29 +20,27 @@ import tyro
 
 @dataclass
 class Args:
-    latents: Path | None = None  # pretrained_model folder of a LAQ; or .npz or .parquet, see hlrp.latents
+    latents: Path | None = None  # what to judge: pretrained_model folder of a LAQ, or .npz or .parquet (hlrp.latents)
     data: tuple[str, ...] = ()  # sources, as for train_laq.py; by default those that the LAQ learned from
-    compare: tuple[Path, ...] = ()  # cards to put side by side: folders, or card.json files
+    compare: tuple[Path, ...] = ()  # put these cards side by side: folders, or card.json files
 
-    pairs: int = 5000  # of frames, of each source; three fifths to fit probes on, the rest to score them
-    # of the episodes are scored: as of train_laq.py; None: as run.json has it
-    val_fraction: float | None = None
-    split_seed: int | None = None  # --seed of train_laq.py, by which episodes were held out; likewise
-    seed: int = 0  # of what is drawn
-    delta: float | None = None  # of a file that has none [s]
-    groups: tuple[str, ...] = ()  # of action dimensions, each with figures of its own: position=0-2 gripper=6
-    transfer_to: tuple[str, ...] = ()  # sources of other embodiments, which probes fitted here are scored on
+    pairs: int = 5000  # pairs of frames of each source: three fifths to fit probes on, the rest to score them
+    val_fraction: float | None = None  # share of the episodes that is scored, as of train_laq.py; None: run.json's
+    split_seed: int | None = None  # --seed of train_laq.py, by which episodes were held out; None: run.json's
+    seed: int = 0  # of the pairs that are drawn
+    delta: float | None = None  # time that a latent spans [s]; for a file that does not say it
+    groups: tuple[str, ...] = ()  # groups of action dimensions with figures of their own: position=0-2 gripper=6
+    transfer_to: tuple[str, ...] = ()  # sources of other embodiments, on which the probes are also scored
 
-    shuffled: Path | None = None  # LAQ trained on shuffled futures, a control
-    # trains that control for so many steps, and leaves it in OUTPUT_DIR; 1000 say enough
-    train_shuffled: int = 0
-    # as of train_laq.py, where labels were used; None: as run.json has it
+    shuffled: Path | None = None  # a control: LAQ that was trained on shuffled futures
+    train_shuffled: int = 0  # train this control for so many steps, into OUTPUT_DIR; 1000 are enough
+    # share of the training episodes whose actions the LAQ used, as of train_laq.py; None: run.json's
     label_fraction: float | None = None
-    label_steps: int = 600  # of the model of these labels alone
+    label_steps: int = 600  # optimizer steps of the rival that learns from these labels alone
 
-    output_dir: Path = Path("outputs/probe")
-    batch_size: int = 64
-    num_workers: int = 2  # loader processes
+    output_dir: Path = Path("outputs/probe")  # folder for card.json and card.html
+    batch_size: int = 64  # pairs of frames that are encoded together
+    num_workers: int = 2  # processes that load data
 
 
 def main(args: Args) -> None:

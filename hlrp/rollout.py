@@ -25,16 +25,15 @@ from hlrp.metrics import wilson
 @dataclass
 class Args:
     policy: str  # folder or hub id of a LeRobot policy
-    # or hlrp_world, or LeRobot's name of an environment: metaworld, pusht, libero
-    env: str = "hlrp_metaworld"
-    tasks: tuple[str, ...] = ()  # of the environment; by default its own choice
-    episodes: int = 50  # of each task
-    seed: int = 1000  # of the first episode; the next is one higher
-    batch_size: int = 1  # environments at once; each starts its own simulator
-    rename_map: dict[str, str] = field(default_factory=dict)  # the environment's name and the policy's, of a camera
-    videos: int = 1  # of each task, written to OUTPUT_DIR/videos
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    output_dir: Path = Path("outputs/rollout")
+    env: str = "hlrp_metaworld"  # environment: this, hlrp_world or one of LeRobot's (metaworld, pusht, libero)
+    tasks: tuple[str, ...] = ()  # tasks of the environment; by default its own choice
+    episodes: int = 50  # episodes to try in each task
+    seed: int = 1000  # seed of a task's first episode; each further one adds 1
+    batch_size: int = 1  # environments that run at once; each starts a simulator of its own
+    rename_map: dict[str, str] = field(default_factory=dict)  # names of cameras: the environment's, then the policy's
+    videos: int = 1  # videos to write of each task, to OUTPUT_DIR/videos
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the policy runs; auto: on a GPU if there is one
+    output_dir: Path = Path("outputs/rollout")  # folder for the result and the videos
 
 
 def main(args: Args) -> None:

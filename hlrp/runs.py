@@ -42,12 +42,12 @@ COMPARISONS = {
 
 @dataclass
 class Args:
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # searched for run folders
-    metrics: tuple[str, ...] = METRICS  # split/name as in metrics.jsonl, the last one logged; * fits anything
-    settings: tuple[str, ...] = ()  # columns beside those in which the runs differ
-    where: tuple[str, ...] = ()  # runs to show: column=value, also != < <= > >=
-    sort: str | None = None  # column; with - before it, from the highest down
-    format: Literal["text", "markdown", "csv"] = "text"
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders to search for runs
+    metrics: tuple[str, ...] = METRICS  # figures to show: split/name as in metrics.jsonl; * stands for any name
+    settings: tuple[str, ...] = ()  # settings to show beside those in which the runs differ
+    where: tuple[str, ...] = ()  # which runs to show: column=value, also != < <= > >=
+    sort: str | None = None  # column to sort by; with - before it, from the highest down
+    format: Literal["text", "markdown", "csv"] = "text"  # how to print the table
 
 
 def main(args: Args) -> None:

@@ -48,30 +48,28 @@ def slurm_part() -> int:
 @dataclass
 class Args:
     output_dir: Path  # folder of the shards
-    data: tuple[str, ...] = ()  # sources: videos:DIR lerobot:REPO_OR_DIR?camera=KEY world:NAME rlds:DIR shards:DIR ...
+    # sources to write: videos:DIR lerobot:REPO_OR_DIR?camera=KEY world:NAME rlds:DIR shards:DIR ...
+    data: tuple[str, ...] = ()
 
     # side of the square that frames are letterboxed into [pixel]; None: as they are
     image_size: int | None = None
-    fps: float | None = None  # frames nearest to this rate alone, no more than a source has; None: all
-    drop_actions: bool = False  # leave out actions and cached latent actions, which fps cannot thin out
-    # what a source knows of an episode that is its instruction; None: its task
-    instruction: str | None = None
-    codec: Codec = "jpeg"  # of the frames: png is lossless, yuv420 raw and the fastest to read
-    quality: int = 90  # of JPEG, 1 to 100
-    # measure frames for the idle filter over this time, now that they are decoded [s]
-    idle_span: float | None = None
+    fps: float | None = None  # keep the frames nearest to this rate [1/s]; None: all
+    drop_actions: bool = False  # leave out actions and cached latent actions, which --fps cannot thin out
+    instruction: str | None = None  # which fact of an episode is its instruction; None: its task
+    codec: Codec = "jpeg"  # how frames are stored: png is lossless, yuv420 is raw and the fastest to read
+    quality: int = 90  # quality of JPEG, 1 to 100
+    idle_span: float | None = None  # also measure over this time what --idle.motion needs [s]; None: do not
 
-    # after so many, the next episode begins another shard; a stream's shards stay
-    frames_per_shard: int = 20000
-    num_processes: int = 1
-    part: int = field(default_factory=slurm_part)  # of the work, from 0 on; a Slurm job array sets both
-    num_parts: int = field(default_factory=lambda: slurm("COUNT", 1))
-    skip_broken: bool = False  # leave out episodes that cannot be read, listed in the index
-    max_broken: int = 100  # episodes that may be left out of the shards of this part before it stops
+    frames_per_shard: int = 20000  # frames after which the next episode begins another shard; a stream keeps its shards
+    num_processes: int = 1  # processes that read and write
+    part: int = field(default_factory=slurm_part)  # which part of the work to do, from 0 on; a Slurm array sets it
+    num_parts: int = field(default_factory=lambda: slurm("COUNT", 1))  # parts of the work; a Slurm array sets it
+    skip_broken: bool = False  # leave out episodes that cannot be read, and list them in the index
+    max_broken: int = 100  # with --skip-broken: stop after this many unreadable episodes of this part
 
-    verify: bool = False  # check all shards of the folder instead
-    index: bool = False  # make the indexes that are missing beside TARs of the folder instead
-    ignore: tuple[str, ...] = ()  # with index: extensions of members to leave out
+    verify: bool = False  # write nothing, but check all shards of the folder
+    index: bool = False  # write no shards, but the indexes that are missing beside TARs of the folder
+    ignore: tuple[str, ...] = ()  # with --index: extensions of members to leave out
 
 
 def main(args: Args) -> int:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import Fixed, Suppress
 
 from hlrp.action_expert import ActionExpert, ExpertBlock, mean_over_steps
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
@@ -45,27 +46,28 @@ class LatentSpace:
 class VLAConfig:
     head: Literal["tokens", "parallel", "flow"] = "parallel"  # how the latent action leaves the model
     chunk_size: int = 1  # latent actions predicted, one after another in time
-    # tokens: a softmax over codes, or over words and codes
+    # with --head tokens: a softmax over the codes alone, or over all words and codes
     token_rows: Literal["codes", "vocabulary"] = "codes"
-    # tokens: share of the samples that see no code before another in training (word dropout, Bowman et al. 2016,
-    # arXiv:1511.06349): image and instruction alone tell them all, which is learned later where codes tell each other
+    # with --head tokens: share of the training samples that predict each code without the codes before it
+    # (word dropout, Bowman et al. 2016, arXiv:1511.06349), so that the model learns earlier to look and to read
     code_dropout: float = 0.0
-    expert_dim: int = 256  # width of the flow head's expert
-    expert_depth: int = 4  # and its blocks
-    num_inference_steps: int = 10  # of the flow's integration
-    flow_draws: int = 4  # times and noises of the flow that a sample trains with in a step
+    expert_dim: int = 256  # with --head flow: width of the expert
+    expert_depth: int = 4  # with --head flow: transformer blocks of the expert
+    num_inference_steps: int = 10  # with --head flow: integration steps of a prediction
+    flow_draws: int = 4  # with --head flow: times and noises that each sample trains with in a step
 
-    # weight of what the LAQ sees in the image, told by the image tokens; by default 1 for a tiny vlm, 0 for others
+    # weight of the LAQ's features of the image, which the image tokens predict; None: 1 for a tiny vlm, 0 for others
     feature_weight: float | None = None
-    feature_dim: int = 0  # set from the LAQ when feature_weight > 0
+    feature_dim: Suppress[Fixed[int]] = 0  # set from the LAQ when feature_weight > 0
 
-    # weight of where in the image the thing is that the instruction names, where a sample has its `point`: a model that
-    # was not pretrained learns by it which word stands for what
+    # weight of the place in the image that the instruction names, where samples have such a `point`; a model from
+    # scratch learns by it which word stands for which thing
     point_weight: float = 0.0
 
-    action_weight: float = 0.0  # weight of true actions where a sample has them
-    action_dim: int = 0  # set from the data when action_weight > 0
-    action_sources: int = 0  # likewise: action spaces, one readout each
+    action_weight: float = 0.0  # weight of the true actions as a target, where a sample has them
+    # set from the data when action_weight > 0: dimensions of an action, and action spaces, one readout each
+    action_dim: Suppress[Fixed[int]] = 0
+    action_sources: Suppress[Fixed[int]] = 0
 
     vlm: VLMConfig = field(default_factory=VLMConfig)
 

@@ -24,12 +24,12 @@ from hlrp.tiny_vlm import tiny
 @dataclass
 class VLMConfig:
     vlm: str = "tiny"  # hub id or folder of SmolVLM2, Qwen2.5-VL, Qwen3-VL or PaliGemma 2; tiny: from scratch
-    image_size: int | None = None  # side of the image the VLM sees, its own by default (tiny: 64) [pixel]
+    image_size: int | None = None  # side of the image that the VLM sees [pixel]; None: its own (tiny: the LAQ's)
 
-    freeze: tuple[Literal["vision", "language"], ...] = ()  # towers that stay as they are
-    freeze_layers: int = 0  # first layers of the language model that stay as they are
-    lora_rank: int = 0  # above 0: train low-rank adapters (peft) on the language model, nothing else of it
-    gradient_checkpointing: bool = False  # less memory for about a third more compute
+    freeze: tuple[Literal["vision", "language"], ...] = ()  # parts of the VLM that are not trained
+    freeze_layers: int = 0  # first layers of the language model that are not trained
+    lora_rank: int = 0  # rank of adapters (peft) that are trained in place of the language model; 0: none
+    gradient_checkpointing: bool = False  # save memory, for about a third more compute
 
 
 class Family(NamedTuple):

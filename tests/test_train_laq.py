@@ -93,6 +93,15 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
     assert 0 <= figures["all/sources/apart"] <= 1
 
 
+def test_a_short_run_needs_no_other_flag_and_records_its_intervals(tmp_path):
+    flags = ["--data", "world:clean?episodes=4", "--steps", "4", "--batch-size", "8", "--num-workers", "0"]
+    for _ in range(2):  # the same command is the same run
+        train_laq.main(tyro.cli(train_laq.Args, args=[*flags, "--output-dir", str(tmp_path)]))
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert [settings[name] for name in ("warmup_steps", "log_freq", "eval_freq", "save_freq")] == [0, 1, 2, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "last"]
+
+
 def test_d8_a_killed_run_continues_to_the_bit(whole, tmp_path):
     kill_until_done(command(tmp_path, num_processes=1), tmp_path, kills=1, seed=0)
     assert_equal_to_the_bit(tmp_path, whole)

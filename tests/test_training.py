@@ -16,7 +16,7 @@ from torch import nn
 
 from hlrp import launch
 from hlrp.checkpoints import save_tensors, write_json
-from hlrp.launch import ends_its_run
+from hlrp.launch import ends_its_run, set_intervals
 from hlrp.run_folder import last_checkpoint, step_of
 from hlrp.training import Run, seed_step
 
@@ -267,3 +267,20 @@ def test_what_the_launcher_sets_is_taken_and_recorded_or_refused(flags, variable
         assert run.samples_per_step == 2 * expected[1]
     settings = record(tmp_path)["settings"]
     assert (settings["mixed_precision"], settings["grad_accumulation"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "expected"),
+    [
+        (600, {}, (100, 50, 300, 300)),
+        (100_000, {}, (100, 50, 300, 300)),
+        (20, {}, (3, 1, 10, 10)),
+        (1, {}, (0, 1, 1, 1)),
+        (20, {"warmup_steps": 0, "save_freq": 7}, (0, 1, 10, 7)),
+    ],
+)
+def test_intervals_follow_the_number_of_steps_unless_given(steps, given, expected):
+    names = ("warmup_steps", "log_freq", "eval_freq", "save_freq")
+    args = SimpleNamespace(steps=steps, **dict.fromkeys(names) | given)
+    set_intervals(args)
+    assert tuple(getattr(args, name) for name in names) == expected
