@@ -23,11 +23,13 @@ import torch
 import tyro
 
 from hlrp.checkpoints import load_config, write_json
+from hlrp.cli import tell_mistakes
 from hlrp.idle import IdleConfig
 from hlrp.launch import ends_its_run
-from hlrp.lerobot_flags import lerobot_flags, policy_settings
+from hlrp.lerobot_flags import lerobot_flags, make_flags, policy_settings
 from hlrp.policy import HLRPConfig
 
+make_flags(HLRPConfig)
 STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
 
 
@@ -303,6 +305,7 @@ def check(args: Args) -> None:
 def data_of(args: Args) -> tuple[str, ...]:
     """The sources that the checkpoint it starts from learned from."""
     if args.policy_path is not None:
+        refuse_no_policy(args.policy_path)
         file = args.policy_path / "provenance.json"
         if not file.is_file():
             raise ValueError(f"data is empty, and {args.policy_path} does not say what it learned from; give --data")
@@ -312,13 +315,20 @@ def data_of(args: Args) -> tuple[str, ...]:
     return tuple(load_config(args.policy.vla, "vla")["data"])
 
 
+def refuse_no_policy(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"policy.path={folder} holds no config.json: expected a policy's pretrained_model folder; run "
+            "finetune_policy.py without --policy.path first, or give another one"
+        )
+
+
 def saved_config(args: Args) -> HLRPConfig:
     """That of a checkpoint, with the settings that were given; raises ValueError for one that it cannot take."""
     from lerobot.configs import PreTrainedConfig
 
     folder, given = args.policy_path, args.policy
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"policy.path={folder} holds no config.json; expected a policy's pretrained_model folder")
+    refuse_no_policy(folder)
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
@@ -412,6 +422,7 @@ def summary(output_dir: Path, report: dict) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     config = (tyro.conf.AvoidSubcommands,)
     argv = lerobot_flags(sys.argv[1:])
     args = tyro.cli(Args, description=__doc__, args=argv, config=config)

@@ -15,12 +15,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=["hlrp"],
-    py_modules=["lerobot_policy_hlrp"],
+    py_modules=["lerobot_policy_hlrp", "launcher_hlrp"],
+    entry_points={"torch.backends": ["hlrp = launcher_hlrp:be_brief"]},  # see there
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",
         "lerobot[training]>=0.6.1,<0.7",  # accelerate, datasets, av, torchcodec, wandb, pyarrow come with it
-        "transformers>=5.18,<6",  # earlier ones fail in SmolVLM under bf16 autocast
+        "transformers>=5.24,<6",  # earlier ones do not know `cache`, or fail in SmolVLM under bf16 autocast
         "peft>=0.18,<1",
         "tyro>=1.0,<2",
         "webdataset>=1.0,<2",

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from hlrp.cli import tell_mistakes
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.launch import ends_its_run
 
@@ -204,4 +205,5 @@ def summary(output_dir: Path, report: dict) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import tyro
 
+from hlrp.cli import tell_mistakes
 from hlrp.launch import ends_its_run
 from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
@@ -242,4 +243,5 @@ def summary(output_dir: Path, report: dict) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hlrp.checkpoints import write_json, write_text
+from hlrp.cli import tell_mistakes
 from hlrp.launch import keep_freed_memory
 from hlrp.quantizers import QuantizerName
 
@@ -261,4 +262,5 @@ def table(args: Args, results: dict[Cell, dict]) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

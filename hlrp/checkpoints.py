@@ -101,6 +101,9 @@ def save_pretrained(folder: Path, model: nn.Module, config: dict, weights: dict[
     write_json(folder / CONFIG, config)
 
 
+MAKERS = {"laq": "run train_laq.py first, or give --laq", "vla": "run train_vla.py first, or give --policy.vla"}
+
+
 def load_config(folder: Path | str, kind: str, settings: type | None = None) -> dict:
     """The config of a checkpoint folder, which must be of `kind` (its "type" entry).
 
@@ -111,7 +114,7 @@ def load_config(folder: Path | str, kind: str, settings: type | None = None) -> 
     path = Path(folder) / CONFIG
     if not path.is_file():
         inner = Path(folder) / "checkpoints" / "last" / "pretrained_model"
-        hint = f"; did you mean {inner}?" if (inner / CONFIG).is_file() else ""
+        hint = f"; did you mean {inner}?" if (inner / CONFIG).is_file() else f"; {MAKERS[kind]}"
         raise ValueError(f"{folder} holds no {CONFIG}: expected a checkpoint's pretrained_model folder{hint}")
     config = json.loads(path.read_text())
     if config.get("type") != kind:

@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple, get_args
 import tyro
 
 from hlrp.checkpoints import load_config, write_json, write_text
+from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
 from hlrp.run_folder import hold
 
@@ -242,4 +243,5 @@ def plot(args: Args, results: dict[Cell, dict]) -> None:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

@@ -23,6 +23,7 @@ from tqdm import trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.chosen import action_statistics
+from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
 from hlrp.demonstrations import choose_demonstrations
@@ -157,4 +158,5 @@ class PseudoLabelled:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

@@ -26,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from hlrp.checkpoints import whole_folder, write_json
+from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
@@ -260,4 +261,5 @@ def named(source, episode: int) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from hlrp.cli import mistake
+
 COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, or the run ends
 WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
 
@@ -200,5 +202,6 @@ def tell_failure(kind, error, trace) -> None:
         text = f"{name} has lost another one, which failed, or was killed, most often for want of memory: see its lines"
         text += f" and those of its launcher ({reason})"
     else:
-        text = f"{name} failed first:\n{''.join(traceback.format_exception(error))}"
+        why = mistake(error) or "".join(traceback.format_exception(error))
+        text = f"{name} failed first:\n{why}"
     print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,43 @@
 """Flags as LeRobot's commands spell them, for `finetune_policy.py`."""
 
+from dataclasses import fields
+from typing import Annotated, TypedDict
+
+from lerobot.configs import NormalizationMode
+from tyro.conf import Fixed, Suppress, arg
+
+
+class Normalization(TypedDict):
+    """`normalization_mapping` of a policy."""
+
+    VISUAL: NormalizationMode  # how pixels are normalised
+    STATE: NormalizationMode  # how the robot's state is normalised
+    ACTION: NormalizationMode  # how actions are normalised
+
+
+NO_FLAGS = {  # settings of a policy that finetune_policy.py sets itself, or has under another name
+    *("device", "use_amp", "use_peft", "pretrained_path", "pretrained_revision", "stage2"),
+    *("input_features", "output_features", "optimizer_lr", "optimizer_weight_decay", "optimizer_betas"),
+    *("optimizer_grad_clip_norm", "scheduler_warmup_steps", "scheduler_decay_steps"),
+}
+HELP = {  # where LeRobot's own says nothing, or something else
+    "n_obs_steps": "frames of each camera that the policy sees, one step apart; the last is now",
+    "push_to_hub": "upload the policy to the Hugging Face hub when training ends",
+    "repo_id": "where to upload the policy: USER/NAME",
+    "private": "make the uploaded repository private; None: as your account on the hub has it",
+    "tags": "tags of the uploaded policy",
+    "license": "license of the uploaded policy",
+}
+
+
+def make_flags(policy: type) -> None:
+    """Has tyro make flags of a policy's config: it reads annotations, and LeRobot's parser the types of fields."""
+    types = {field.name: field.type for field in fields(policy)}
+    policy.__annotations__ |= {name: Suppress[Fixed[types[name]]] for name in NO_FLAGS}
+    policy.__annotations__ |= {name: Annotated[types[name], arg(help=text)] for name, text in HELP.items()}
+    mapping = types["normalization_mapping"]
+    policy.__annotations__["normalization_mapping"] = Annotated[mapping, arg(constructor=Normalization)]
+
 
 def lerobot_flags(argv: list[str]) -> list[str]:
     """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.

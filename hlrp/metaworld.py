@@ -302,4 +302,7 @@ def _save_episode(dataset, episode: Episode, description: str):
 if __name__ == "__main__":
     import tyro
 
+    from hlrp.cli import tell_mistakes
+
+    tell_mistakes()
     tyro.cli(render, description=__doc__)

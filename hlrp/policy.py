@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from lerobot.configs import NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -28,21 +28,12 @@ from lerobot.policies.utils import populate_queues
 from lerobot.processor import make_default_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
-from tyro.conf import Fixed, Suppress, arg
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
 from hlrp.losses import masked_mean
 from hlrp.transforms import fit
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
-
-
-class NormalizationMapping(TypedDict):
-    """How the policy sees numbers: IDENTITY, MEAN_STD, MIN_MAX, QUANTILES or QUANTILE10."""
-
-    VISUAL: NormalizationMode  # how pixels are normalised
-    STATE: NormalizationMode  # how the robot's state is normalised
-    ACTION: NormalizationMode  # how actions are normalised
 
 
 @PreTrainedConfig.register_subclass("hlrp")
@@ -56,7 +47,7 @@ class HLRPConfig(PreTrainedConfig):
     lora_rank: int = 0  # rank of adapters (peft) that are trained in place of the vlm; 0: none
     gradient_checkpointing: bool = False  # save memory, for about a third more compute
 
-    n_obs_steps: Annotated[int, arg(help="frames of each camera that it sees, one step apart; the last is now")] = 1
+    n_obs_steps: int = 1  # frames of each camera that the policy sees, one step apart; the last is now
     chunk_size: int = 16  # actions that are predicted together
     n_action_steps: int = 8  # actions of a chunk that are executed before the next prediction
     action_repeat: int = 1  # environment steps that an action is held for, where the data have a lower rate
@@ -67,7 +58,7 @@ class HLRPConfig(PreTrainedConfig):
     expert_depth: int = 4  # transformer blocks of the action expert, where stage 2 brings none
     latent_weight: float = 0.1  # weight of the loss of the latent actions, where the batch has them
 
-    normalization_mapping: Annotated[dict[str, NormalizationMode], arg(constructor=NormalizationMapping)] = field(
+    normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
             "VISUAL": NormalizationMode.IDENTITY,
             "STATE": NormalizationMode.MEAN_STD,
@@ -76,29 +67,14 @@ class HLRPConfig(PreTrainedConfig):
     )
     rtc_config: RTCConfig | None = None
 
-    # of lerobot-train alone; finetune_policy.py has --lr and its like
-    optimizer_lr: Suppress[Fixed[float]] = 1e-4
-    optimizer_weight_decay: Suppress[Fixed[float]] = 0.05
-    optimizer_betas: Suppress[Fixed[tuple[float, float]]] = (0.9, 0.95)
-    optimizer_grad_clip_norm: Suppress[Fixed[float]] = 1.0
-    scheduler_warmup_steps: Suppress[Fixed[int]] = 500
-    scheduler_decay_steps: Suppress[Fixed[int]] = 20_000
+    optimizer_lr: float = 1e-4
+    optimizer_weight_decay: float = 0.05
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 500
+    scheduler_decay_steps: int = 20_000
 
-    # LeRobot's own settings of a policy, of which finetune_policy.py has those that concern an upload
-    input_features: Suppress[Fixed[dict[str, PolicyFeature] | None]] = field(default_factory=dict)
-    output_features: Suppress[Fixed[dict[str, PolicyFeature] | None]] = field(default_factory=dict)
-    device: Suppress[Fixed[str | None]] = None
-    use_amp: Suppress[Fixed[bool]] = False
-    use_peft: Suppress[Fixed[bool]] = False
-    pretrained_path: Suppress[Fixed[Path | None]] = None
-    pretrained_revision: Suppress[Fixed[str | None]] = None
-    push_to_hub: bool = True  # upload the policy to the Hugging Face hub when training ends
-    repo_id: str | None = None  # where to upload it: USER/NAME
-    private: bool | None = None  # make the uploaded repository private; None: as the user's settings on the hub say
-    tags: list[str] | None = None  # tags of the uploaded policy
-    license: str | None = None  # license of the uploaded policy
-
-    stage2: Suppress[Fixed[dict[str, Any] | None]] = None  # of the checkpoint that it started from; not to be set
+    stage2: dict[str, Any] | None = None  # of the checkpoint that it started from; not to be set
 
     def __post_init__(self):
         if self.device is None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from hlrp.cli import tell_mistakes
+
 
 @dataclass
 class Args:
@@ -174,4 +176,5 @@ def compare(paths: tuple[Path, ...], output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

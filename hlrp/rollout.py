@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from hlrp.checkpoints import write_json
+from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
 
 
@@ -46,7 +47,13 @@ def main(args: Args) -> None:
     import hlrp.policy  # noqa: F401  the type hlrp
 
     set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too
-    config = PreTrainedConfig.from_pretrained(args.policy)
+    try:
+        config = PreTrainedConfig.from_pretrained(args.policy)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"policy={args.policy} cannot be read: {error}. Run finetune_policy.py first, or give a policy's "
+            "pretrained_model folder or hub id"
+        ) from error
     config.pretrained_path = args.policy
     if args.device != "auto":
         config.device = args.device
@@ -177,4 +184,5 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

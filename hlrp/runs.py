@@ -20,6 +20,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from hlrp.cli import tell_mistakes
+
 METRICS = (  # of stages 1, 2 and 3, whichever a run has
     "val/*/action_r2",
     "val/*/shuffled_over_true",
@@ -176,4 +178,5 @@ def comma_separated(table: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     main(tyro.cli(Args, description=__doc__))

@@ -29,6 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from hlrp.checkpoints import sync, write_json
+from hlrp.cli import tell_mistakes
 from hlrp.shard_check import faults
 from hlrp.shard_data import PLAN, find_tars, missing_shards, read_plan
 from hlrp.shard_index import FORMAT, SUFFIX, index_tar, read_index
@@ -231,5 +232,6 @@ def index_all(args: Args) -> int:
 
 
 if __name__ == "__main__":
+    tell_mistakes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sys.exit(main(tyro.cli(Args, description=__doc__)))

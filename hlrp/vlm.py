@@ -344,9 +344,7 @@ class VLM(nn.Module):
         axes, m = 3 if self.is_qwen else 1, suffix.shape[1]
         mask = F.pad(encoded.mask, (0, m), value=True)
         suffix = suffix.to(encoded.hidden.dtype)
-        hidden, keys_values = self.run(
-            suffix, mask, self.follow(position, m, axes), past_key_values=keys_values, use_cache=True
-        )
+        hidden, keys_values = self.run(suffix, mask, self.follow(position, m, axes), cache=keys_values, use_cache=True)
         return Encoded(torch.cat([encoded.hidden, hidden], dim=1), mask, Cache(keys_values, position + m))
 
     def at_image(self, prompt: Encoded, tasks: list[str], num_views: int) -> Tensor:
@@ -368,7 +366,7 @@ class VLM(nn.Module):
             positions = positions[0]
         options |= {"attention_mask": mask.long(), "position_ids": positions, "use_cache": use_cache}
         output = self.model(inputs_embeds=embeds, **options)
-        return output.last_hidden_state, output.past_key_values
+        return output.last_hidden_state, output.cache
 
 
 def read_parts(name: str):
