@@ -1,9 +1,9 @@
 """Stage 3: a policy for a robot from few demonstrations, which LeRobot's commands evaluate and run.
 
-    accelerate launch finetune_policy.py                                # after train_vla.py, on the same data
-    accelerate launch finetune_policy.py --data 'metaworld:mt10?episodes=100' --demonstrations 5
-    accelerate launch finetune_policy.py --dataset.repo_id=USER/NAME --policy.path=FOLDER --steps=2000
-    accelerate launch finetune_policy.py --policy.vla=null --policy.vlm=tiny    # behaviour cloning, without stage 2
+    python finetune_policy.py                                # after train_vla.py, on the same data
+    python finetune_policy.py --data 'metaworld:mt10?episodes=100' --demonstrations 5
+    python finetune_policy.py --dataset.repo_id=USER/NAME --policy.path=FOLDER --steps=2000
+    python finetune_policy.py --policy.vla=null --policy.vlm=tiny    # behaviour cloning, without stage 2
 
 The actions of --demonstrations episodes of each task are learned; all other video shows latent actions alone.
 LeRobot's spelling of flags (--batch_size=8, --wandb.enable=true, --dataset.episodes=[0,1]) is understood. The same

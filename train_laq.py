@@ -1,8 +1,8 @@
 """Stage 1: LAQ learns a few discrete latent actions from video without action labels.
 
-    accelerate launch train_laq.py                                               # MetaWorld, rendered here
-    accelerate launch train_laq.py --data videos:DIR lerobot:REPO@0.5 --delta 0.5 --size small
-    accelerate launch --num_processes 8 train_laq.py --size base --data lerobot:REPO --steps 100000
+    python train_laq.py                                                          # MetaWorld, rendered here
+    python train_laq.py --data videos:DIR lerobot:REPO@0.5 --delta 0.5 --size small
+    accelerate launch --config_file slurm/ddp.yaml --num_processes 8 train_laq.py --size base --data lerobot:REPO
 
 The same command resumes an interrupted run. Everything is written to --output-dir; the checkpoint that stage 2
 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
@@ -200,7 +200,7 @@ def summary(output_dir: Path, report: dict) -> str:
                 f"{name}, true actions from the code: R2 {figures['action_r2']:.2f} "
                 f"(random codes {figures['action_r2_random']:.2f})"
             )
-    lines.append(f"next           accelerate launch train_vla.py --laq {folder}")
+    lines.append(f"next           python train_vla.py --laq {folder}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Stage 2: a vision-language model learns to predict the latent actions of a LAQ from image and instruction.
 
-    accelerate launch train_vla.py                                            # after train_laq.py, on the same data
-    accelerate launch train_vla.py --vlm HuggingFaceTB/SmolVLM2-500M-Video-Instruct --optimizer adamw --lr 1e-4
-    accelerate launch train_vla.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --optimizer adamw --lr 1e-4 --lora-rank 16
+    python train_vla.py                                            # after train_laq.py, on the same data
+    python train_vla.py --vlm HuggingFaceTB/SmolVLM2-500M-Video-Instruct --optimizer adamw --lr 1e-4
+    python train_vla.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --optimizer adamw --lr 1e-4 --lora-rank 16
 
 The LAQ's checkpoint tells delta, image size and codes. The same command resumes an interrupted run. Everything is
 written to --output-dir; the checkpoint that stage 3 reads is OUTPUT_DIR/checkpoints/last/pretrained_model.

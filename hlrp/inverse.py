@@ -1,7 +1,7 @@
 """Inverse dynamics from few demonstrations: a model of two frames -> action, and its actions for all other video.
 
     python -m hlrp.inverse --data 'metaworld:mt10?episodes=100' --demonstrations 5 --output-dir outputs/inverse
-    accelerate launch finetune_policy.py --pseudo-actions outputs/inverse --demonstrations 5 ...
+    python finetune_policy.py --pseudo-actions outputs/inverse --demonstrations 5 ...
 
 The rival that latent actions have to beat: video is labelled by what the same demonstrations teach (VPT, Baker et al.
 2022, arXiv:2206.11795). Writes actions.safetensors, one row for each frame of each episode in their order, and

@@ -2,7 +2,7 @@
 
     python -m hlrp.label --data metaworld:mt10 --output-dir data/mt10_labelled                # after train_laq.py
     python -m hlrp.label --data videos:DIR --output-dir data/videos_labelled --image-size 256 --laq FOLDER
-    accelerate launch train_vla.py --data lerobot:data/mt10_labelled
+    python train_vla.py --data lerobot:data/mt10_labelled
 
 Writes a LeRobot v3 dataset; the source is left as it is. Two columns are new, and hold NaN and -1 at a frame whose
 delta reaches past its episode:

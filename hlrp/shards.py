@@ -4,7 +4,7 @@
     sbatch --array=0-63 --wrap "python -m hlrp.shards --data videos:DIR --output-dir shards"     # each does its part
     python -m hlrp.shards --output-dir shards --verify         # every checksum; prints each fault, exits 1
     python -m hlrp.shards --output-dir others --index          # TARs that plain webdataset wrote (`hlrp.tars`)
-    accelerate launch train_laq.py --data shards:shards
+    python train_laq.py --data shards:shards
 
 One sample of a TAR is one episode: its JSON, its arrays, and each frame once. The same command goes on after a crash: a
 shard is finished when its index is there, and a finished one is left as it is. shards.json has the settings and the
@@ -199,7 +199,7 @@ def summary(args: Args, jobs: Sequence[Job], new: Sequence[Job], seconds: float)
     if num_missing:
         print(f"{args.output_dir}: {num_missing} of {len(jobs)} shards are left to other parts")
     else:
-        print(f"next: accelerate launch train_laq.py --data shards:{args.output_dir}")
+        print(f"next: python train_laq.py --data shards:{args.output_dir}")
 
 
 def verify(folder: Path) -> int:
