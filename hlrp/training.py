@@ -114,11 +114,15 @@ class Run:
             return
         if error is None:
             self.finish()
-        elif fails_first() and (self.output_dir / "run.json").is_file():
-            record = json.loads((self.output_dir / "run.json").read_text())
-            reason = traceback.format_exception_only(error)[-1].strip()
-            write_json(self.output_dir / "run.json", record | {"state": "failed", "step": self.step, "reason": reason})
-        self.close(exit_code=1)
+            return
+        record = self.output_dir / "run.json"
+        try:
+            if fails_first() and record.is_file():
+                reason = traceback.format_exception_only(error)[-1].strip()
+                ended = {"state": "failed", "step": self.step, "reason": reason}
+                write_json(record, json.loads(record.read_text()) | ended)
+        finally:
+            self.close(exit_code=1)
 
     def start_log(self) -> None:
         metrics = self.output_dir / "metrics.jsonl"
