@@ -24,29 +24,36 @@ class RunningNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.follow(x.detach())
-        return (x - self.mean) * (self.variance + 1e-6).rsqrt()
+        return (x - self.mean) / self.scale()
 
     def inverse(self, x: Tensor) -> Tensor:
         """What `forward` made x from, in evaluation mode."""
-        return x * (self.variance + 1e-6).sqrt() + self.mean
+        return x * self.scale() + self.mean
+
+    def scale(self) -> Tensor:
+        """The standard deviation; 1 where none is known, as after a single sample."""
+        return torch.where(self.variance > 0, self.variance + 1e-6, 1.0).sqrt()
 
     @torch.no_grad()
     def follow(self, x: Tensor):
+        """The first 1 / momentum batches count alike, so that batches of one sample tell a variance too."""
+        x = x.double() - self.mean  # squares of a large mean would hide a small variance
         count = x.new_tensor(len(x)).expand(x.shape[1:])
         total, squares, count = all_reduce(torch.stack([x.sum(dim=0), x.square().sum(dim=0), count]))
-        mean = total / count
-        weight = self.is_new.clamp(min=self.momentum)  # the first batch replaces the initial values
-        shift = (1 - weight) * (mean - self.mean).square()
-        self.variance.lerp_((squares / count - mean.square()).clamp(min=0) + shift, weight)
-        self.mean.lerp_(mean, weight)
-        self.is_new.zero_()
+        step = total / count  # from the old mean to that of the batch
+        weight = self.is_new.clamp(min=self.momentum)  # 1, 1/2, 1/3, ...: the first batch replaces the initial values
+        variance = (squares / count - step.square()).clamp(min=0) + (1 - weight) * step.square()
+        self.variance.lerp_(variance.to(self.variance.dtype), weight)
+        self.mean.add_(weight * step)
+        self.is_new.copy_(weight / (1 + weight))
 
 
 class Codebook(nn.Module):
     """Learned codes and how much each is used, counted over all ranks, which hold the same codes to the bit.
 
-    In training, a code that is hardly used restarts at an input of the batch before the lookup. When training
-    begins, no code has been used: the first batch places them all.
+    In training, a code that is hardly used restarts at an input of the batch before the lookup, one code an input; of
+    a small batch, the other codes wait for the next one. When training begins, no code has been used: the first batches
+    place them all.
     """
 
     def __init__(self, dim: int, codebook_size: int, ema: bool, decay=0.99, dead_below=0.01):
@@ -77,12 +84,16 @@ class Codebook(nn.Module):
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         dead = self.usage < self.dead_below
         order = dead.cumsum(dim=0) - 1  # 0, 1, 2, ... over the dead codes
-        draw = torch.randperm(len(z), device=z.device)[order // num_ranks % len(z)]
-        inputs = z[draw] + 1e-3 * z.square().mean().sqrt() * torch.randn_like(self.codes)  # k d
-        is_mine = (order % num_ranks == rank)[:, None]
-        inputs = all_reduce(torch.where(is_mine, inputs, 0.0))  # one rank gives, the others add zero
-        self.codes.copy_(torch.where(dead[:, None], inputs, self.codes))
-        self.usage.copy_(torch.where(dead, 1.0, self.usage))
+        turn = order // num_ranks
+        says = z.square().mean(dim=-1) > 5e-3**2  # more than the noise that a code of the stage before is placed with
+        rows = torch.randperm(len(z), device=z.device)
+        rows = rows[(~says[rows]).to(torch.uint8).argsort(stable=True)]
+        inputs = z[rows[turn % len(z)]] + 1e-3 * z.square().mean().sqrt() * torch.randn_like(self.codes)  # k d
+        given = dead & (order % num_ranks == rank) & (turn < says.sum())
+        inputs = all_reduce(torch.where(given[:, None], F.pad(inputs, (0, 1), value=1.0), 0.0))  # the others add zero
+        is_placed = inputs[:, -1] > 0
+        self.codes.copy_(torch.where(is_placed[:, None], inputs[:, :-1], self.codes))
+        self.usage.copy_(torch.where(is_placed, 1.0, self.usage))
 
     @torch.no_grad()
     def count(self, z: Tensor, indices: Tensor):
@@ -94,7 +105,7 @@ class Codebook(nn.Module):
         usage = torch.lerp(sums[:, -1], self.usage, self.decay)
         if self.ema:
             totals = torch.lerp(sums[:, :-1], self.usage[:, None] * self.codes, self.decay)
-            self.codes.copy_(totals / usage[:, None])
+            self.codes.copy_(torch.where(usage[:, None] > 0, totals / usage[:, None], self.codes))
         self.usage.copy_(usage)
 
 

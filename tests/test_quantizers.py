@@ -16,6 +16,7 @@ from hlrp.quantizers import (
     Codebook,
     QuantizerName,
     ResidualQuantizer,
+    RunningNorm,
     SimVQ,
     fsq_levels,
     make_quantizer,
@@ -290,6 +291,34 @@ def test_codes_restart_by_steps_without_an_end_of_epoch():  # D11
         codebook(torch.randn(16, 4, 8) + 10)  # the inputs move on
     assert (codebook.codes - placed).norm(dim=-1).min() > 5
     assert codebook.usage.min() > 0.05
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("name", ["vq", "vq-rotation", "vq-ema", "nsvq", "residual-vq"])
+def test_batches_of_one_sample_bring_most_codes_into_use(name, num_tokens):
+    quantizer = make_quantizer(name, dim=16, codebook_size=64, num_tokens=num_tokens)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=1e-3)
+    for _ in range(50):
+        z = 1 + torch.randn(1, num_tokens, 16)
+        codes, _, loss = quantizer(z)
+        (loss + F.mse_loss(codes, z)).backward()
+        nn.utils.clip_grad_norm_(quantizer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    indices = quantizer.eval()(1 + torch.randn(500, num_tokens, 16)).indices
+    for stage in indices.reshape(500 * num_tokens, -1).unbind(1):
+        assert len(stage.unique()) > 32
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_the_running_norm_knows_a_small_spread_beside_a_large_mean(batch_size):
+    norm = RunningNorm(4, 8, momentum=0.01)
+    for _ in range(1000 // batch_size):
+        norm(90 + 0.3 * torch.randn(batch_size, 4, 8))
+    x = 90 + 0.3 * torch.randn(1000, 4, 8)
+    z = norm.eval()(x)
+    assert z.mean((0, 1, 2)).abs() < 0.1 and abs(z.std() - 1) < 0.1
+    torch.testing.assert_close(norm.inverse(z), x)
 
 
 def run_rank(rank: int, folder: str):
