@@ -144,7 +144,8 @@ def inputs_of(pairs: Pairs, features: dict[str, Tensor]) -> dict[str, Tensor]:
     dim, z = min(features[Z].shape[1], MAX_COMPONENTS), features[Z]
     first, second = flat(pairs.first), flat(pairs.second)
     observation = principal_components(first, pairs.is_fit, dim)
-    scaled = (x / x[pairs.is_fit].std(dim=0).clamp(min=1e-6) for x in (observation, z.float()))
+    spreads = ((x, x[pairs.is_fit].double()) for x in (observation, z.float()))
+    scaled = (x / torch.where(is_constant(fit), 1.0, fit.std(dim=0)).float() for x, fit in spreads)
     others = {name: x for name, x in features.items() if name != Z}
     return {
         Z: z,
@@ -167,7 +168,7 @@ def information(
     which = varying(pairs.actions, pairs.is_fit)
     if not which.any():
         raise ValueError("no dimension of the actions varies in these episodes: there is nothing to probe for")
-    y, dims = pairs.actions[:, which], which.nonzero().flatten().tolist()
+    y, dims = pairs.actions[:, which].double(), which.nonzero().flatten().tolist()
     scored = y[~pairs.is_fit]
     fitted_mean = y[pairs.is_fit].mean(dim=0)
     error_of_mean = (scored - fitted_mean).square().mean(dim=0)

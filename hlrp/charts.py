@@ -74,7 +74,7 @@ def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> Figure:
 def directions(actions: Tensor) -> np.ndarray:
     """A colour for each action (b, a): its direction in the first two dimensions that vary as hue, its length as
     saturation."""
-    actions = actions[:, ~is_constant(actions)]
+    actions = actions[:, ~is_constant(actions)].double()
     actions = (actions - actions.mean(dim=0)) / actions.std(dim=0)
     x, y = actions[:, 0], actions[:, 1] if actions.shape[1] > 1 else torch.zeros_like(actions[:, 0])
     hue = torch.atan2(y, x) / (2 * torch.pi) % 1

@@ -10,22 +10,35 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from hlrp.clips import Clips
+from hlrp.clips import Clips, refuse_not_finite
+from hlrp.metrics import column_statistics, normalisable
 
 logger = logging.getLogger(__name__)
 STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
 MAX_STEPS = 1000  # of this length, before all of a source are called broken
+MAX_EPISODES = 1000  # whose actions statistics are taken of
 
 
 def action_statistics(clips) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (a,) of the actions in the labelled episodes; 0 and 1 where there are none."""
+    """Mean and standard deviation float32 (a,) of the actions in the labelled episodes, or in `MAX_EPISODES` of them
+    all over the source; as `normalisable` has them. 0 and 1 where there are none."""
     clips = held(clips, num_episodes=256) if clips.source.action_dim else clips
     source = clips.source
-    episodes = clips.labelled_episodes[:1000] if source.action_dim else []
-    if not len(episodes):
+    episodes = np.random.default_rng(0).permutation(clips.labelled_episodes)[:MAX_EPISODES]
+    if not source.action_dim or not len(episodes):
         return torch.zeros(source.action_dim), torch.ones(source.action_dim)
-    actions = torch.cat([source.actions(int(i), np.arange(source.lengths[i])) for i in episodes])
-    return actions.mean(dim=0), actions.std(dim=0).clamp(min=1e-6)
+    found = normalisable(column_statistics(whole_column(source, "actions", np.sort(episodes))))
+    return torch.from_numpy(found["mean"]).float(), torch.from_numpy(found["std"]).float()
+
+
+def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
+    """`actions` or `states` of all frames of these episodes, (frames, d). Raises ValueError where one is not finite."""
+    parts = []
+    for episode in map(int, episodes):
+        part = getattr(source, name)(episode, np.arange(source.lengths[episode])).numpy()
+        refuse_not_finite(f"{source.uri}, episode {episode}: {name.removesuffix('s')}", part)
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:

@@ -353,6 +353,12 @@ class Clips(Dataset):
             yield sample
 
 
+def refuse_not_finite(name: str, values: np.ndarray) -> None:
+    """Raises ValueError, which begins with `name` and says the frame, where a row of values (t, ...) has nan or inf."""
+    for frame in np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:1].tolist():
+        raise ValueError(f"{name} of frame {frame}: expected finite numbers, got {values[frame].tolist()}")
+
+
 @contextmanager
 def naming(source, episode: int) -> Iterator[None]:
     """Names the source and the episode in errors of reading it."""

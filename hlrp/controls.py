@@ -18,12 +18,12 @@ from hlrp.transformer import Block
 def principal_components(x: Tensor, is_fit: Tensor, num_components: int) -> Tensor:
     """Scores (b, k) of the rows (b, d) on the first components of the marked ones, at most `num_components`."""
     x = x.float()
-    mean = x[is_fit].mean(dim=0)
+    x = x - x[is_fit].double().mean(dim=0).float()
     num_components = min(num_components, x.shape[1], int(is_fit.sum()) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, _, components = torch.pca_lowrank(x[is_fit], q=min(num_components + 8, *x[is_fit].shape), niter=3)
-    return (x - mean) @ components[:, :num_components]
+    return x @ components[:, :num_components]
 
 
 def untrained(config: LAQConfig, seed: int) -> LAQ:

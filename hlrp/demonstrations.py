@@ -4,13 +4,13 @@ and batches as LeRobot's processors take them."""
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
+from hlrp.chosen import whole_column
 from hlrp.clips import Clips
+from hlrp.metrics import column_statistics, normalisable
 from hlrp.sources import instructions_of
 from hlrp.splits import is_stream
 
@@ -75,17 +75,16 @@ def refuse_other_cameras(sources: list, config) -> None:
 
 
 def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, np.ndarray]]:
-    """LeRobot's statistics of the actions and states in the labelled episodes, and in no others."""
+    """LeRobot's statistics of the actions and states in the labelled episodes, and in no others; as `normalisable` has
+    them. Raises ValueError, which names the episode, where one is not finite."""
 
-    def every(name: str) -> np.ndarray:
-        parts = [
-            getattr(c.source, name)(int(i), np.arange(c.source.lengths[i])) for c in clips for i in c.labelled_episodes
-        ]
-        return torch.cat(parts).numpy()
+    def of(name: str) -> dict[str, np.ndarray]:
+        parts = [whole_column(c.source, name, c.labelled_episodes) for c in clips]
+        return normalisable(column_statistics(np.concatenate(parts)))
 
-    found = {ACTION: get_feature_stats(every("actions"), axis=0, keepdims=False)}
+    found = {ACTION: of("actions")}
     if with_state and clips[0].source.state_dim:
-        found[OBS_STATE] = get_feature_stats(every("states"), axis=0, keepdims=False)
+        found[OBS_STATE] = of("states")
     return found
 
 

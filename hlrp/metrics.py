@@ -1,5 +1,7 @@
-"""Figures over a whole validation pass: code usage, R2, PSNR, and the gathering over ranks that they need."""
+"""Figures over a whole validation pass: code usage, R2, PSNR, and the gathering over ranks that they need; and the
+statistics by which actions and states are normalised."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,7 +52,8 @@ def mutual_information(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def k_means(x: Tensor, num_bins: int, seed: int = 0, num_steps: int = 20) -> Tensor:
     """The nearest of `num_bins` centres (Lloyd's algorithm) of each row (b, d), standardised: int64 (b,)."""
-    x = (x - x.mean(dim=0)) / x.std(dim=0).clamp(min=1e-12)
+    x = x.double()
+    x = (x - x.mean(dim=0)) / torch.where(is_constant(x), 1.0, x.std(dim=0))
     centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:num_bins]]
     for _ in range(num_steps):
         nearest = torch.cdist(x, centres).argmin(dim=1)
@@ -60,7 +63,56 @@ def k_means(x: Tensor, num_bins: int, seed: int = 0, num_steps: int = 20) -> Ten
     return torch.cdist(x, centres).argmin(dim=1)
 
 
-def is_constant(values: Tensor, tolerance: float = 1e-5) -> Tensor:
+STILL = 1e-6  # a column whose range is no more than this share of its size never moves: the rest is rounding
+STILL_SCALE = 1e-3  # what one unit of a column that never moves stands for, as a share of its size
+
+
+def column_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
+    """LeRobot's statistics of the columns of (b, d), in float64 and about their mean, which float32 sums are not."""
+    values = values.astype(np.float64)
+    quantiles = np.quantile(values, [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
+    found = {"min": values.min(axis=0), "max": values.max(axis=0), "mean": values.mean(axis=0)}
+    found |= {"std": values.std(axis=0), "count": np.array([len(values)])}
+    return found | dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles, strict=True))
+
+
+def normalisable(statistics: dict) -> dict[str, np.ndarray]:
+    """The statistics of a feature as LeRobot has them (d,), such that each of its normalisations can use them.
+
+    A column that never moves has a width: its value becomes 0, what lies beside it a small number, and 0 its value
+    again. Mean and standard deviation lie where the extremes and quantiles allow them to, which those of float32 sums
+    may not. Quantiles that coincide give way to the extremes.
+    """
+    found = {name: np.asarray(value, dtype=np.float64) for name, value in statistics.items()}
+    if {"min", "max"} <= found.keys():
+        low, high = found["min"], found["max"]
+    elif {"mean", "std"} <= found.keys():
+        low, high = found["mean"] - found["std"], found["mean"] + found["std"]
+    else:
+        return found
+    size = np.maximum(np.abs(low), np.abs(high))
+    is_still = high - low <= STILL * np.maximum(size, 1.0)
+    middle, width = (low + high) / 2, STILL_SCALE * np.maximum(size, 1.0)
+    if "mean" in found:
+        found["mean"] = np.where(is_still, middle, found["mean"].clip(low, high))
+    for first, last in (("q01", "q99"), ("q10", "q90")):
+        if first in found and last in found:
+            is_narrow = found[last] - found[first] <= 1e-3 * (high - low)
+            found[first] = np.where(is_narrow, low, found[first])
+            found[last] = np.where(is_narrow, high, found[last])
+    if "std" in found:
+        least = 0.0
+        if {"mean", "q10", "q90"} <= found.keys():  # a tenth of the values lies beyond each
+            below, above = (found["mean"] - found["q10"]).clip(0), (found["q90"] - found["mean"]).clip(0)
+            least = np.sqrt(0.1 * (below**2 + above**2))
+        found["std"] = np.where(is_still, width, found["std"].clip(least, (high - low) / 2))
+    for name, place in (("min", -1), ("q01", -1), ("q10", -1), ("q50", 0), ("q90", 1), ("q99", 1), ("max", 1)):
+        if name in found:
+            found[name] = np.where(is_still, middle + place * width, found[name])
+    return found
+
+
+def is_constant(values: Tensor, tolerance: float = STILL) -> Tensor:
     """Which columns of (b, d) vary by no more than rounding, whatever their scale: bool (d,)."""
     values = values.double()
     return values.std(dim=0, correction=0) <= tolerance * values.abs().amax(dim=0)

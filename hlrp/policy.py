@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
 from hlrp.losses import masked_mean
+from hlrp.metrics import normalisable
 from hlrp.transforms import fit
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
@@ -167,6 +168,9 @@ class HLRPPolicy(PreTrainedPolicy):
         config.validate_features()
         if dataset_meta is not None and not instructions:
             instructions = list(dataset_meta.tasks.index)
+        if dataset_meta is not None and dataset_meta.stats is not None:
+            # lerobot-train hands these to the normaliser of a checkpoint itself
+            dataset_meta.stats = numbers_normalisable(config, dataset_meta.stats)
         self.vlm, self.latent_head = parts(config, folder, instructions)
         shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
         self.expert = None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
@@ -378,6 +382,7 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
 
     Raises ValueError where the statistics are missing or of another robot.
     """
+    dataset_stats = None if dataset_stats is None else numbers_normalisable(config, dataset_stats)
     for key, feature in {**config.input_features, **config.output_features}.items():
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if dataset_stats is None or mode is NormalizationMode.IDENTITY:
@@ -388,3 +393,18 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
         if found != {tuple(feature.shape)}:
             raise ValueError(f"statistics of {key} are of shape {sorted(found)}, the policy's is {feature.shape}")
     return make_default_pre_post_processors(config, dataset_stats)
+
+
+def numbers_normalisable(config: HLRPConfig, dataset_stats: dict) -> dict:
+    """The statistics, those of states and actions as `normalisable` has them. ValueError where one is not finite."""
+    mended = dict(dataset_stats)
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        if feature.type is FeatureType.VISUAL or key not in dataset_stats:
+            continue
+        for name, value in dataset_stats[key].items():
+            if not np.isfinite(np.asarray(value, dtype=np.float64)).all():
+                raise ValueError(
+                    f"statistics of {key}: {name} is {np.asarray(value).tolist()}; expected finite numbers"
+                )
+        mended[key] = normalisable(dataset_stats[key])
+    return mended

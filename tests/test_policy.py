@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.datasets.compute_stats import aggregate_stats, get_feature_stats
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from lerobot.policies.rtc import RTCConfig
 from lerobot.utils.import_utils import register_third_party_plugins
 from test_lerobot_data import TOP, WRIST, write
 
+from hlrp.metrics import column_statistics, normalisable
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
 from hlrp.vla import VLA, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, VLMConfig
 
 TASKS = ["push the red block", "open the door"]
-META = SimpleNamespace(tasks=SimpleNamespace(index=TASKS))
+META = SimpleNamespace(tasks=SimpleNamespace(index=TASKS), stats=None)
 STATE, CHUNK = 3, 4
 
 
@@ -352,6 +354,73 @@ def test_statistics_that_are_missing_or_of_another_robot_are_named():
     stats["action"] = {"mean": torch.tensor([1.0, 2.0]), "std": torch.tensor([2.0, 4.0])}
     _, post = make_hlrp_pre_post_processors(config, stats)
     torch.testing.assert_close(post(torch.ones(1, 2)), torch.tensor([[3.0, 6.0]]))
+
+
+def normalise(preprocessor, actions):
+    return preprocessor({"action": actions, TOP: torch.zeros(len(actions), 3, 40, 40)})["action"]
+
+
+VALUES = (0.0, 0.1, -90.3, 65535.7)  # of joints that never move
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Actions float32 (100,000, 5): four joints that never move, and one of N(90, .3)."""
+    rng = np.random.default_rng(0)
+    columns = [np.full(100_000, value) for value in VALUES] + [rng.normal(90, 0.3, 100_000)]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize("origin", ["hlrp", "lerobot", "lerobot-episodes", "mean-and-std"])
+def test_a_joint_that_never_moves_is_0_and_what_lies_beside_it_small(origin, noise, recorded):
+    if noise:
+        recorded = recorded.copy()
+        recorded[::3] = np.nextafter(recorded[::3], np.float32(np.inf))
+    parts = np.split(recorded, 100 if origin == "lerobot-episodes" else 1)
+    stats = aggregate_stats([{"action": get_feature_stats(part, axis=0, keepdims=False)} for part in parts])["action"]
+    if origin == "hlrp":
+        stats = column_statistics(recorded)
+    elif origin == "mean-and-std":
+        stats = {"mean": recorded[0], "std": np.zeros(5)}
+    config, joints = make_config(state=0), torch.from_numpy(recorded[:30])
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (5,))}
+    for mode in ("MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")[: 1 if origin == "mean-and-std" else 4]:
+        config.normalization_mapping["ACTION"] = NormalizationMode(mode)
+        pre, post = make_hlrp_pre_post_processors(config, {"action": stats})
+        normalised, beside = (normalise(pre, x)[:, :4] for x in (joints, joints + 1e-3))
+        assert normalised.abs().max() < 1e-3 and beside.abs().max() < 10, mode
+        torch.testing.assert_close(post(torch.zeros(1, 5))[0, :4], torch.tensor(VALUES), rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_of_many_frames_are_exact_and_rounding_is_no_spread(recorded):
+    found = column_statistics(recorded)
+    assert found["std"][4] == pytest.approx(0.3, abs=1e-3) and found["mean"][4] == pytest.approx(90, abs=1e-3)
+    assert found["std"][:4].max() < 1e-9 and np.array_equal(found["mean"][:4].astype(np.float32), recorded[0, :4])
+    few = np.random.default_rng(0).normal(0, 1e-4, (1000, 1))  # small, and it moves
+    assert normalisable(column_statistics(few))["std"] == pytest.approx(few.std())
+
+
+def test_a_gripper_that_hardly_ever_moves_stays_within_its_extremes_by_quantiles():
+    gripper = np.zeros((10_000, 2), dtype=np.float32)
+    gripper[:20] = 1
+    config = make_config(state=0)
+    config.normalization_mapping["ACTION"] = NormalizationMode.QUANTILES
+    for stats in (column_statistics(gripper), get_feature_stats(gripper, axis=0, keepdims=False)):
+        pre, _ = make_hlrp_pre_post_processors(config, {"action": stats})
+        torch.testing.assert_close(normalise(pre, torch.eye(2)), 2 * torch.eye(2) - 1)
+
+
+def test_lerobot_train_gives_a_checkpoint_statistics_that_it_can_use():
+    meta = SimpleNamespace(tasks=META.tasks, stats={"action": get_feature_stats(np.ones((9, 2)), 0, False)})
+    HLRPPolicy(make_config(), dataset_meta=meta)  # before it hands meta.stats to the saved processors
+    assert meta.stats["action"]["std"].tolist() == [1e-3, 1e-3]
+
+
+def test_statistics_that_are_not_finite_are_named():
+    stats = {"action": column_statistics(np.array([[0, 1], [2, np.nan]]))}
+    with pytest.raises(ValueError, match=r"statistics of action: min is \[0.0, nan\]; expected finite numbers"):
+        make_hlrp_pre_post_processors(make_config(), stats)
 
 
 def test_lerobot_trains_resumes_and_loads_it(tmp_path):
