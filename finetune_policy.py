@@ -102,10 +102,10 @@ def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from hlrp.action_errors import alarms, evaluate
-    from hlrp.chosen import choose_clips
+    from hlrp.chosen import choose_clips, choose_demonstrations
     from hlrp.clips import Clips
     from hlrp.data import Mixture, loader
-    from hlrp.demonstrations import choose_demonstrations, refuse_other_cameras, robot_features, statistics, to_lerobot
+    from hlrp.demonstrations import refuse_other_cameras, robot_features, statistics, to_lerobot
     from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import latent_space

@@ -30,7 +30,9 @@ class Args:
     temperature: float | None = None
     val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
     val_samples: int = 512  # most pairs of frames of each source in a validation
-    label_fraction: float = 1.0  # with --action-weight: share of the training episodes whose actions are used
+    label_fraction: float = 1.0  # with --action-weight: share of each task's episodes whose actions are used
+    # with --action-weight: so many episodes of each task instead, those that finetune_policy.py takes
+    demonstrations: int | None = None
     skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
     max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
 
@@ -67,7 +69,7 @@ class Args:
 @ends_its_run
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
-    from hlrp.chosen import action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
     from hlrp.data import Mixture, loader
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
@@ -75,7 +77,7 @@ def main(args: Args) -> None:
     from hlrp.sharding import distribute, gathered
     from hlrp.shown import encoded
     from hlrp.sources import expand, open_sources, parse_uri
-    from hlrp.splits import first_share, split_episodes
+    from hlrp.splits import split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transformer import Block
@@ -97,7 +99,7 @@ def main(args: Args) -> None:
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
-        labelled = first_share(train_episodes, args.label_fraction)
+        labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
         pairs = {"times": (0.0, args.model.delta), "image_size": args.model.image_size, "source_index": i}
         pairs["seed"] = args.seed
         train_clips.append(clips_of(source, train_episodes, **pairs, labelled_episodes=labelled))

@@ -33,7 +33,9 @@ class Args:
     temperature: float | None = None
     val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
     val_samples: int = 512  # most samples of each source in a validation
-    label_fraction: float = 1.0  # with --action-weight: share of the training episodes whose actions are used
+    label_fraction: float = 1.0  # with --action-weight: share of each task's episodes whose actions are used
+    # with --action-weight: so many episodes of each task instead, those that finetune_policy.py takes
+    demonstrations: int | None = None
     shuffle_latents: bool = False  # a control: give each sample the latent actions of another one
     skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
     max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
@@ -72,7 +74,7 @@ class Args:
 def main(args: Args) -> None:
     from hlrp.buckets import check_fields, read_buckets
     from hlrp.checkpoints import load_config
-    from hlrp.chosen import action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
     from hlrp.data import Mixture, loader
     from hlrp.label import latent_space
     from hlrp.laq import LAQ
@@ -82,7 +84,7 @@ def main(args: Args) -> None:
     from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
     from hlrp.sharding import distribute, gathered
     from hlrp.sources import expand, instructions, open_sources, parse_uri
-    from hlrp.splits import first_share, split_episodes
+    from hlrp.splits import split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transforms import regrid
@@ -121,7 +123,7 @@ def main(args: Args) -> None:
     train_clips, fit_clips, val_clips = [], [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
-        labelled = first_share(train_episodes, args.label_fraction)
+        labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
         sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
         sizes["seed"] = args.seed
         labels = {"labelled_episodes": labelled, "latent_space": cached}

@@ -178,16 +178,15 @@ def read(variant: str, delta: float) -> tuple[Cached, Cached]:
 def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     """Trains and probes one model: r2, ridge, mlp with intervals; leakage of what moves by itself; use and health."""
     from hlrp.card import Z, features_of, health, interval, leakage, read_pairs, score
-    from hlrp.chosen import action_statistics, choose_clips
+    from hlrp.chosen import action_statistics, choose_clips, labelled_share
     from hlrp.clips import Clips
     from hlrp.controls import predicted_actions, trained_on_labels, untrained
     from hlrp.controls import train as trained
     from hlrp.judging import encode
     from hlrp.laq import LAQConfig, LatentActions
-    from hlrp.splits import first_share
     from hlrp.validation import Share, code_use, encode_all
 
-    labelled = first_share(train.clips.episodes, cell.label_fraction)
+    labelled = labelled_share(train.source, train.clips.episodes, cell.label_fraction, seed=0)
     settings = {"batch_size": args.batch_size, "lr": args.lr, "seed": cell.seed}
     share, result, size = Share(0, 1, 64, 0, torch.device("cpu")), {}, None
     shown = Clips(train.source, labelled, (0.0, args.delta), IMAGE_SIZE) if len(labelled) else None

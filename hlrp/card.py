@@ -238,7 +238,8 @@ def episode_identity(pairs: Pairs, features: dict[str, Tensor]) -> dict | None:
     """How often a linear probe tells which of up to `MAX_EPISODES` episodes a pair is of, fitted on the other half of
     the pairs of each. None where no two episodes have four pairs."""
     unique, number, counts = pairs.episodes.unique(return_inverse=True, return_counts=True)
-    chosen = counts.argsort(descending=True, stable=True)[:MAX_EPISODES]
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0)).to(counts.device)
+    chosen = order[counts[order].argsort(descending=True, stable=True)][:MAX_EPISODES]
     chosen = chosen[counts[chosen] >= 4]
     if len(chosen) < 2:
         return None

@@ -1,4 +1,5 @@
-"""Clips chosen for validation and statistics; and which one takes the place of a clip that cannot be read."""
+"""Which episodes' actions are learned, which clips are validated on, and which clip takes the place of an
+unreadable one; and statistics of actions."""
 
 import logging
 from collections.abc import Sequence
@@ -12,11 +13,71 @@ from torch.utils.data import Subset
 
 from hlrp.clips import Clips, refuse_not_finite
 from hlrp.metrics import column_statistics, normalisable
+from hlrp.sources import instructions_of
+from hlrp.splits import EpisodeRange, is_stream
 
 logger = logging.getLogger(__name__)
 STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
 MAX_STEPS = 1000  # of this length, before all of a source are called broken
 MAX_EPISODES = 1000  # whose actions statistics are taken of
+
+
+def labelled_episodes(
+    source, episodes: np.ndarray | EpisodeRange, demonstrations: int | None, label_fraction: float, seed: int
+) -> np.ndarray | EpisodeRange:
+    """Those of the training episodes whose actions are learned beside latent ones: `demonstrations` of each task, which
+    are those of a policy; or else `label_fraction` of them, see `labelled_share`.
+
+    Raises ValueError for demonstrations of a stream, and where a task has fewer.
+    """
+    if demonstrations is None:
+        return labelled_share(source, episodes, label_fraction, seed)
+    if is_stream(source) and source.action_dim:
+        raise ValueError(
+            f"demonstrations={demonstrations}, but {source.uri} is a stream, whose tasks are not known before; give "
+            f"--label-fraction, or python -m hlrp.shards --data '{source.uri}' makes a source that has them"
+        )
+    return choose_demonstrations(source, episodes, demonstrations, seed)
+
+
+def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:
+    """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them. A
+    stream, which cannot be read at random, has none. An episode is of its first instruction that is not empty.
+
+    Raises ValueError where an instruction has fewer.
+    """
+    if not source.action_dim or is_stream(source):
+        return np.zeros(0, dtype=np.int64)
+    if per_task is None:
+        return np.asarray(episodes)
+    by_task = shuffled_by_task(source, episodes, seed)
+    for task, found in by_task.items():
+        if len(found) < per_task:
+            raise ValueError(
+                f"demonstrations={per_task}, but {source.uri} has {len(found)} training episodes of {task!r}"
+            )
+    return np.sort([episode for found in by_task.values() for episode in found[:per_task]])
+
+
+def labelled_share(source, episodes: np.ndarray | EpisodeRange, share: float, seed: int) -> np.ndarray | EpisodeRange:
+    """That share of the episodes of each instruction, drawn at random, at least one. A smaller share is part of a
+    larger one. Episodes whose instruction no other one has are one group. Of a stream, a share of the hashes."""
+    if isinstance(episodes, EpisodeRange):
+        return episodes._replace(high=episodes.low + share * (episodes.high - episodes.low))
+    if share in (0, 1) or not source.action_dim:
+        return np.asarray(episodes)[: round(share * len(episodes))]
+    groups = [*shuffled_by_task(source, episodes, seed).values()]
+    groups = [found for found in groups if len(found) > 1] + [[e for found in groups if len(found) == 1 for e in found]]
+    return np.sort([episode for found in groups for episode in found[: max(1, round(share * len(found)))]])
+
+
+def shuffled_by_task(source, episodes: Sequence[int], seed: int) -> dict[str, list[int]]:
+    """The episodes of each instruction, in a random order that follows from the episodes and the seed."""
+    by_task: dict[str, list[int]] = {}
+    for episode in np.random.default_rng(seed).permutation(episodes).tolist():
+        task = next(filter(None, instructions_of(source, episode)), "")
+        by_task.setdefault(task, []).append(episode)
+    return by_task
 
 
 def action_statistics(clips) -> tuple[Tensor, Tensor]:

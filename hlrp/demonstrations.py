@@ -1,5 +1,5 @@
-"""Robot demonstrations for a LeRobot policy: which episodes show their actions, what features and statistics they have,
-and batches as LeRobot's processors take them."""
+"""Robot demonstrations for a LeRobot policy: what features and statistics they have, and batches as LeRobot's
+processors take them. Which episodes they are, `hlrp.chosen` says."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,6 @@ from torch import Tensor
 from hlrp.chosen import whole_column
 from hlrp.clips import Clips
 from hlrp.metrics import column_statistics, normalisable
-from hlrp.sources import instructions_of
-from hlrp.splits import is_stream
-
-
-def choose_demonstrations(source, episodes: Sequence[int], per_task: int | None, seed: int) -> np.ndarray:
-    """`per_task` of `episodes` of each instruction, drawn at random: fewer are part of more. None: all of them. A
-    stream, which cannot be read at random, has none. An episode is of its first instruction that is not empty.
-
-    Raises ValueError where an instruction has fewer.
-    """
-    if not source.action_dim or is_stream(source):
-        return np.zeros(0, dtype=np.int64)
-    if per_task is None:
-        return np.asarray(episodes)
-    by_task: dict[str, list[int]] = {}
-    for episode in np.random.default_rng(seed).permutation(episodes).tolist():
-        task = next(filter(None, instructions_of(source, episode)), "")
-        by_task.setdefault(task, []).append(episode)
-    for task, found in by_task.items():
-        if len(found) < per_task:
-            raise ValueError(
-                f"demonstrations={per_task}, but {source.uri} has {len(found)} training episodes of {task!r}"
-            )
-    return np.sort([episode for found in by_task.values() for episode in found[:per_task]])
 
 
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:

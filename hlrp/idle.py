@@ -118,7 +118,7 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
 
     found, busy = scores(source, config.span), busy_frames(source, config)
     first = np.cumsum(source.lengths) - source.lengths
-    episodes = np.asarray(episodes)[:SHOWN_EPISODES]
+    episodes = np.sort(np.random.default_rng(0).permutation(episodes)[:SHOWN_EPISODES])
     figure, axes = plt.subplots(
         2 * len(episodes),
         1,

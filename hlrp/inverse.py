@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
-from hlrp.chosen import action_statistics
+from hlrp.chosen import action_statistics, choose_demonstrations
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
-from hlrp.demonstrations import choose_demonstrations
 from hlrp.laq import standardise
 from hlrp.metrics import r2_per_dim
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr

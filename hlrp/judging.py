@@ -30,7 +30,7 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import draw
-from hlrp.chosen import action_statistics, choose_clips
+from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
 from hlrp.controls import (
     predicted_actions,
     principal_components,
@@ -45,7 +45,7 @@ from hlrp.pictures import bindings_of, draw_pictures
 from hlrp.probes import MIN_EPISODES, episode_split
 from hlrp.shown import encoded
 from hlrp.sources import open_source, parse_uri
-from hlrp.splits import first_share, split_episodes
+from hlrp.splits import split_episodes
 from hlrp.streams import clips_of
 from hlrp.validation import Share, code_use, encode_all
 
@@ -150,8 +150,7 @@ class Checkpoint:
         encoders[RANDOM] = partial(encode_unquantized, untrained(laq.config, seed).to(share.device))
         codebook_sizes[RANDOM] = None
         if laq.config.action_weight and source.action_dim:
-            labelled = first_share(train, self.setting("label_fraction", args.label_fraction))
-            model = self.train_on_labels(clips_of(source, labelled, **times), share.device)
+            model = self.train_on_labels(clips_of(source, self.labelled(source, train), **times), share.device)
             encoders[LABELS] = lambda frames: LatentActions(predicted_actions(model, frames)[:, None], None)
             codebook_sizes[LABELS] = None
         pairs = read_pairs(sets, encoders, share)
@@ -219,11 +218,19 @@ class Checkpoint:
         laq.save_pretrained(folder, data=list(args.data), step=args.train_shuffled, report=None)
         return laq
 
+    def run_file(self) -> Path:
+        return self.args.latents.resolve().parent.parent.parent / "run.json"
+
+    def record(self) -> dict:
+        """The settings of the run that trained the LAQ; {} where they are not known."""
+        file = self.run_file()
+        return json.loads(file.read_text())["settings"] if file.is_file() else {}
+
     def setting(self, name: str, given: float | None, default: float | None = None) -> float:
         """One that the LAQ was trained with: the given one, or that of its run.json, or the default with a warning."""
-        record = self.args.latents.resolve().parent.parent.parent / "run.json"
-        if given is None and record.is_file():
-            return json.loads(record.read_text())["settings"][name]
+        if given is None and (found := self.record()):
+            return found[name]
+        record = self.run_file()
         if given is None and default is None:
             raise ValueError(f"{record} is missing, which has it: give --{name.replace('_', '-')}")
         if given is None:
@@ -236,6 +243,13 @@ class Checkpoint:
         """The episodes that the LAQ has learned from, and those held out."""
         fraction = self.setting("val_fraction", self.args.val_fraction, 0.1)
         return split_episodes(source, fraction, self.setting("seed", self.args.split_seed, 0))
+
+    def labelled(self, source, train):
+        """Those of the training episodes whose actions the LAQ has learned."""
+        given, seed = self.args.label_fraction, self.setting("seed", self.args.split_seed, 0)
+        demonstrations = None if given is not None else self.record().get("demonstrations")
+        share = 1.0 if demonstrations is not None else self.setting("label_fraction", given)
+        return labelled_episodes(source, train, demonstrations, share, seed)
 
     def train_on_labels(self, clips, device):
         return trained_on_labels(

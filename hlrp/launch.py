@@ -38,6 +38,9 @@ def check_loop(args) -> None:
     for name in ("label_fraction", "action_free", "ema_decay"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
+    if (count := args.demonstrations) is not None:
+        if count < 1 or getattr(args, "label_fraction", 1) != 1:
+            raise ValueError(f"demonstrations={count}; expected 1 or more, and no --label-fraction beside it")
     if not 0 <= args.warmup_steps <= args.steps:
         raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
 

@@ -1,13 +1,14 @@
 """URIs of data sources: `scheme:location?option=value&option=value@weight`."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from hlrp.open_x import MIXTURES, mixture
 from hlrp.splits import is_stream
-from hlrp.streams import readable
+from hlrp.streams import in_turns, readable
 
 
 def true_or_false(text: str) -> bool:
@@ -142,8 +143,7 @@ def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:
     found = set()
     for source in sources:
         if is_stream(source):
-            episodes = (pair[1] for shard in range(source.num_shards) for pair in readable(source, shard))
-            for episode in islice(episodes, 256):
+            for _, episode in islice(in_turns(source.num_shards, partial(readable, source)), 256):
                 found.update(episode.instructions(range(len(episode.frames))))
             continue
         step = 1 if hasattr(source, "instructions") else max(1, len(source.lengths) // 256)

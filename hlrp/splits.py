@@ -37,10 +37,3 @@ def split_episodes(
 def is_stream(source) -> bool:
     """Whether a source is read from one end to the other (`hlrp.streams`)."""
     return hasattr(source, "num_shards")
-
-
-def first_share(episodes: np.ndarray | EpisodeRange, share: float) -> np.ndarray | EpisodeRange:
-    """That share of some episodes, from the first on."""
-    if isinstance(episodes, EpisodeRange):
-        return episodes._replace(high=episodes.low + share * (episodes.high - episodes.low))
-    return episodes[: round(share * len(episodes))]

@@ -11,9 +11,11 @@ resumed run goes on at the beginning of a shard: what was read of it and of late
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from hlrp.permutation import hash_integers, permute
 from hlrp.splits import EpisodeRange
 
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
+OPEN_SHARDS = 32  # from which a few episodes are taken in turn
 MAX_EPISODES = 1_000_000  # in a shard; sample["episode"] is shard * this + the place in the shard
 
 
@@ -250,12 +253,27 @@ class StreamClips:
         )
 
     def hold(self, num_episodes: int) -> Clips:
-        """The clips of the first episodes, held in memory: what validation and statistics are taken from."""
-        numbered = islice((pair for shard in range(self.source.num_shards) for pair in self.part(shard)), num_episodes)
-        numbers, episodes = zip(*numbered, strict=True) if (numbered := list(numbered)) else ((), ())
-        if not episodes:
+        """The clips of some episodes of many shards, held in memory: what validation and statistics are taken from."""
+        numbered = sorted(islice(in_turns(self.source.num_shards, self.part), num_episodes), key=itemgetter(0))
+        if not numbered:
             raise ValueError(self.nothing())
+        numbers, episodes = zip(*numbered, strict=True)
         return self.clips_of(episodes, numbers)
+
+
+def in_turns(num_shards: int, part: Callable[[int], Iterator[tuple[int, Episode]]]) -> Iterator[tuple[int, Episode]]:
+    """The episodes of a stream, one at a time of each of up to `OPEN_SHARDS` shards all over it: of tasks that lie one
+    after another, each is among the first."""
+    evenly = (np.arange(num_shards) * 0.6180339887498949) % 1  # any stretch of this order is spread over all shards
+    waiting = map(part, evenly.argsort().tolist())
+    active = deque(islice(waiting, OPEN_SHARDS))
+    while active:
+        episodes = active.popleft()
+        if (pair := next(episodes, None)) is None:
+            active.extend(islice(waiting, 1))
+        else:
+            yield pair
+            active.append(episodes)
 
 
 def readable(source, shard: int, skipped: list[str] | None = None) -> Iterator[tuple[int, Episode]]:

@@ -118,6 +118,10 @@ class World:
         sample["frames"] = picture(scene, i, embodiment, tip, scene.blocks[i, indices], balls, shift)
         return sample
 
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        indices, group, i = self._locate(episode, indices)
+        return [self._simulate(group).task[i]] * len(indices)
+
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         """float32 (t, 2): the actions taken at these frames."""
         indices, group, i = self._locate(episode, indices)

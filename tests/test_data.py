@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hlrp.chosen import choose_clips
+from hlrp.chosen import action_statistics, choose_clips, choose_demonstrations, labelled_episodes, labelled_share
 from hlrp.clips import Clips
 from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
 from hlrp.sources import expand, open_source, open_sources, parse_uri
@@ -153,6 +153,62 @@ def test_chosen_clips_are_spread_over_the_episodes_and_seeded():
     again, other = choose_clips(clips, 20, seed=0), choose_clips(clips, 20, seed=1)
     assert chosen.indices == again.indices != other.indices
     assert choose_clips(clips, 5000, seed=0).indices == list(range(1000))
+
+
+class Tasks(Counting):
+    """Ten tasks one after another, of 20 episodes each, and the 10 episodes of the last task of texts of their own."""
+
+    def __init__(self):
+        super().__init__([30] * 210, action_dim=1)
+
+    def instructions(self, episode, indices):
+        return [f"task {episode // 20}" if episode < 200 else f"text {episode}"] * len(indices)
+
+
+def test_a_share_of_the_labels_is_one_of_each_task_and_part_of_a_larger_share():
+    source, before = Tasks(), set()
+    for share, of_each, alone in ((0, 0, 0), (0.01, 1, 1), (0.1, 2, 1), (0.5, 10, 5), (1, 20, 10)):
+        found = labelled_share(source, np.arange(210), share, seed=3)
+        assert np.bincount(found // 20, minlength=11).tolist() == [of_each] * 10 + [alone]
+        assert before <= set(found.tolist()) and found.tolist() == sorted(found)
+        before = set(found.tolist())
+    some, other = (labelled_share(source, np.arange(210), 0.1, seed) for seed in (3, 4))
+    assert some.tolist() != other.tolist() and some[:2].tolist() != [0, 1]
+    assert source.reads == 0  # no frame is decoded
+
+
+def test_all_three_stages_label_the_same_demonstrations():
+    source = Tasks()
+    train = np.arange(0, 200, 3)
+    labelled = labelled_episodes(source, train, demonstrations=2, label_fraction=1.0, seed=5)
+    assert labelled.tolist() == choose_demonstrations(source, train, 2, seed=5).tolist()
+    assert np.bincount(labelled // 20).tolist() == [2] * 10 and set(labelled) <= set(train.tolist())
+    with pytest.raises(ValueError, match="demonstrations=9, but test:counting has 7 training episodes of 'task "):
+        labelled_episodes(source, train, demonstrations=9, label_fraction=1.0, seed=5)
+
+
+def test_statistics_of_actions_are_those_of_all_tasks_exact_and_finite():
+    class Robot(Tasks):
+        def __init__(self):
+            super().__init__()
+            self.lengths = np.full(2100, 50)
+            self.fps = np.full(2100, 10.0)
+
+        def actions(self, episode, indices):
+            noise = np.random.default_rng(episode).normal(90 + episode // 210, 0.3, (50, 1))
+            return torch.from_numpy(noise.astype(np.float32))[np.asarray(indices)]
+
+    mean, std = action_statistics(Clips(Robot(), range(2100), (0.0, 0.5), 8))
+    assert mean.item() == pytest.approx(94.5, abs=0.3)
+    mean, std = action_statistics(Clips(Robot(), range(2100), (0.0, 0.5), 8, labelled_episodes=range(210)))
+    assert mean.item() == pytest.approx(90, abs=0.02) and std.item() == pytest.approx(0.3, abs=5e-3)
+
+    source = Robot()
+    source.actions = lambda episode, indices: torch.full((50, 1), torch.inf if episode == 7 else 0.1)[indices]
+    with pytest.raises(ValueError, match=r"test:counting, episode 7: action of frame 0: expected finite .* \[inf\]"):
+        action_statistics(Clips(source, range(9), (0.0, 0.5), 8))
+    mean, std = action_statistics(Clips(source, range(7), (0.0, 0.5), 8))  # it never moves
+    assert ((torch.tensor([0.1, 0.101]) - mean) / std).tolist() == pytest.approx([0, 1], abs=1e-3)
 
 
 def two_sources(seed=0, **second):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from hlrp import videos
+from hlrp.chosen import choose_demonstrations
 from hlrp.clips import Clips
 from hlrp.data import Mixture, loader
-from hlrp.demonstrations import choose_demonstrations
 from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
 from hlrp.sources import instructions, open_source
 

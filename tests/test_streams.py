@@ -7,9 +7,10 @@ import torch
 from torchvision.io import encode_png
 
 from hlrp import streams
-from hlrp.chosen import action_statistics, choose_clips
+from hlrp.chosen import action_statistics, choose_clips, labelled_share
 from hlrp.data import Mixture, loader
-from hlrp.splits import first_share, split_episodes
+from hlrp.sources import instructions
+from hlrp.splits import split_episodes
 from hlrp.streams import MAX_EPISODES, Episode, StreamClips
 
 
@@ -83,7 +84,7 @@ def test_one_reader_gives_each_clip_once_before_it_gives_one_twice():
 
 def test_the_parts_of_a_stream_are_apart_and_a_share_of_one_lies_in_it():
     train, val = split_episodes(Passing(), 0.2, seed=3)
-    labelled = first_share(train, 0.5)
+    labelled = labelled_share(Passing(), train, 0.5, seed=0)
     parts = [[e in part for e in range(3000)] for part in (train, val, labelled)]
     assert [sum(part) / 3000 for part in parts] == pytest.approx([0.8, 0.2, 0.4], abs=0.03)
     assert not any(a and b for a, b in zip(*parts[:2], strict=True))
@@ -111,7 +112,7 @@ def test_a_stream_goes_on_at_the_beginning_of_a_shard_and_misses_nothing(monkeyp
 def test_labelled_episodes_show_their_actions_and_others_none():
     source = Passing()
     train = split_episodes(source, 0.2, seed=1)[0]
-    half = clips(source, labelled_episodes=first_share(train, 0.5))
+    half = clips(source, labelled_episodes=labelled_share(source, train, 0.5, seed=0))
     for sample in half.draw(30):
         assert ("action" in sample) == (sample["episode"] in half.labelled_episodes)
         if "action" in sample:
@@ -131,6 +132,20 @@ def test_validation_holds_clips_of_held_out_episodes_and_frees_the_other_frames(
     assert 0 < sum(map(bool, frames)) <= 64 < len(frames)
     mean, std = action_statistics(clips(source))
     assert mean[1] - mean[0] == pytest.approx(1) and std.shape == (2,)
+
+
+def test_what_is_held_and_the_words_of_a_tokenizer_come_from_shards_all_over_a_stream():
+    class Tasks(Passing):
+        def episodes(self, shard):
+            for episode in super().episodes(shard):
+                episode.task = f"task {shard // 10}"
+                yield episode
+
+    source = Tasks(num_shards=100, lengths=[20] * 300)  # task by task, as MetaWorld lies
+    assert len(instructions([source])) == 10
+    held = clips(source).hold(64)
+    assert len({held.source.episode_numbers[i] // MAX_EPISODES // 10 for i in range(64)}) >= 9
+    assert held.source.episode_numbers == clips(source).hold(64).source.episode_numbers
 
 
 def test_a_fault_stops_by_name_or_is_told_and_what_can_be_read_goes_on():

@@ -244,6 +244,9 @@ def test_true_actions_supervise_the_share_of_episodes_that_was_asked_for(tmp_pat
         ({"warmup_steps": 99}, "warmup_steps=99; expected 0 to steps=12"),
         ({"data": ("film:x",)}, "film:x"),
         ({"label_fraction": 1.5}, "label_fraction=1.5"),
+        ({"demonstrations": 0}, "demonstrations=0; expected 1 or more"),
+        ({"demonstrations": 1, "label_fraction": 0.5}, "and no --label-fraction beside it"),
+        ({"demonstrations": 999}, "demonstrations=999, but world:default.* training episodes of"),
     ],
 )
 def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, message, tmp_path):
