@@ -108,7 +108,7 @@ def main(args: Args) -> None:
     from hlrp.demonstrations import refuse_other_cameras, robot_features, statistics, to_lerobot
     from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
-    from hlrp.label import latent_space
+    from hlrp.label import cached_space, latent_space
     from hlrp.laq import LAQ
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
@@ -167,8 +167,7 @@ def main(args: Args) -> None:
             )
         space = latent_space(laq)
         times = tuple(space.delta * i for i in range(stage2["vla"]["chunk_size"] + 1))
-    is_labelled = laq is not None and all(getattr(source, "latent_space", None) for source in sources)
-    cached = asdict(space) if is_labelled else None  # by hlrp.label
+    cached, latents_from = (None, "") if laq is None else cached_space(sources, space)
     sizes["image_size"] = policy.vlm.image_size if laq is None else space.image_size
     sizes["input_size"] = policy.vlm.image_size
 
@@ -235,6 +234,8 @@ def main(args: Args) -> None:
         f"{mixture}, {args.steps} steps of "
         f"{run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"
     )
+    if laq is not None:
+        run.print(latents_from)
     start = run.step * run.samples_per_step
     train_loader = loader(
         mixture, args.batch_size, start, **ranks, num_workers=args.num_workers, turns=run.intake.turns

@@ -76,7 +76,7 @@ def main(args: Args) -> None:
     from hlrp.checkpoints import load_config
     from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
     from hlrp.data import Mixture, loader
-    from hlrp.label import latent_space
+    from hlrp.label import cached_space, latent_space
     from hlrp.laq import LAQ
     from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
@@ -118,8 +118,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     vlm = VLM.from_config(args.model.vlm, instructions(sources, args.skip_broken))
     times = tuple(space.delta * i for i in range(args.model.chunk_size + 1))
-    is_labelled = all(getattr(source, "latent_space", None) for source in sources)  # by hlrp.label
-    cached = asdict(space) if is_labelled else None
+    cached, latents_from = cached_space(sources, space)
     train_clips, fit_clips, val_clips = [], [], []
     for i, source in enumerate(sources):
         train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
@@ -174,7 +173,7 @@ def main(args: Args) -> None:
 
     # train
     trained = sum(p.numel() for p in vla.parameters() if p.requires_grad)
-    run.print(f"latent actions are {'read from the data' if cached else 'computed along the way'}")
+    run.print(latents_from)
     run.print(
         f"{trained / 1e6:.1f} M trained parameters, {mixture}, "
         f"{args.steps} steps of {run.samples_per_step} samples, lr {args.lr:g}, {accelerator.device}"

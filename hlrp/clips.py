@@ -343,6 +343,10 @@ class Clips(Dataset):
                 sample["point"] = point[shown[0]]
             for key, column in labels.items():
                 sample[key] = column[j]
+            if "latent_vectors" in labels:
+                known, vectors = ~plan.latent_is_pad[i].numpy(), sample["latent_vectors"].numpy()
+                what = f"{source.uri}, episode {episode}: cached latent action"
+                refuse_not_finite(what, vectors[known], plan.clip_frames[i, :-1][known])
             if "action" in labels:
                 is_pad, chunk_size = plan.action_is_pad[i], len(sample["action"])
                 sample["action_is_pad"] = is_pad if len(is_pad) == chunk_size else is_pad[:chunk_size]
@@ -353,10 +357,14 @@ class Clips(Dataset):
             yield sample
 
 
-def refuse_not_finite(name: str, values: np.ndarray) -> None:
-    """Raises ValueError, which begins with `name` and says the frame, where a row of values (t, ...) has nan or inf."""
-    for frame in np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:1].tolist():
-        raise ValueError(f"{name} of frame {frame}: expected finite numbers, got {values[frame].tolist()}")
+def refuse_not_finite(name: str, values: np.ndarray, frames: Sequence[int] | None = None) -> None:
+    """Raises ValueError, which begins with `name` and says the frame, where a row of values (t, ...) has nan or inf.
+
+    frames: the numbers of the rows; 0, 1, ... by default.
+    """
+    for row in np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:1].tolist():
+        frame = row if frames is None else frames[row]
+        raise ValueError(f"{name} of frame {frame}: expected finite numbers, got {values[row].tolist()}")
 
 
 @contextmanager

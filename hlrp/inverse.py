@@ -80,7 +80,10 @@ class InverseModel(nn.Module):
 
     @torch.no_grad()
     def label(self, source, episode: int) -> Tensor:
-        """The actions (t, a) of an episode; the last frame, which no other follows, has that of the one before."""
+        """The actions (t, a) of an episode. The last frame, which no other follows, has that of the one before. Of a
+        single frame nothing is known: it has the mean action."""
+        if source.lengths[episode] == 1:
+            return self.mean[None].clone()
         frames = fit(source.read(episode, range(source.lengths[episode]))["frames"], self.image_size)
         pairs = torch.stack([frames[:-1], frames[1:]], dim=1)
         actions = torch.cat([self.standardised(part) for part in pairs.split(64)]) * self.std + self.mean
@@ -97,6 +100,8 @@ def main(args: Args) -> None:
     if not source.action_dim:
         raise ValueError(f"data={args.data} has no actions; an inverse model learns from some")
     train, val = split_episodes(source, args.val_fraction, args.seed)
+    if source.lengths[val].max() < 2:
+        raise ValueError(f"data={args.data}: no held-out episode has two frames; expected a larger --val-fraction")
     shown = choose_demonstrations(source, train, args.demonstrations, args.seed)
     clips = Clips(source, shown, (0.0, 1 / float(source.fps[0])), args.image_size)
     torch.manual_seed(args.seed)

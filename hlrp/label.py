@@ -112,6 +112,18 @@ def latent_space(laq: LAQ) -> LatentSpace:
     )
 
 
+def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
+    """What `hlrp.clips.Clips` takes as latent_space, where all sources have cached latent actions; and where a run has
+    its latent actions from, in words."""
+    without = [source.uri for source in sources if not getattr(source, "latent_space", None)]
+    if not without:
+        return asdict(space), "latent actions are read from the data"
+    told = "latent actions are computed along the way"
+    if having := [source.uri for source in sources if source.uri not in without]:
+        told += f", also where {', '.join(having)} has them, since {', '.join(without)} has none; hlrp.label makes them"
+    return None, told
+
+
 def frame_offsets(laq: LAQ, source) -> np.ndarray:
     """Delta in frames of each episode, as `Clips` has it. Raises ValueError where delta does not fit the source."""
     episodes = range(len(source.lengths))

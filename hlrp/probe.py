@@ -6,7 +6,8 @@ figures believable.
     python -m hlrp.probe --compare outputs/probe outputs/other_probe
 
 Prints a table and a verdict, and writes OUTPUT_DIR/card.json and the page OUTPUT_DIR/card.html, one file that needs no
-network. A checkpoint keeps its card as probe.json beside config.json, and stage 2 refuses one that failed.
+network. A checkpoint keeps a card on the data that it learned from as probe.json beside config.json, and stage 2
+refuses one that failed.
 """
 
 import json
@@ -61,10 +62,21 @@ def main(args: Args) -> None:
     document, pictures = judge(args)
     write_json(args.output_dir / "card.json", document)
     write_text(args.output_dir / "card.html", page(document, pictures))
-    if args.latents.is_dir():
+    if args.latents.is_dir() and is_of_its_data(args):
         write_json(args.latents / CARD, document)
+    elif args.latents.is_dir():
+        print(f"{args.latents} keeps the card that it has: this one is of other data than it learned from")
     print(text(document))
     print(f"{args.output_dir / 'card.html'}")
+
+
+def is_of_its_data(args: Args) -> bool:
+    """Whether a checkpoint is judged on the sources that it learned from, all of them and no others."""
+    from hlrp.sources import expand, parse_uri
+
+    learned = json.loads((args.latents / "config.json").read_text()).get("data", ())
+    own, judged = ({parse_uri(uri).uri for uri in expand(uris)} for uris in (learned, args.data or learned))
+    return own == judged
 
 
 def check(args: Args) -> None:

@@ -100,7 +100,7 @@ class Sample:
         if fps is None and len(times) > 1:
             place = f"{self.path}: {self.members['timestamp.npy'].name}"
             fps = (len(times) - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else 1.0
-            if np.abs(times - times[0] - np.arange(len(times)) / fps).max() > 0.5 / fps:
+            if not np.abs(times - times[0] - np.arange(len(times)) / fps).max() <= 0.5 / fps:  # nan is not, either
                 raise ValueError(f"{place}: not the times of a regular frame rate; fps in the JSON fits")
         fps = default if fps is None else fps
         if type(fps) not in (int, float) or not 0 < fps < float("inf"):

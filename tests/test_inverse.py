@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from hlrp.inverse import ACTIONS, Args, PseudoLabelled, main
 from hlrp.sources import open_source
+from hlrp.splits import split_episodes
 
 DATA = "world:arm?episodes=40"
 
@@ -41,6 +42,22 @@ def test_labels_of_other_data_or_demonstrations_are_refused(folder):
         PseudoLabelled(open_source(DATA), folder, shown[1:])
     with pytest.raises(ValueError, match="holds no inverse.json"):
         PseudoLabelled(open_source(DATA), folder.parent, shown)
+
+
+def test_every_frame_has_a_row_also_that_of_an_episode_of_one_frame(monkeypatch, tmp_path):
+    source = open_source("world:arm?episodes=12&kinds=move")
+    train, val = split_episodes(source, 0.2, 0)
+    source.lengths[[train[0], val[0]]] = 1  # of the frames that are there
+    monkeypatch.setattr("hlrp.inverse.open_source", lambda uri: source)
+    main(Args("world:arm", tmp_path / "out", demonstrations=1, val_fraction=0.2, steps=2))
+    facts = json.loads((tmp_path / "out" / "inverse.json").read_text())
+    labelled = PseudoLabelled(source, tmp_path / "out", np.array(facts["demonstrations"]))
+    assert [len(part) for part in labelled.pseudo_actions] == source.lengths.tolist()
+    assert all(part.isfinite().all() for part in labelled.pseudo_actions) and np.isfinite(facts["action_r2"])
+
+    source.lengths[val] = 1
+    with pytest.raises(ValueError, match="no held-out episode has two frames"):
+        main(Args("world:arm", tmp_path / "other", demonstrations=1, val_fraction=0.2, steps=2))
 
 
 @pytest.mark.parametrize(

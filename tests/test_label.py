@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,11 +20,12 @@ from test_lerobot_data import LENGTHS, TOP, write
 from hlrp import label as module
 from hlrp.clips import Clips
 from hlrp.data import collate
-from hlrp.label import Args, latent_space, main
+from hlrp.label import Args, cached_space, latent_space, main
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.lerobot_data import LeRobotData
 from hlrp.predictions import label
 from hlrp.sources import open_source
+from hlrp.vla import LatentSpace
 
 FIXTURE = Path(__file__).parent / "data/rlds_fixture"
 CONFIG = LAQConfig(delta=0.3, image_size=32, patch_size=8, codebook_size=64)  # 3 frames at 10 fps
@@ -99,6 +101,15 @@ def test_a_batch_of_cached_labels_is_the_batch_of_online_labels_to_the_bit(new, 
     assert cached["latent_indices"].unique(dim=0).shape[0] > 10
     assert cached["latent_vectors"].shape == (sum(LENGTHS) - 9 * (len(times) - 1), len(times) - 1, 8)
     assert_equal(cached, online)
+
+
+def test_a_cached_latent_action_that_is_not_finite_is_named(new, laq):
+    source = LeRobotData(new, camera="wrist")
+    clips = Clips(source, range(3), (0.0, 0.3), 32, latent_space=asdict(latent_space(laq)))
+    clips[4]
+    source.latent_actions["latent_vectors"][source.episodes["first_row"][0] + 4] = np.nan
+    with pytest.raises(ValueError, match=r"episode 0: cached latent action of frame 4: expected finite numbers"):
+        clips[4]
 
 
 def test_the_world_is_labelled_as_its_written_frames_are(world, laq):
@@ -279,6 +290,16 @@ def test_stage_2_learns_the_same_from_cached_labels(base, world, laq, tmp_path, 
         assert "frames" not in cached
         assert {"latent_indices", "latent_vectors", "images"} <= cached.keys() == online.keys()
         assert all(torch.equal(cached[key], online[key]) for key in cached if torch.is_tensor(cached[key]))
+
+
+def test_one_source_without_cached_labels_is_named_beside_those_that_have_some():
+    space = LatentSpace(0.2, 2, 5, 6, image_size=32, fingerprint="")
+    having, lacking = SimpleNamespace(uri="lerobot:a", latent_space={}), SimpleNamespace(uri="videos:b")
+    having.latent_space["delta"] = 0.2
+    assert cached_space([having], space) == (asdict(space), "latent actions are read from the data")
+    assert cached_space([lacking], space) == (None, "latent actions are computed along the way")
+    cached, told = cached_space([having, lacking], space)
+    assert cached is None and "also where lerobot:a has them, since videos:b has none" in told
 
 
 def test_help_is_light():

@@ -84,6 +84,14 @@ def test_a_checkpoint_whose_decoder_ignores_the_code_is_rejected_by_name(checkpo
     assert f"{checkpoint}: FAILED" in capsys.readouterr().out
 
 
+def test_a_card_on_other_data_is_no_verdict_on_the_checkpoint(checkpoint, tmp_path, capsys):
+    own = (checkpoint / "probe.json").read_text() if (checkpoint / "probe.json").exists() else None
+    main(Args(latents=checkpoint, output_dir=tmp_path, **SETTINGS | {"data": ("world:hand?episodes=24",)}))
+    assert set(card_of(tmp_path)["sources"]) == {"world-hand"}
+    assert own == ((checkpoint / "probe.json").read_text() if (checkpoint / "probe.json").exists() else None)
+    assert "this one is of other data than it learned from" in capsys.readouterr().out
+
+
 def test_labels_are_compared_with_a_model_of_the_labels_alone(tmp_path):
     folder = tmp_path / "checkpoints/000000/pretrained_model"
     folder.mkdir(parents=True)

@@ -229,9 +229,10 @@ def test_a_frame_rate_is_by_json_by_time_stamps_or_by_option(tmp_path):
     assert ShardStream(plain_tar(tmp_path / "a.tar", sample), fps=7.0).fps == 10
     del sample["json"]
     assert ShardStream(plain_tar(tmp_path / "a.tar", sample), fps=7.0).fps == 4
-    sample["timestamp.npy"] = np.array([0.0, 0.1, 1.0])
-    with pytest.raises(ValueError, match=r"a.tar: a/e0.timestamp.npy: not the times of a regular"):
-        ShardStream(plain_tar(tmp_path / "a.tar", sample), fps=7.0)
+    for times in ([0.0, 0.1, 1.0], [0.0, np.nan, 0.2], [0.0, 0.1, np.nan]):
+        sample["timestamp.npy"] = np.array(times)
+        with pytest.raises(ValueError, match=r"a.tar: a/e0.timestamp.npy: not the times of a regular"):
+            ShardStream(plain_tar(tmp_path / "a.tar", sample), fps=7.0)
     del sample["timestamp.npy"]
     assert ShardStream(plain_tar(tmp_path / "a.tar", sample), fps=7.0).fps == 7
     with pytest.raises(ValueError, match=r"a.tar: a/e0.json: without a frame rate; .*\?fps="):
