@@ -33,7 +33,8 @@ from hlrp.lerobot_files import (
     read_tasks,
     to_numpy,
 )
-from hlrp.videos import open_video, probe_all
+from hlrp.video_index import probe_all
+from hlrp.videos import open_video
 
 logger = logging.getLogger(__name__)
 STATE, ACTION = "observation.state", "action"

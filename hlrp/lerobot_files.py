@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from hlrp.images import decode_all
-from hlrp.videos import unreadable
+from hlrp.video_index import unreadable
 
 POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
 Columns = dict[str, np.ndarray]

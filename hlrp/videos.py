@@ -4,31 +4,40 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
+from hlrp.video_index import (
+    TOLERANCE,
+    UNKNOWN,
+    Header,
+    Index,
+    from_start,
+    index,
+    marked,
+    naming,
+    packets_of,
+    probe_all,
+    video_stream,
+)
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
-TOLERANCE = 0.001  # [s]; WebM and Matroska round time stamps to milliseconds
 NUM_OPEN = 16  # videos that a process keeps open
 MAX_AGAIN = 3  # frames that may be decoded once more, should the next read go on behind this one
-MAX_REORDER = 16  # frames that may be decoded before one that is shown earlier (H.264, A.3.1)
 
 
 @lru_cache
@@ -46,7 +55,7 @@ def decoder() -> Literal["torchcodec", "pyav"]:
 
 
 def read_frames(path: str | Path, times: Sequence[float]) -> Tensor:
-    """The frames that a video shows at `times` [s], in any order; uint8 (t, c, h, w), upright.
+    """The frames that a video shows at `times` [s], in any order; uint8 (t, c, h, w), as a player shows them.
 
     Raises ValueError, naming the file, where it is broken or does not last that long.
     """
@@ -64,29 +73,18 @@ def _open(path: str, process: int) -> "VideoReader":
     return VideoReader(path, decoder())
 
 
-class Packets(NamedTuple):
-    """The time stamps of a stream, in its time base; frame `number` is the one shown at `pts[number]`."""
-
-    pts: np.ndarray  # int64 (frames,), increasing
-    key_pts: np.ndarray  # int64 (keys,), increasing: where decoding can start
-    key_dts: np.ndarray  # int64 (keys,): and when it is decoded
-    are_plain: bool  # what torchcodec 0.11 decodes without fault: nothing hidden, closed groups, and no AVI
-
-
 class VideoReader:
     """One open video file. Both decoders give the same pixels, each at its speed; where torchcodec fails,
     PyAV decodes, and has the last word on what is broken."""
 
     def __init__(self, path: str | Path, decoder: Literal["torchcodec", "pyav"]):
         self.path, self.torchcodec = path, None
+        self.index = index(path)
+        self.shown_at = self.index.shown_at  # [s]
         with naming(path):
-            container = av.open(str(path))
-            stream = video_stream(container)
-            packets = scan(container, stream)
-            self.shown_at = packets.pts * float(stream.time_base)  # [s]
-            self.pyav = PyAV(container, stream, packets)
-            if decoder == "torchcodec" and packets.are_plain:
-                self.torchcodec = TorchCodec(path, stream, packets)
+            self.pyav = PyAV(path, self.index)
+            if decoder == "torchcodec" and self.index.is_plain and self.pyav.is_plain():
+                self.torchcodec = TorchCodec(path, self.pyav.stream, self.index)
 
     def frames(self, times: Sequence[float]) -> Tensor:
         """As `read_frames`."""
@@ -97,6 +95,15 @@ class VideoReader:
             wanted = f"{times.min():.3f} to {times.max():.3f} s"
             raise ValueError(f"{self.path}: no frames at {wanted}; it lasts from {first:.3f} to {last:.3f} s")
         return self.numbered(np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1)
+
+    @cached_property
+    def grid(self) -> np.ndarray:
+        """The numbers of the frames of a regular rate, the mean one: all of them, one after another, where none is
+        shown half an interval too early or too late; else those that are shown at its times."""
+        times = self.shown_at[0] + np.arange(len(self.shown_at)) / self.index.fps
+        if np.abs(self.shown_at - times).max() <= 0.5 / self.index.fps:
+            return np.arange(len(times))
+        return np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1
 
     def numbered(self, numbers: np.ndarray) -> Tensor:
         """The frames of these numbers, which are shown at `shown_at[numbers]` [s]."""
@@ -119,19 +126,18 @@ class VideoReader:
 class TorchCodec:
     """Decodes frames by their numbers with torchcodec."""
 
-    def __init__(self, path: str | Path, stream: VideoStream, packets: Packets):
-        self.path, self.stream_index, self.packets = str(path), stream.index, packets
-        self.shown_at = packets.pts * float(stream.time_base)
+    def __init__(self, path: str | Path, stream: VideoStream, index: Index):
+        self.path, self.stream_index, self.index, self.shown_at = str(path), stream.index, index, index.shown_at
 
     @cached_property
     def video(self):
         from torchcodec.decoders import VideoDecoder
 
-        keys = set(self.packets.key_pts.tolist())
-        durations = np.diff(self.packets.pts, append=self.packets.pts[-1] + 1)
+        keys = set(self.index.key_stamps[:, 0].tolist())
+        durations = np.diff(self.index.marks, append=self.index.marks[-1] + 1)
         frames = [
             {"pts": pts, "duration": duration, "key_frame": int(pts in keys)}
-            for pts, duration in zip(self.packets.pts.tolist(), durations.tolist(), strict=True)
+            for pts, duration in zip(self.index.marks.tolist(), durations.tolist(), strict=True)
         ]
         mappings = json.dumps({"frames": frames})  # with which it need not scan the file again
         return VideoDecoder(self.path, stream_index=self.stream_index, custom_frame_mappings=mappings)
@@ -144,67 +150,111 @@ class TorchCodec:
 
 
 class PyAV:
-    """Decodes frames by their numbers with PyAV, onwards from the last one where a seek leads no nearer.
+    """Decodes frames by their numbers with PyAV, onwards from the last one where a seek leads no nearer, and from the
+    start of the file where no seek leads to a frame.
 
     With a key frame every other frame, as LeRobot writes videos, half of what is decoded would be frames behind those
     that are asked for; so the decoder is drained at a last one that lies near its key frame."""
 
-    def __init__(self, container: InputContainer, stream: VideoStream, packets: Packets):
-        self.container, self.stream, self.packets = container, stream, packets
-        self.stream.codec_context.thread_count = 1
+    def __init__(self, path: str | Path, index: Index):
+        self.path, self.index = path, index
         self.to_rgb = VideoReformatter()
+        self.open()
+        self.size = self.stream.codec_context.width, self.stream.codec_context.height
+        self.pixel_shape = self.stream.sample_aspect_ratio or 1  # width by height
+
+    def open(self) -> None:
+        self.container = av.open(str(self.path))
+        self.stream = video_stream(self.container)
+        self.stream.codec_context.thread_count = 1
         self.number = None  # of the frame that was decoded last
 
     def __call__(self, numbers: list[int]) -> Tensor:
         frames = None  # t h w c
         for i, number in enumerate(numbers):
             is_last = i + 1 == len(numbers) or self._key(numbers[i + 1])[1] > number + 1
-            image = self._decode(number, is_last)
+            image = self.image(self._frame(number, is_last))
             if frames is None:
                 frames = np.empty((len(numbers), *image.shape), dtype=np.uint8)
+            if image.shape != frames.shape[1:]:
+                raise RuntimeError(f"frame {number} is turned otherwise than frame {numbers[0]}")
             frames[i] = image
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
-    def _key(self, number: int) -> tuple[int, int]:
-        """Of the key frame from which a frame is decoded: its place among those, and its own number."""
-        pts, key_pts, _, _ = self.packets
-        key = max(int(np.searchsorted(key_pts, pts[number], side="right")) - 1, 0)
-        return key, int(np.searchsorted(pts, key_pts[key]))
+    def is_plain(self) -> bool:
+        """Whether pixels are square and no picture is mirrored, which torchcodec would not show."""
+        (a, b), (c, d) = orientation(self._frame(0, is_last=True)).tolist()
+        return self.pixel_shape == 1 and a * d - b * c > 0
 
-    def _decode(self, number: int, is_last: bool) -> np.ndarray:
-        """The frame, (h, w, c). is_last: none is asked for that decoding would go on to."""
-        pts = self.packets.pts
+    def _key(self, number: int) -> tuple[int, int]:
+        """The key frame from which a frame is decoded: its place among those, -1 for the start of the file, and the
+        number of the first frame that is shown from there on."""
+        key = int(np.searchsorted(self.index.key_numbers, number, side="right")) - 1
+        return key, int(self.index.key_numbers[key]) if key >= 0 else 0
+
+    def _frame(self, number: int, is_last: bool) -> av.VideoFrame:
+        """is_last: none is asked for that decoding would go on to."""
         key, key_number = self._key(number)
-        if self.number is None or not key_number - 1 <= self.number < number:
+        if self.number is not None and key_number - 1 <= self.number < number:
+            key = None  # go on
+        is_near = is_last and number - key_number <= MAX_AGAIN
+        drain_at = int(self.index.marks[number]) if is_near and self.index.mark == "pts" else None
+        try:
+            frame = self._found(number, key, drain_at)
+        except (RuntimeError, av.FFmpegError):
+            if key == -1:
+                raise
+            frame = self._found(number, -1, None)
+            logger.warning("%s: no seek leads to frame %d, which is decoded from the start", self.path, number)
+        if (frame.width, frame.height) != self.size:
+            sizes = f"frame {number} has {frame.width} x {frame.height} pixels, expected {'{} x {}'.format(*self.size)}"
+            raise RuntimeError(f"its frames change their size: {sizes}")
+        return frame
+
+    def _found(self, number: int, key: int | None, drain_at: int | None) -> av.VideoFrame:
+        """Decodes from a key frame, from the start of the file (-1), or on (None)."""
+        self.number, mark = None, self.index.marks[number]  # None for the case that what follows fails
+        self.drain_at = drain_at
+        if key == -1:
+            self.open()
+            self.decoded = from_start(self.container, self.stream, self.index.mark, self.index.has_keys)
+        elif key is not None:
             self.decoded = self._decoded(self._packets_from(key))
-        self.drain_at = pts[number] if is_last and number - key_number <= MAX_AGAIN else None
-        self.number = None  # for the case that what follows fails, or that the decoder is drained
-        frame = next((frame for frame in self.decoded if frame.pts >= pts[number]), None)
-        if frame is None or frame.pts != pts[number] or frame.is_corrupt:
+        frame = next((frame for frame in self.decoded if self._is_reached(frame.pts, mark)), None)
+        if frame is None or frame.pts != mark or frame.is_corrupt:
             raise RuntimeError(f"frame {number} cannot be decoded")
         if self.drain_at is None:
             self.number = number
+        return frame
 
+    def _is_reached(self, pts: int, mark: int) -> bool:
+        return pts >= mark if self.index.mark == "pts" else pts == mark
+
+    def image(self, frame: av.VideoFrame) -> np.ndarray:
+        """(h, w, c) as a player shows it: upright, with square pixels."""
         image = self.to_rgb.reformat(  # which ignores the colour space and range of the frame unless told
             frame,
+            width=max(1, round(frame.width * self.pixel_shape)),
             format="rgb24",
             interpolation="BICUBIC",
             dst_colorspace="ITU601",
             src_color_range="JPEG" if frame.color_range == ColorRange.JPEG else "MPEG",
         ).to_ndarray()  # h w c
-        return np.rot90(image, frame.rotation // 90)  # counter-clockwise, as is `rotation`
+        return oriented(image, orientation(frame))
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
         """The packets from a key frame on, or from an earlier one. In most files, a seek to when it is shown leads
         there; where it leads further, one to when it is decoded does."""
-        key_pts = self.packets.key_pts[key]
-        for stamp in (key_pts, self.packets.key_dts[key]):
-            self.container.seek(int(stamp), stream=self.stream)
-            packets = self.container.demux(self.stream)
-            first = next(packets)
-            if first.pts is not None and first.pts <= key_pts:
+        *stamps, mark = self.index.key_stamps[key].tolist()
+        for stamp in stamps:
+            if stamp == UNKNOWN:
+                continue
+            self.container.seek(stamp, stream=self.stream)
+            packets = marked(packets_of(self.container, self.stream), self.index.mark)
+            first = next(packets, None)
+            if first is not None and first.pts is not None and first.pts <= mark:
                 return chain([first], packets)
-        raise RuntimeError(f"its key frame at {key_pts} cannot be found")
+        raise RuntimeError(f"its key frame at {stamps[0]} cannot be found")
 
     def _decoded(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
         """The frames in these, in the order in which they are shown. A decoder keeps back some, for others may have
@@ -212,112 +262,33 @@ class PyAV:
         for packet in packets:
             yield from packet.decode()
             if packet.pts is not None and packet.pts == self.drain_at:
-                yield from self.stream.codec_context.decode(None)
-                return
+                break
+        yield from self.stream.codec_context.decode(None)
 
 
-def video_stream(container: InputContainer) -> VideoStream:
-    stream = container.streams.best("video")
-    if stream is None:
-        raise RuntimeError("there is no video stream")
-    return stream
+def orientation(frame: av.VideoFrame) -> np.ndarray:
+    """The signs (2, 2) of a frame's display matrix: rows x and y of the frame, columns x and y of what is shown. Raises
+    RuntimeError where it turns by other than quarter turns."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return np.eye(2, dtype=np.int64)
+    parts = np.frombuffer(bytes(matrix), dtype=np.int32)[[0, 1, 3, 4]].astype(np.float64).reshape(2, 2)
+    length = np.abs(parts).max()
+    if not length:  # no turn is meant
+        return np.eye(2, dtype=np.int64)
+    signs = np.where(np.abs(parts) < 0.02 * length, 0, np.sign(parts)).astype(np.int64)  # a degree is no turn
+    if not np.array_equal(np.abs(signs), np.eye(2)) and not np.array_equal(np.abs(signs), np.eye(2)[::-1]):
+        angle = math.degrees(math.atan2(parts[0, 1], parts[0, 0]))
+        raise RuntimeError(f"it is to be shown turned by {angle:.0f} degrees; expected 0, 90, 180 or 270")
+    return signs
 
 
-def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The packets from here on, without those that end a stream."""
-    for packet in container.demux(stream):
-        if packet.size:
-            if packet.pts is None:
-                raise RuntimeError("it has frames without time stamps")
-            yield packet
-
-
-def scan(container: InputContainer, stream: VideoStream) -> Packets:
-    """Reads all packets of a stream, and decodes none."""
-    pts, keys = [], []
-    are_plain = container.format.name != "avi"
-    for packet in packets_of(container, stream):
-        if packet.is_keyframe:
-            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-        is_hidden = packet.is_discard  # by an edit list
-        are_plain &= not is_hidden and bool(keys) and packet.pts >= keys[-1][0]
-        if not is_hidden:
-            pts.append(packet.pts)
-    if not pts or not keys:
-        raise RuntimeError("it has no frames")
-    key_pts, key_dts = np.array(sorted(keys), dtype=np.int64).T
-    return Packets(np.array(sorted(pts), dtype=np.int64), key_pts, key_dts, are_plain)
-
-
-class Header(NamedTuple):
-    """What a video is, by its first and last packets."""
-
-    fps: float  # mean
-    first: float  # when the first and the last frame are shown [s]
-    last: float
-
-
-def probe(path: str | Path) -> Header:
-    """Raises ValueError, naming the file, where it is no video, has no frames, or is cut off."""
-    with naming(path), av.open(str(path)) as container:
-        stream = video_stream(container)
-        rate = stream.average_rate or stream.guessed_rate
-        shown = (packet.pts for packet in packets_of(container, stream) if not packet.is_discard)
-        first = min(islice(shown, MAX_REORDER), default=None)
-        if first is None or not rate:
-            raise RuntimeError("it has no frames")
-        container.seek(2**40, stream=stream)  # to the last key frame
-        last, end = None, 0.0  # of this stream, and where the last of all streams is [s]
-        for packet in container.demux():
-            if not packet.size or packet.pts is None:
-                continue
-            time = float(packet.pts * packet.time_base)
-            end = max(end, time)
-            if packet.stream == stream and not packet.is_discard:
-                last = time if last is None else max(last, time)
-        if last is None:
-            raise RuntimeError("its end cannot be read; is it cut off?")
-
-        if stream.duration is not None:
-            end, duration = last, float(stream.duration * stream.time_base)
-        else:  # that of the longest stream, which may be the sound
-            duration = (container.duration or 0) / av.time_base
-        if end + 1 / rate < 0.9 * duration:
-            raise RuntimeError(f"it ends at {end:.2f} s and not at {duration:.2f} s; is it cut off?")
-        return Header(float(rate), float(first * stream.time_base), last)
-
-
-def probe_all(paths: Sequence[Path]) -> dict[Path, Header | ValueError]:
-    """Headers of many files, and the errors of those that are broken."""
-
-    def probe_or_error(path: Path) -> Header | ValueError:
-        try:
-            return probe(path)
-        except ValueError as error:
-            return error
-
-    with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
-        return dict(zip(paths, threads.map(probe_or_error, paths), strict=True))
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the decoders (RuntimeError, FFmpeg's) become ValueErrors that name the file."""
-    try:
-        yield
-    except (av.FFmpegError, RuntimeError) as error:
-        raise unreadable(path, "video", error) from error
-
-
-def unreadable(path: str | Path, kind: str, error: Exception) -> ValueError:
-    """The error of a file that is not what it should be. It tells where Git LFS left a pointer in place of the file."""
-    path = Path(path)
-    head = path.open("rb").read(64) if path.is_file() else b""
-    if head.startswith(b"version https://git-lfs"):
-        return ValueError(f"{path}: not a {kind}, but the pointer of Git LFS to one; git lfs pull brings the file")
-    if path.is_file() and not head:
-        return ValueError(f"{path}: not a readable {kind}: it is empty")
-    return ValueError(f"{path}: not a readable {kind}: {error}")
+def oriented(image: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """An image (h, w, c) turned and mirrored as `orientation` says."""
+    (a, b), (c, d) = signs.tolist()
+    if not a:
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: d or 1, :: a or 1]
 
 
 def files_in(folder: Path) -> Iterator[Path]:
@@ -342,8 +313,9 @@ def read_task(path: Path) -> str:
 class Videos:
     """A folder of video files, searched recursively: each file is an episode, in the order of their paths.
 
-    Frame i is the one shown i / fps seconds after the first, fps being the file's mean frame rate: variable
-    frame rates come on a regular grid too. A text file of the same name (wave.txt for wave.mp4) is the task.
+    There are as many frames as the decoder gives, and fps is the file's mean frame rate. Where a rate varies by more
+    than half a frame, frame i is the one shown i / fps seconds after the first. A text file of the same name (wave.txt
+    for wave.mp4) is the task.
 
     With `skip_broken`, files that cannot be read are left out, logged and counted in `num_skipped`.
     """
@@ -359,14 +331,14 @@ class Videos:
         headers = probe_all(paths)
         errors = [header for header in headers.values() if isinstance(header, ValueError)]
         if errors and (not skip_broken or len(errors) == len(paths)):
-            raise errors[0]
+            raise ValueError(f"{self.uri}: {len(errors)} of {len(paths)} files cannot be read, first: {errors[0]}")
         for error in errors:
             logger.warning("skipped %s", error)
         self.num_skipped = len(errors)
 
         self.paths = [path for path, header in headers.items() if isinstance(header, Header)]
-        self.fps, self.first, last = np.array([headers[path] for path in self.paths]).T
-        self.lengths = np.floor((last - self.first) * self.fps + 0.1).astype(np.int64) + 1
+        self.fps = np.array([headers[path].fps for path in self.paths])
+        self.lengths = np.array([headers[path].num_frames for path in self.paths])
         self.tasks = [read_task(path.with_suffix(".txt")) for path in self.paths]
 
         names = [path.relative_to(folder).as_posix() for path in self.paths]
@@ -376,6 +348,14 @@ class Videos:
     def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
         return [self.tasks[episode]] * len(indices)
 
+    def place(self, episode: int) -> str:
+        return str(self.paths[episode])
+
     def read(self, episode: int, indices: Sequence[int]) -> dict:
-        times = self.first[episode] + np.asarray(indices) / self.fps[episode]
-        return {"frames": read_frames(self.paths[episode], times), "task": self.tasks[episode]}
+        path, length, indices = self.paths[episode], int(self.lengths[episode]), np.asarray(indices)
+        video = open_video(path)
+        if len(video.grid) != length:
+            raise ValueError(f"{path}: it has {len(video.grid)} frames, but had {length} when it was indexed")
+        if indices.min() < 0 or indices.max() >= length:
+            raise ValueError(f"{path}: frames {indices.min()} to {indices.max()} of {length}")
+        return {"frames": video.numbered(video.grid[indices]), "task": self.tasks[episode]}

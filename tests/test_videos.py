@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from hlrp import videos
 from hlrp.clips import Clips
 from hlrp.sources import open_source
-from hlrp.videos import VideoReader, Videos, probe, read_frames
+from hlrp.video_index import probe
+from hlrp.videos import VideoReader, Videos, read_frames
 
 BITS, SIZE = 8, (64, 48)  # bars 8 pixels wide; width, height
 
@@ -48,18 +49,23 @@ def numbers(frames):
     return (bars.long() << torch.arange(BITS)).sum(1).tolist()
 
 
-def write(path, codec="libx264", fps=30, options=None, num_frames=50, times=None, cut=0, container=None):
-    """times: when each frame is shown [s], at a variable rate; cut: how many frames an edit list hides."""
+def write(
+    path, codec="libx264", fps=30, options=None, num_frames=50, times=None, cut=0, lost=0, size=SIZE, container=None
+):
+    """times: when each frame is shown [s], at a variable rate; cut: how many frames an edit list hides; lost: how many
+    of the first packets are."""
     time_base = Fraction(1, 1000) if times is not None else 1 / Fraction(fps)
     with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
-        stream.width, stream.height = SIZE
+        stream.width, stream.height = size
         stream.codec_context.time_base = time_base
+        packets = []
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(number)[: size[1], : size[0]], "rgb24")
             frame.pts, frame.time_base = number if times is None else round(times[number] * 1000), time_base
-            out.mux(shifted(stream.encode(frame), cut, fps))
-        out.mux(shifted(stream.encode(), cut, fps))
+            packets += shifted(stream.encode(frame), cut, fps)
+        for packet in (packets + shifted(stream.encode(), cut, fps))[lost:]:
+            out.mux(packet)
     return path
 
 
@@ -70,17 +76,17 @@ def shifted(packets, cut, fps):
     return packets
 
 
-def turn(path):
-    """Gives a video the display matrix of a phone held upright: a quarter turn clockwise."""
-    data, matrix = path.read_bytes(), struct.Struct(">9i")
-    identity, quarter = (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
-    track = data.index(b"tkhd")
-    at = data.index(matrix.pack(*identity), track)
-    path.write_bytes(data[:at] + matrix.pack(*quarter) + data[at + matrix.size :])
+def set_matrix(path, a, b, c, d):
+    """Gives an MP4 a display matrix."""
+    data, struct_ = path.read_bytes(), struct.Struct(">9i")
+    matrix = [round(65536 * x) for x in (a, b, 0, c, d, 0, 0, 0, 16384)]
+    at = data.index(struct_.pack(65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), data.index(b"tkhd"))
+    path.write_bytes(data[:at] + struct_.pack(*matrix) + data[at + struct_.size :])
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HLRP_CACHE", str(tmp_path_factory.mktemp("cache")))
     av.logging.set_level(av.logging.PANIC)
 
 
@@ -165,10 +171,165 @@ def test_frames_that_an_edit_list_hides_do_not_exist(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_video_filmed_upright_stands_upright(tmp_path, decoder):
-    turn(write(tmp_path / "upright.mp4"))
+    set_matrix(write(tmp_path / "upright.mp4"), 0, 1, -1, 0)
     frames = VideoReader(tmp_path / "upright.mp4", decoder).frames([5 / 30, 44 / 30])
     assert frames.shape == (2, 3, SIZE[0], SIZE[1])
     assert numbers(frames.rot90(1, (2, 3))) == [5, 44]  # turned clockwise, so back counter-clockwise
+
+
+MATRICES = {  # of the track header, and what they make of an image (h, w, c)
+    "upright": ((1, 0, 0, 1), lambda x: x),
+    "quarter turn clockwise": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+    "half turn": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+    "quarter turn counter-clockwise": ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+    "left and right exchanged": ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+    "top and bottom exchanged": ((1, 0, 0, -1), lambda x: x[::-1]),
+    "transposed": ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
+    "transposed along the other diagonal": ((0, -1, -1, 0), lambda x: np.rot90(x, 2).transpose(1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("sar", [None, Fraction(2, 1), Fraction(4, 3), Fraction(8, 9)])
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_frame_has_the_orientation_and_the_shape_in_which_a_player_shows_it(tmp_path, name, sar):
+    image = np.zeros((48, 64, 3), dtype=np.uint8)
+    image[:24, :32], image[:24, 32:], image[24:, :32] = (220, 30, 30), (30, 220, 30), (30, 30, 220)  # no symmetry
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10, options={"qp": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        if sar is not None:
+            stream.codec_context.sample_aspect_ratio = sar
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        out.mux(stream.encode())
+    (a, b, c, d), as_shown = MATRICES[name]
+    set_matrix(tmp_path / "a.mp4", a, b, c, d)
+    found = open_source(f"videos:{tmp_path}").read(0, [1])["frames"][0].permute(1, 2, 0).numpy()
+    width = round(64 * (sar or 1))
+    columns = ((np.arange(width) + 0.5) * 64 / width).astype(int)
+    expected = as_shown(image[:, columns])
+    assert found.shape == expected.shape
+    assert (np.abs(found.astype(int) - expected).max(axis=2) < 40).mean() > 0.9  # all but the borders of colours
+
+
+def test_a_video_that_is_shown_aslant_is_refused_by_name(tmp_path):
+    set_matrix(write(tmp_path / "a.mp4"), 0.7071, 0.7071, -0.7071, 0.7071)
+    with pytest.raises(ValueError, match="a.mp4: not a readable video: .* by 45 degrees; expected 0, 90, 180 or 270"):
+        Videos(tmp_path).read(0, [0])
+
+
+ORDERS = {  # file, codec, container, options: packets that do not say which frames there are, in which order
+    "mpeg4.avi": ("mpeg4", "avi", {"g": "12", "bf": "2"}),
+    "h264.avi": ("libx264", "avi", {"g": "12", "bf": "3"}),
+    "raw.mp4": ("libx264", "h264", {"g": "12", "bf": "3"}),
+    "mpeg.mp4": ("mpeg2video", "mpeg", {"g": "12", "bf": "2"}),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_frames_come_in_the_decoders_order_where_no_time_of_showing_is_stored(tmp_path, name):
+    codec, container, options = ORDERS[name]
+    with av.open(str(tmp_path / name), "w", format=container) as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height = SIZE
+        for number in range(50):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number), "rgb24")))
+        out.mux(stream.encode())
+    source = Videos(tmp_path)
+    assert source.lengths.tolist() == [50] and source.fps.tolist() == [25]
+    for order in (range(50), np.random.default_rng(0).permutation(50)):
+        assert [numbers(source.read(0, [i])["frames"])[0] for i in order] == list(order)
+
+
+def test_an_mp4_that_has_lost_its_order_is_read_in_the_decoders(tmp_path):
+    write(tmp_path / "b.mkv", options={"g": "12", "bf": "3"})
+    with av.open(str(tmp_path / "b.mkv")) as file, av.open(str(tmp_path / "a.mp4"), "w") as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        for number, packet in enumerate(p for p in file.demux(video=0) if p.size):
+            packet.pts = packet.dts = round(number / 30 / packet.time_base)
+            packet.stream = stream
+            out.mux(packet)
+    (tmp_path / "b.mkv").unlink()
+    source = Videos(tmp_path)
+    assert numbers(source.read(0, range(50))["frames"]) == list(range(50))
+    assert numbers(source.read(0, [40, 3])["frames"]) == [40, 3]
+
+
+@pytest.mark.parametrize(
+    "name, codec, first", [("a.mp4", "libx264", 12), ("a.mkv", "libvpx-vp9", 12), ("b.mp4", "mpeg4", 12)]
+)
+def test_a_recording_that_begins_between_key_frames_has_the_frames_that_can_be_decoded(tmp_path, name, codec, first):
+    write(tmp_path / name, codec, options={"g": "12", "bf": "0", "sc_threshold": "0"}, lost=5)
+    source = Videos(tmp_path)
+    assert source.lengths.tolist() == [50 - first]
+    assert numbers(source.read(0, range(50 - first))["frames"]) == list(range(first, 50))
+    assert numbers(source.read(0, [30, 0, 7])["frames"]) == [first + 30, first, first + 7]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
+def test_a_last_picture_that_stays_does_not_change_the_rate_and_is_not_cut_off(tmp_path, name):
+    codec = "libvpx-vp9" if name == "a.webm" else "libx264"
+    write(tmp_path / "b.mkv", codec, fps=10, num_frames=30, options={"bf": "0"})
+    with av.open(str(tmp_path / "b.mkv")) as file, av.open(str(tmp_path / name), "w") as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+        packets[-1].duration = round(10 / packets[-1].time_base)
+        for packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    (tmp_path / "b.mkv").unlink()
+    source = Videos(tmp_path)
+    assert source.lengths.tolist() == [30] and source.fps.tolist() == pytest.approx([10])
+    assert numbers(source.read(0, [0, 15, 29])["frames"]) == [0, 15, 29]
+
+
+def test_the_rate_of_a_webm_is_that_of_its_times_whatever_its_header_says(tmp_path):
+    times = np.concatenate([[0], np.random.default_rng(0).choice([0.02, 0.033, 0.05, 0.1], 59).cumsum()])
+    path = write(tmp_path / "a.webm", "libvpx", num_frames=60, times=times)
+    for length in (None, 2**27):  # without, and with a wrong duration of frames
+        data, at = bytearray(path.read_bytes()), path.read_bytes().find(b"\x23\xe3\x83")
+        if at > 0 and length is None:
+            size = 4 + (data[at + 3] & 0x7F)
+            data[at : at + size] = bytes([0xEC, 0x80 | (size - 2)]) + bytes(size - 2)
+        path.write_bytes(data)
+        source = Videos(tmp_path)
+        assert source.fps.tolist() == pytest.approx([59 / times[-1]], rel=1e-3) and source.lengths.tolist() == [60]
+
+
+def test_frames_whose_times_only_tremble_come_one_after_another(tmp_path):
+    times = np.arange(40) / 30 + np.random.default_rng(0).uniform(-0.012, 0.012, 40) + 0.02
+    write(tmp_path / "a.mp4", num_frames=40, times=times)
+    source = Videos(tmp_path)
+    assert source.lengths.tolist() == [40]
+    assert numbers(source.read(0, range(40))["frames"]) == list(range(40))
+
+
+def test_a_file_whose_pictures_change_their_size_is_named(tmp_path):
+    parts = [write(tmp_path / f"{i}.webm", "libvpx", num_frames=20, size=s) for i, s in enumerate((SIZE, (32, 32)))]
+    with (
+        av.open(str(parts[0])) as first,
+        av.open(str(parts[1])) as second,
+        av.open(str(tmp_path / "a.webm"), "w") as out,
+    ):
+        stream = out.add_stream_from_template(first.streams.video[0])
+        for number, packet in enumerate(p for file in (first, second) for p in file.demux(video=0) if p.size):
+            packet.pts = packet.dts = round(number / 30 / packet.time_base)
+            packet.stream = stream
+            out.mux(packet)
+    for path in parts:
+        path.unlink()
+    source = Videos(tmp_path)
+    assert numbers(source.read(0, [19, 2])["frames"]) == [19, 2]
+    for indices in ([25], [3, 25]):
+        with pytest.raises(ValueError, match=r"a.webm: .* change their size: frame 25 has 32 x 32 .* expected 64 x 48"):
+            source.read(0, indices)
+
+
+def test_a_frame_that_no_seek_leads_to_is_decoded_from_the_start(tmp_path, caplog):
+    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "12"}), "pyav")
+    reader.pyav._packets_from = lambda key: iter(())  # as if a seek led to the end
+    assert [numbers(reader.numbered(np.array([i])))[0] for i in (40, 3, 4, 30)] == [40, 3, 4, 30]
+    assert "a.mp4: no seek leads to frame 40, which is decoded from the start" in caplog.text
 
 
 @pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")

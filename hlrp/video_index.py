@@ -1,0 +1,301 @@
+"""Which frames a video file has, and when each is shown: told by its packets, or by decoding it once where these do not
+say (no times of showing as in AVI, no key frame at the beginning, two frames at one time)."""
+
+import hashlib
+import logging
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import dropwhile, islice
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 0.001  # [s]; WebM and Matroska round time stamps to milliseconds
+MAX_REORDER = 16  # frames that may be decoded before one that is shown earlier (H.264, A.3.1)
+MOV, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"
+STORE_TIMES = (MOV, MATROSKA, "mpegts", "flv")  # of showing each frame
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska is a header and a segment
+UNKNOWN = np.iinfo(np.int64).min
+Mark = Literal["pts", "pos", "count"]  # what tells a packet from all others, also after a seek; count: from the start
+
+
+class Index(NamedTuple):
+    """The frames of a stream in the order in which they are shown, and where decoding can start."""
+
+    shown_at: np.ndarray  # float64 (frames,), not decreasing [s]
+    marks: np.ndarray  # int64 (frames,): the mark of the packet that each is decoded from
+    mark: Mark
+    key_numbers: np.ndarray  # int64 (keys,), not decreasing: the first frame that is shown from a key frame on
+    key_stamps: np.ndarray  # int64 (keys, 3): its pts, dts and mark
+    has_keys: bool
+    fps: float  # mean
+    is_plain: bool  # what torchcodec 0.11 decodes without fault: nothing hidden, closed groups, and known times
+
+
+class Header(NamedTuple):
+    """What a video is."""
+
+    fps: float  # mean
+    first: float  # when the first and the last frame are shown [s]
+    last: float
+    num_frames: int
+
+
+def probe(path: str | Path) -> Header:
+    """Raises ValueError, naming the file, where it is no video, has no frames, or is cut off."""
+    with naming(path):
+        check_whole(path)
+        header = glance(path)
+    if header is None:
+        found = index(path)
+        header = Header(found.fps, float(found.shown_at[0]), float(found.shown_at[-1]), len(found.marks))
+    return header
+
+
+def probe_all(paths: Sequence[Path]) -> dict[Path, Header | ValueError]:
+    """Headers of many files, and the errors of those that are broken."""
+
+    def probe_or_error(path: Path) -> Header | ValueError:
+        try:
+            return probe(path)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
+        return dict(zip(paths, threads.map(probe_or_error, paths), strict=True))
+
+
+def glance(path: str | Path) -> Header | None:
+    """The header of an MP4, by its first and last packets; None where they leave a doubt, as for a varying rate."""
+    with av.open(str(path)) as container:
+        stream = video_stream(container)
+        num_frames, rate = stream.frames, stream.average_rate
+        if container.format.name != MOV or not num_frames or not rate:
+            return None
+        first = [(p.pts, p.is_keyframe, p.is_discard) for p in islice(packets_of(container, stream), MAX_REORDER)]
+        container.seek(2**40, stream=stream)  # to the last key frame
+        last = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream)]
+        if not first or not last or any(pts is None or is_hidden for pts, _, is_hidden in first + last):
+            return None
+        start, end = (float(pts * stream.time_base) for pts in (min(first)[0], max(last)[0]))
+        is_regular = abs((num_frames - 1) / float(rate) - (end - start)) < TOLERANCE
+        if not is_regular or not first[0][1] or min(first)[0] != first[0][0]:
+            return None
+        return Header(float(rate), start, end, num_frames)
+
+
+def index(path: str | Path) -> Index:
+    """Reads all packets of a file. Raises ValueError as `probe` does."""
+    with naming(path):
+        check_whole(path)
+        with av.open(str(path)) as container:
+            stream = video_stream(container)
+            rows = [(p.pts, p.dts, p.pos, p.is_keyframe, p.is_discard) for p in packets_of(container, stream)]
+            if not rows:
+                raise RuntimeError("it has no frames")
+            columns = [[UNKNOWN if x is None else x for x in column] for column in zip(*rows, strict=True)]
+            pts, dts, pos = np.array(columns[:3], dtype=np.int64)
+            is_key, is_hidden = np.array(columns[3:], dtype=bool)
+            rate = stream.guessed_rate or stream.average_rate
+            clock, tick = next(
+                ((stamps, float(stream.time_base)) for stamps in (pts, dts) if (stamps != UNKNOWN).all()),
+                (np.arange(len(pts)), 1 / float(rate or 1)),
+            )
+            stores_times = container.format.name in STORE_TIMES
+            if not stores_times and not is_key.all() and (dts != UNKNOWN).all():
+                clock = dts  # what stands in pts was guessed from it
+            if tells_order(path, stream, stores_times, pts, is_key, is_hidden):
+                mark, marks, order = "pts", pts, np.flatnonzero(~is_hidden)
+                order = order[pts[order].argsort()]
+                if not len(order):
+                    raise RuntimeError("it has no frames that are shown")
+                keys = np.flatnonzero(is_key)
+                keys = keys[pts[keys].argsort()]
+                key_numbers = np.searchsorted(pts[order], pts[keys])
+            else:
+                can_seek = container.format.name in (MOV, MATROSKA, AVI) and len(np.unique(pos)) == len(pos)
+                mark = "pos" if can_seek and UNKNOWN not in pos else "count"
+                marks = pos if mark == "pos" else np.arange(len(pos))
+                row_of = {key: row for row, key in enumerate(marks.tolist())}
+                order = np.array([row_of[key] for key in decoded_marks(path, mark, bool(is_key.any()))])
+                key_numbers = np.flatnonzero(is_key[order]) if mark == "pos" else np.zeros(0, dtype=np.int64)
+                keys = order[key_numbers]
+            shown_at = np.sort(clock[order]) * tick
+            firsts = np.maximum.accumulate(np.where(is_key, pts, UNKNOWN))  # the key frame before each packet
+            is_plain = mark == "pts" and stores_times and not is_hidden.any() and bool((pts >= firsts).all())
+            key_stamps = np.stack([pts, dts, marks], axis=1)[keys]
+            fps = mean_rate(stream, shown_at)
+            return Index(shown_at, marks[order], mark, key_numbers, key_stamps, bool(is_key.any()), fps, is_plain)
+
+
+def tells_order(
+    path: str | Path,
+    stream: VideoStream,
+    stores_times: bool,
+    pts: np.ndarray,
+    is_key: np.ndarray,
+    is_hidden: np.ndarray,
+) -> bool:
+    """Whether the packets say which frames there are, and in which order they are shown."""
+    if UNKNOWN in pts or not (stores_times or is_key.all()):
+        return False
+    if not is_key[0] or pts[0] != pts.min() or len(np.unique(pts[~is_hidden])) < (~is_hidden).sum():
+        return False
+    if not stream.codec_context.has_b_frames or (np.diff(pts) < 0).any():
+        return True
+    with av.open(str(path)) as container:  # are there none, or was their order lost?
+        other = video_stream(container)
+        found = [frame.pts for frame in islice(decoded(other, packets_of(container, other)), 2 * MAX_REORDER)]
+    return found == sorted(found)
+
+
+def decoded_marks(path: str | Path, mark: Mark, has_keys: bool) -> list[int]:
+    """The marks of all frames that decoding gives, in its order; kept in $HLRP_CACHE or ~/.cache/hlrp."""
+    path = Path(path).resolve()
+    stat = path.stat()
+    key = hashlib.sha256(repr((str(path), stat.st_size, stat.st_mtime_ns, mark, av.__version__)).encode()).hexdigest()
+    file = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "frames" / f"{key[:32]}.npy"
+    if file.is_file():
+        return np.load(file, allow_pickle=False).tolist()
+    with av.open(str(path)) as container:
+        stream = video_stream(container)
+        found = [frame.pts for frame in from_start(container, stream, mark, has_keys)]
+    if not found:
+        raise RuntimeError("none of its frames can be decoded")
+    if len(set(found)) < len(found):
+        raise RuntimeError("it has packets of several frames each; expected one frame a packet, as ffmpeg writes it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, np.array(found, dtype=np.int64))
+        partial.replace(file)
+    except OSError as error:
+        logger.warning("%s: decoded to know its frames, which will be done again: %s", path, error)
+    return found
+
+
+def from_start(container: InputContainer, stream: VideoStream, mark: Mark, has_keys: bool) -> Iterator[av.VideoFrame]:
+    """All frames that a file just opened gives, each with its mark as pts. Before its first key frame there is nothing
+    to decode; where none is marked as one, the decoder says where it can begin."""
+    packets = marked(packets_of(container, stream), mark)
+    has_begun = False
+    for packet in dropwhile(lambda packet: has_keys and not packet.is_keyframe, packets):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            if has_begun:
+                raise
+            continue
+        has_begun |= bool(frames)
+        yield from frames
+    yield from stream.codec_context.decode(None)
+
+
+def decoded(stream: VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+    """The frames in these packets, in the order in which they are shown."""
+    for packet in packets:
+        yield from packet.decode()
+    yield from stream.codec_context.decode(None)
+
+
+def marked(packets: Iterable[av.Packet], mark: Mark) -> Iterator[av.Packet]:
+    """The packets with their marks in place of their pts, which a decoder hands on to its frames."""
+    for count, packet in enumerate(packets):
+        if mark != "pts":
+            packet.pts = packet.pos if mark == "pos" else count
+        yield packet
+
+
+def video_stream(container: InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    if stream is None:
+        raise RuntimeError("there is no video stream")
+    return stream
+
+
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The packets from here on, without empty ones."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def mean_rate(stream: VideoStream, shown_at: np.ndarray) -> float:
+    """Frames per second: the rate in the header where the times agree with it, else that of the times."""
+    intervals, span = len(shown_at) - 1, float(shown_at[-1] - shown_at[0])
+    stored = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    for rate in stored:
+        if abs(intervals / rate - span) < 2 * TOLERANCE:
+            return rate
+    if span:
+        return intervals / span
+    return stored[0] if stored else 1.0
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises RuntimeError where the outermost boxes of an MP4, a Matroska or an AVI file say that it goes on."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        end = expected_size(file, size)
+    if end > size:
+        raise RuntimeError(f"it has {size} bytes, expected {end}; is it cut off?")
+
+
+def expected_size(file: BinaryIO, size: int) -> int:
+    """The end of the last outermost box that begins in a file of this size; 0 where there are none that say so."""
+    head, end = file.read(16), 0
+    if head.startswith(EBML):
+        for name in (EBML, SEGMENT):
+            file.seek(end)
+            if file.read(4) != name or not (first := file.read(1)) or not first[0]:
+                return 0
+            num_more = 8 - first[0].bit_length()
+            value = int.from_bytes(bytes([first[0] & (0x7F >> num_more)]) + file.read(num_more), "big")
+            if value == 2 ** (7 * (num_more + 1)) - 1:  # of a live recording
+                return 0
+            end = file.tell() + value
+        return end
+    if head.startswith(b"RIFF"):
+        while end + 8 <= size:
+            file.seek(end)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name != b"RIFF":
+                break
+            end += 8 + length + length % 2 * (end + 8 + length < size)
+        return end
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
+        while end + 8 <= size:
+            file.seek(end)
+            length, name = struct.unpack(">I4s", file.read(8))
+            if length == 1 and end + 16 <= size:
+                length = int.from_bytes(file.read(8), "big")
+            if length < 8 or not name.isalnum():  # to the end of the file, or what is no box
+                return min(end, size)
+            end += length
+    return end
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the decoders (RuntimeError, FFmpeg's) and of the disk become ValueErrors that name the file."""
+    try:
+        yield
+    except (av.FFmpegError, RuntimeError, OSError) as error:
+        raise unreadable(path, "video", error) from error
+
+
+def unreadable(path: str | Path, kind: str, error: Exception) -> ValueError:
+    """The error of a file that is not what it should be. It tells where Git LFS left a pointer in place of the file."""
+    path = Path(path)
+    head = path.open("rb").read(64) if path.is_file() else b""
+    if head.startswith(b"version https://git-lfs"):
+        return ValueError(f"{path}: not a {kind}, but the pointer of Git LFS to one; git lfs pull brings the file")
+    if path.is_file() and not head:
+        return ValueError(f"{path}: not a readable {kind}: it is empty")
+    return ValueError(f"{path}: not a readable {kind}: {error}")
