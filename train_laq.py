@@ -98,9 +98,10 @@ def main(args: Args) -> None:
         sources = open_sources(args.data, args.skip_broken, args.max_broken)
     train_clips, val_clips = [], []
     for i, source in enumerate(sources):
-        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
+        times = (0.0, args.model.delta)
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed, times)
         labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
-        pairs = {"times": (0.0, args.model.delta), "image_size": args.model.image_size, "source_index": i}
+        pairs = {"times": times, "image_size": args.model.image_size, "source_index": i}
         pairs["seed"] = args.seed
         train_clips.append(clips_of(source, train_episodes, **pairs, labelled_episodes=labelled))
         val_clips.append(clips_of(source, val_episodes, **pairs))

@@ -121,7 +121,7 @@ def main(args: Args) -> None:
     cached, latents_from = cached_space(sources, space)
     train_clips, fit_clips, val_clips = [], [], []
     for i, source in enumerate(sources):
-        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed, times)
         labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
         sizes = {"image_size": space.image_size, "input_size": vlm.image_size, "source_index": i}
         sizes["seed"] = args.seed

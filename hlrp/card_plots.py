@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from hlrp.card import BOTH, RANDOM, Pairs, Z, neighbours, varying
 from hlrp.charts import BLUE, GREY, INK, MAX_SCATTERED, ORANGE, STYLE, latent_map, png, usage_chart
+from hlrp.clips import short
 from hlrp.plots import Row, moving, sheet
 
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
@@ -211,7 +212,7 @@ def neighbours_grid(path: Path, pairs: Pairs, scored: Dataset) -> Path:
     for query, near in zip(queries, near_ones, strict=True):
         samples = [scored[i] for i in (query, *near)]
         pictures = [frame for sample in samples for frame in sample["frames"][:2]]
-        names = [f"episode {sample['episode']}" for sample in samples]
+        names = [short(sample["place"]) for sample in samples]
         labels = [label for name in names for label in (name, "then")]
         rows.append(Row(pictures, labels=labels))
     return sheet(path, "Left: a pair. Right of it: the nearest latent actions of other episodes", rows, gap_after=2)

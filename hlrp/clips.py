@@ -16,7 +16,7 @@ from hlrp.transforms import fit, fit_all
 
 logger = logging.getLogger(__name__)
 # of a sample, as `hlrp.data` has them; what else a source knows of a frame or an episode has other names
-SAMPLE_KEYS = frozenset("frames images task dataset source episode index fps state action".split()) | {
+SAMPLE_KEYS = frozenset("frames images task dataset source episode place index fps state action".split()) | {
     "action_is_pad",
     "latent_is_pad",
 }
@@ -54,8 +54,8 @@ class Plan(NamedTuple):
 class Clips(Dataset):
     """Every clip of some episodes: frames at `times` [s] that all lie inside one episode.
 
-    Seconds become frames by the frame rate of each episode; an episode shorter than a clip contributes none. Clips of
-    unevenly spaced frames that are not `times` apart are left out, and counted in a warning.
+    Seconds become frames by the frame rate of each episode. An episode that is shorter than a clip, or whose frames are
+    too far apart, contributes none; so do unevenly spaced frames that are not `times` apart. A warning counts them.
     The index holds a few numbers for an episode and none for a clip.
 
     With `min_times`, only so many of the times have to: a policy, which is to act in every frame, asks for one. What
@@ -102,13 +102,15 @@ class Clips(Dataset):
             self.labelled_episodes = np.asarray(labelled_episodes, dtype=np.int64)
         fps = source.fps[self.episodes]
         self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
-        self._check_times(fps)
+        is_coarse = too_coarse(fps, times).any(axis=1)
         if latent_space is not None:
-            self._check_labels(fps)
+            self._check_labels(fps[~is_coarse], self.offsets[~is_coarse])
             source.labels(int(self.episodes[0]), [0])  # read now, once for all workers
 
         lengths = source.lengths[self.episodes]
         num_clips = np.maximum(lengths - self.offsets[:, self.min_times - 1], 0)
+        num_clips[is_coarse] = 0
+        self._tell_left_out(is_coarse, ~is_coarse & (num_clips == 0))
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
@@ -118,15 +120,13 @@ class Clips(Dataset):
             num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)
         self.ends = np.cumsum(num_clips)
         self.firsts = self.ends - num_clips  # of the clips of each episode
-        self.is_labelled = np.isin(self.episodes, self.labelled_episodes) & (source.action_dim > 0)
-        if num_clips.sum() == 0:
-            longest = (lengths / fps).max(initial=0)
+        if not num_clips.sum():
             raise ValueError(
-                f"{source.uri}: clips last {times[-1]:g} s, but the longest episode only {longest:g} s; "
-                "a shorter delta fits"
+                f"{source.uri}: no clip of {times[self.min_times - 1]:g} s begins at any of its chosen frames"
             )
+        self.is_labelled = np.isin(self.episodes, self.labelled_episodes) & (source.action_dim > 0)
         if chunk_size is None:
-            chunk_size = int(self.offsets[:, -1].max())
+            chunk_size = int(self.offsets[~is_coarse, -1].max())
         self.sizes = Sizes(source.state_dim, source.action_dim, chunk_size if source.action_dim else 0)
 
     @property
@@ -139,16 +139,34 @@ class Clips(Dataset):
             digest.update(np.ascontiguousarray(numbers).tobytes() + b"|")
         return digest.hexdigest()[:16]
 
-    def _check_times(self, fps: np.ndarray) -> None:
-        for delta, offset in zip(self.times[1:], self.offsets[:, 1:].T, strict=True):
-            error = np.abs(offset / fps - delta)
-            worst = error.argmax()
-            if error[worst] > 0.2 * delta:
-                nearest = max(offset[worst], 1) / fps[worst]
-                raise ValueError(
-                    f"{self.source.uri}: delta={delta:g} s is {delta * fps[worst]:.2f} frames at the "
-                    f"{fps[worst]:g} fps of episode {self.episodes[worst]}; {nearest:.4g} s fits"
-                )
+    def _tell_left_out(self, is_coarse: np.ndarray, is_short: np.ndarray) -> None:
+        """Warns of the episodes without a clip. Raises ValueError where there is no other."""
+        source, reasons = self.source, []
+        fps = source.fps[self.episodes]
+
+        def those(rows: np.ndarray) -> str:
+            return f"{rows.sum()} of {len(rows)} episodes, first {place_of(source, self.episodes[rows.argmax()])}"
+
+        if is_coarse.any():
+            row = int(is_coarse.argmax())
+            column = int(too_coarse(fps[[row]], self.times)[0].argmax())
+            delta, nearest = self.times[column], max(self.offsets[row, column], 1) / fps[row]
+            reasons.append(
+                f"{those(is_coarse)}: delta={delta:g} s is {delta * fps[row]:.2f} frames at its {fps[row]:g} fps, "
+                f"expected a whole number, such as {nearest:.4g} s"
+            )
+        if is_short.any():
+            longest = (source.lengths[self.episodes] / fps)[is_short].max()
+            span = self.times[self.min_times - 1]
+            reasons.append(
+                f"{those(is_short)}: clips last {span:g} s, but the longest episode only {longest:g} s"
+                if is_short.all()
+                else f"{those(is_short)}: shorter than the {span:g} s of a clip"
+            )
+        if reasons and (is_coarse | is_short).all():
+            raise ValueError(f"{source.uri}: no clip is left: {'; '.join(reasons)}")
+        for reason in reasons:
+            logger.warning("%s: left out %s", source.uri, reason)
 
     def _evenly_spaced(self, starts: list[np.ndarray]) -> list[np.ndarray]:
         """Those of the starts from which all frames inside the episode lie `times` apart, to a fifth."""
@@ -174,7 +192,7 @@ class Clips(Dataset):
             logger.warning("%s: left out %s, such as in %s", self.source.uri, what, worst)
         return kept
 
-    def _check_labels(self, fps: np.ndarray) -> None:
+    def _check_labels(self, fps: np.ndarray, offsets: np.ndarray) -> None:
         source, found = self.source, getattr(self.source, "latent_space", None)
         if found is None:
             raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
@@ -186,7 +204,7 @@ class Clips(Dataset):
                 )
         delta = found["delta"]
         steps = np.outer(np.rint(fps * delta).astype(np.int64), np.arange(len(self.times)))
-        if (self.offsets != steps).any():
+        if (offsets != steps).any():
             raise ValueError(
                 f"{source.uri}: a sample's latent actions are between {self.times.tolist()} s, the cached ones are "
                 f"of whole frames, {steps[0, 1] / fps[0]:.4g} s for delta={delta:g} s; "
@@ -315,7 +333,7 @@ class Clips(Dataset):
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
         native, fitted, labels, tasks = map(read.pop, ("native", "frames", "labels", "task"))
         state, point = read.pop("state", None), read.pop("point", None)
-        pictures = {}
+        pictures, where = {}, place_of(source, episode)
         if self.input_size is not None:
             viewed = np.array([places[num_shown:] for places in place])
             pictures[source.camera] = native[viewed]  # samples v c h w
@@ -331,6 +349,7 @@ class Clips(Dataset):
                 "dataset": self.name,
                 "source": self.source_index,
                 "episode": number,
+                "place": where,
                 "index": int(plan.starts[i]),
                 "fps": fps,
             }
@@ -369,11 +388,36 @@ def refuse_not_finite(name: str, values: np.ndarray, frames: Sequence[int] | Non
 
 @contextmanager
 def naming(source, episode: int) -> Iterator[None]:
-    """Names the source and the episode in errors of reading it."""
+    """Names the source, the episode and its file in errors of reading it."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ValueError(f"{source.uri}, episode {episode}: {error}") from error
+        place = place_of(source, episode)
+        is_told = place in str(error) or place == f"episode {episode}"
+        raise ValueError(f"{source.uri}, episode {episode}: {error if is_told else f'{place}: {error}'}") from error
+
+
+def place_of(source, episode: int) -> str:
+    """The file of an episode, as its user knows it, and its place there."""
+    return source.place(episode) if hasattr(source, "place") else f"episode {episode}"
+
+
+def short(place: str) -> str:
+    """Of a path its folder and its file."""
+    return "/".join(place.split("/")[-2:])
+
+
+def too_coarse(fps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Whether no frame lies within a fifth of each time from 0, bool (episodes, times)."""
+    exact = np.outer(fps, times)
+    return np.abs(np.rint(exact) - exact) > 0.2 * exact + 1e-9
+
+
+def is_suited(source, episodes: np.ndarray, times: Sequence[float]) -> np.ndarray:
+    """Whether episodes have clips of frames at these times, bool (episodes,)."""
+    fps = source.fps[episodes]
+    is_long = source.lengths[episodes] > np.rint(fps * times[-1])
+    return is_long & ~too_coarse(fps, np.asarray(times)).any(axis=1)
 
 
 def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:

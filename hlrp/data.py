@@ -21,9 +21,11 @@ A source is one plain class a format, made by `hlrp.sources.open_source` from a 
                       a source knows them so, and always where they change within an episode
     uneven            {episode: float64 (t,)}: when each frame was taken [s], of episodes whose frames are not evenly
                       spaced in time; only where a source has some
-    encoded(episode, indices) -> list[bytes], about(episode, indices), place(episode) -> str   only where each frame is
-                      encoded alone, as `hlrp.images` knows it: the frames, what read() gives without them, and the name
-                      of file and episode for errors; the frames of a whole batch are then decoded into one memory
+    place(episode) -> str   the file of an episode, and its place there, which errors and pictures show; only where the
+                      data lie in files
+    encoded(episode, indices) -> list[bytes], about(episode, indices)   only where each frame is encoded alone, as
+                      `hlrp.images` knows it: the frames, and what read() gives without them; the frames of a whole
+                      batch are then decoded into one memory
     views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
                       has some
     latent_space      dict, only where the source has cached latent actions: whose they are, and of which camera
@@ -32,10 +34,9 @@ Constructors index, and decode nothing; decoders open at the first read, in the 
 
 A sample is a flat dict of one clip, the frames of one episode at stated times in seconds, from t = 0 on:
     frames uint8 (t, c, h, w), fitted to a square; images uint8 (v, c, h, w), the view at t = 0 that a policy sees,
-    in its own size, where it is asked for; task, dataset str; source, episode, index int (frame of
-    t = 0); fps float; state float32 (s,) and point float32 (2,) at t = 0; action float32 (chunk, a) from t = 0 up to,
-    not including, the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last
-    time;
+    in its own size, where it is asked for; task, dataset, place str; source, episode, index int (frame of t = 0);
+    fps float; state float32 (s,) and point float32 (2,) at t = 0; action float32 (chunk, a) from t = 0 up to, not
+    including, the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
     latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for;
     latent_is_pad bool (t - 1,) where clips may reach past their episode.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so; a point that

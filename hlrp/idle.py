@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hlrp.clips import place_of, short
 from hlrp.splits import is_stream
 from hlrp.transforms import fit
 
@@ -138,7 +139,9 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
         strip, curve = axes[2 * row], axes[2 * row + 1]
         strip.imshow(pictures.permute(2, 0, 3, 1).flatten(1, 2).numpy())
         share = 1 - len(busy[episode]) / length
-        strip.set_title(f"episode {episode}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9)
+        strip.set_title(
+            f"{short(place_of(source, episode))}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9
+        )
         strip.axis("off")
         for name, colour in (("motion", "tab:blue"), ("action", "tab:orange")):
             if name in found:

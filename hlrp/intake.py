@@ -33,8 +33,8 @@ class Intake:
                     f"max_broken={self.max_broken}, but more cannot be read, at last {message}; "
                     "mend the data, or allow more"
                 )
-        episodes = zip(batch["dataset"], batch["episode"].tolist(), strict=True)
-        self.seen.setdefault(step, []).extend(f"{name} episode {episode}" for name, episode in episodes)
+        places = zip(batch["dataset"], batch["place"], strict=True)
+        self.seen.setdefault(step, []).extend(f"{name}: {place}" for name, place in places)
 
     def next_turns(self, device: torch.device) -> dict[str, int]:
         """For each stream, the earliest shard that a reader on any rank has not used up."""

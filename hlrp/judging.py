@@ -44,7 +44,7 @@ from hlrp.latents import LatentFile, pairs_of
 from hlrp.pictures import bindings_of, draw_pictures
 from hlrp.probes import MIN_EPISODES, episode_split
 from hlrp.shown import encoded
-from hlrp.sources import open_source, parse_uri
+from hlrp.sources import named_apart, open_source, parse_uri
 from hlrp.splits import split_episodes
 from hlrp.streams import clips_of
 from hlrp.validation import Share, code_use, encode_all
@@ -177,11 +177,12 @@ class Checkpoint:
 
     def add_transfer(self, card: dict, source, pairs: Pairs, share: Share) -> None:
         """The sources of --transfer-to as further embodiments."""
-        every, names, groups = [pairs], {0: source.name}, [torch.zeros_like(pairs.episodes)]
-        for uri in self.args.transfer_to:
-            other, number = open_source(parse_uri(uri).uri), len(names)
-            if other.name in names.values():
-                raise ValueError(f"transfer_to={uri}: a source named {other.name} is there already; another fits")
+        every, groups = [pairs], [torch.zeros_like(pairs.episodes)]
+        others = [open_source(parse_uri(uri).uri) for uri in self.args.transfer_to]
+        own = source.name  # under which the card is kept
+        names = dict(enumerate(other.name for other in named_apart([source, *others])))
+        source.name = own
+        for number, (uri, other) in enumerate(zip(self.args.transfer_to, others, strict=True), start=1):
             if other.action_dim != source.action_dim:
                 raise ValueError(
                     f"transfer_to={uri} has actions of {other.action_dim} dimensions, {source.uri} of "
@@ -199,7 +200,6 @@ class Checkpoint:
             ]
             found = read_pairs(sets, {Z: partial(encode, self.laq)}, share)
             every.append(found._replace(episodes=found.episodes + number * 2**40))
-            names[number] = other.name
             groups.append(torch.full_like(found.episodes, number))
         x = torch.cat([features_of(p.latents[Z], self.laq.quantizer.codebook_size) for p in every])
         joined = pairs._replace(
@@ -242,7 +242,8 @@ class Checkpoint:
     def split(self, source):
         """The episodes that the LAQ has learned from, and those held out."""
         fraction = self.setting("val_fraction", self.args.val_fraction, 0.1)
-        return split_episodes(source, fraction, self.setting("seed", self.args.split_seed, 0))
+        seed, times = self.setting("seed", self.args.split_seed, 0), (0.0, self.laq.config.delta)
+        return split_episodes(source, fraction, seed, times)
 
     def labelled(self, source, train):
         """Those of the training episodes whose actions the LAQ has learned."""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import whole_folder, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.clips import Clips
+from hlrp.clips import Clips, place_of
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
 from hlrp.lerobot_files import POINT
@@ -247,7 +247,7 @@ def common_fps(source) -> int:
     """Frames per second of all episodes, as the whole number that LeRobot knows: 29.97 is 30."""
     fps = max(1, round(float(source.fps[0])))
     for episode in np.flatnonzero(np.abs(source.fps - fps) > 0.01 * fps):
-        names = [f"{named(source, i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
+        names = [f"{place_of(source, i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
         raise ValueError(
             f"{source.uri}: frames per second differ, or are no whole number ({', '.join(names)}); "
             "a dataset has one whole number: files of one frame rate fit"
@@ -261,15 +261,10 @@ def common_size(source) -> tuple[int, int]:
     for episode, (height, width) in enumerate(sizes):
         if (height, width) != sizes[0]:
             raise ValueError(
-                f"{source.uri}: {named(source, 0)} has frames of {sizes[0][1]} x {sizes[0][0]} pixels and "
-                f"{named(source, episode)} of {width} x {height}; --image-size 256 letterboxes them into one size"
+                f"{source.uri}: {place_of(source, 0)} has frames of {sizes[0][1]} x {sizes[0][0]} pixels and "
+                f"{place_of(source, episode)} of {width} x {height}; --image-size 256 letterboxes them into one size"
             )
     return sizes[0]
-
-
-def named(source, episode: int) -> str:
-    """An episode as its user knows it."""
-    return str(source.paths[episode]) if hasattr(source, "paths") else f"episode {episode}"
 
 
 if __name__ == "__main__":

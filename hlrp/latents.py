@@ -128,7 +128,7 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
     if file.time is not None and (aside := np.abs(file.time * fps - index) > 0.25).any():
         row = aside.nonzero()[0][0]
         raise ValueError(f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; k / fps fits")
-    last = source.lengths[file.episode] - 1 - clips.offsets[file.episode, 1]
+    last = (clips.ends - clips.firsts)[file.episode] - 1
     if (beyond := (index < 0) | (index > last)).any():
         row = beyond.nonzero()[0][0]
         raise ValueError(

@@ -174,6 +174,12 @@ class LeRobotData:
             )
         return video.numbered(numbers)
 
+    def place(self, episode: int) -> str:
+        """The mp4, or the parquet file of images, and the number of the episode in the data set."""
+        at = {key: column[episode] for key, column in self.episodes.items()}
+        path = self.video_files[at["video_file"]] if self.is_video else self.data_files[at["data_file"]]
+        return f"{path}, episode {at['episode_index']}"
+
     def _rows(self, episode: int, indices: Sequence[int]) -> np.ndarray:
         return self.episodes["first_row"][episode] + np.asarray(indices)
 

@@ -121,7 +121,7 @@ def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
     from hlrp.laq import LAQ
     from hlrp.latents import read_latents
     from hlrp.launch import keep_freed_memory
-    from hlrp.sources import expand, open_source, parse_uri
+    from hlrp.sources import expand, named_apart, open_source, parse_uri
     from hlrp.validation import Share
     from hlrp.verdict import passed, verdict
 
@@ -137,10 +137,9 @@ def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
         config = json.loads((args.latents / "config.json").read_text())
         subject, data = Checkpoint(laq, args), expand(args.data or tuple(config["data"]))
 
-    opened = [open_source(parse_uri(uri).uri) for uri in data]
-    names = [source.name for source in opened]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"data={data}: sources {', '.join(names) or 'none'}; one or more of different names fit")
+    opened = named_apart([open_source(parse_uri(uri).uri) for uri in data])
+    if not opened:
+        raise ValueError("data names no source; expected one or more")
     sources, pictures = {}, {}
     for uri, source in zip(data, opened, strict=True):
         if args.groups and (stray := [i for g in groups.values() for i in g if i >= source.action_dim]):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hlrp.clips import short
 from hlrp.data import collate
 from hlrp.laq import LAQ
 from hlrp.losses import mean_action
@@ -43,7 +44,7 @@ class Shown:
         self.laq, self.source, self.seed = laq, source, seed
         self.frames, self.tasks = batch["frames"][:, :2], batch["task"]  # uint8 (b, 2, c, h, w)
         self.datasets, self.episodes = batch["dataset"], batch["episode"]
-        self.names = [f"{name}, episode {i}" for name, i in zip(self.datasets, self.episodes, strict=True)]
+        self.names = [f"{name}, {short(i)}" for name, i in zip(self.datasets, batch["place"], strict=True)]
         self.captions = [
             f"{name}, frame {i}. {task}" for name, i, task in zip(self.names, batch["index"], self.tasks, strict=True)
         ]

@@ -1,8 +1,10 @@
 """URIs of data sources: `scheme:location?option=value&option=value@weight`."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -128,13 +130,45 @@ def open_source(uri: str, skip_broken: bool = False):
 
 def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> list:
     """Raises ValueError where more than `max_broken` files or episodes of them are skipped."""
-    sources = [open_source(uri, skip_broken) for uri in uris]
+    sources = named_apart([open_source(uri, skip_broken) for uri in uris])
     num_skipped = sum(getattr(source, "num_skipped", 0) for source in sources)
     if num_skipped > max_broken:
         raise ValueError(
             f"max_broken={max_broken}, but {num_skipped} files or episodes cannot be read; mend the data, or allow more"
         )
     return sources
+
+
+def named_apart(sources: Sequence) -> list:
+    """The sources, those of one name renamed by what tells their URIs apart: the folder or the owner
+    (`lerobot-pick-bob`), else the options, else a number."""
+    for alike in of_one_name(sources):
+        places = [place_parts(source.uri) for source in alike]
+        for source, (path, options) in zip(alike, places, strict=True):
+            others = [other for other, _ in places if other != path]
+            depth = next((n for n in range(1, len(path)) if all(o[-n:] != path[-n:] for o in others)), len(path))
+            apart = [f"{key}-{value}" for key, value in options if any((key, value) not in own for _, own in places)]
+            words = [source.name, *(path[-depth:-1] if others else ()), *apart]
+            source.name = re.sub(r"[^\w.-]+", "_", "-".join(words))
+    for alike in of_one_name(sources):
+        for number, source in enumerate(alike[1:], start=2):
+            source.name += f"-{number}"
+    return list(sources)
+
+
+def of_one_name(sources: Sequence) -> list[list]:
+    names = [source.name for source in sources]
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    return [[source for source in sources if source.name == name] for name in repeated]
+
+
+def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | float]]]:
+    """Of a URI the parts of its path, whose last gives a source its name, and its options."""
+    _, _, location, options, _ = parse_uri(uri)
+    path = Path(location).expanduser()
+    if path.exists() or path.parent.is_dir() and path.suffix == ".tar":
+        path = path.absolute()
+    return (path.parent if path.suffix == ".tar" else path).parts, sorted(options.items())
 
 
 def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:

@@ -11,6 +11,7 @@ resumed run goes on at the beginning of a shard: what was read of it and of late
 """
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlrp.clips import Clips, Sizes
+from hlrp.clips import Clips, Sizes, too_coarse
 from hlrp.images import decode_all
 from hlrp.permutation import hash_integers, permute
 from hlrp.splits import EpisodeRange
 
+logger = logging.getLogger(__name__)
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
 OPEN_SHARDS = 32  # from which a few episodes are taken in turn
 MAX_EPISODES = 1_000_000  # in a shard; sample["episode"] is shard * this + the place in the shard
@@ -98,6 +100,9 @@ class Held:
     def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
         return self.episodes[episode].instructions(indices)
 
+    def place(self, episode: int) -> str:
+        return self.episodes[episode].name
+
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self.episodes[episode].actions(indices)
 
@@ -137,6 +142,7 @@ class StreamClips:
         self.times, self.image_size, self.settings = np.asarray(times, dtype=np.float64), image_size, settings
         self.name = settings.get("name") or source.name
         chunk_size = settings.get("chunk_size") or round(source.fps * times[-1])
+        self.has_told = False
         self.skipped: list[str] = []  # what was left out since this was emptied
         self.sizes = Sizes(source.state_dim, source.action_dim, chunk_size if source.action_dim else 0)
         self.read_from(0, reader=0, num_readers=1)
@@ -221,8 +227,8 @@ class StreamClips:
 
     def nothing(self) -> str:
         return (
-            f"{self.source.uri}: none of its episodes in {self.episodes} lasts {self.times[-1]:g} s; "
-            "a shorter delta or another val_fraction fits"
+            f"{self.source.uri}: none of its episodes in {self.episodes} lasts {self.times[-1]:g} s, "
+            f"or they have no frames {self.times[1:].tolist()} s apart; another delta or another val_fraction fits"
         )
 
     @property
@@ -234,14 +240,22 @@ class StreamClips:
         return hashlib.sha256(repr((what, settings)).encode()).hexdigest()[:16]
 
     def part(self, shard: int) -> Iterator[tuple[int, Episode]]:
-        """The episodes of a shard that belong here and are long enough for a clip, with their numbers.
+        """The episodes of a shard that belong here and are long enough for a clip, with their numbers. It warns of the
+        first whose frames are too far apart.
 
         With the source's `skip_broken`, faults are told in `skipped`, and it goes on behind them where the source can.
         """
         shortest = self.times[(self.settings.get("min_times") or len(self.times)) - 1]
         for number, episode in readable(self.source, shard, self.skipped):
-            if number in self.episodes and len(episode.frames) > round(episode.fps * shortest):
-                yield number, episode
+            if number not in self.episodes or len(episode.frames) <= round(episode.fps * shortest):
+                continue
+            if too_coarse(np.array([episode.fps]), self.times).any():
+                if not self.has_told:
+                    reason = f"at {episode.fps:g} fps no frames lie {self.times.tolist()} s apart"
+                    logger.warning("%s: left out %s, and any like it: %s", self.source.uri, episode.name, reason)
+                self.has_told = True
+                continue
+            yield number, episode
 
     def clips_of(self, episodes: Sequence[Episode], numbers: Sequence[int]) -> Clips:
         """The clips of these episodes, held in memory."""

@@ -199,13 +199,14 @@ class PyAV:
             key = None  # go on
         is_near = is_last and number - key_number <= MAX_AGAIN
         drain_at = int(self.index.marks[number]) if is_near and self.index.mark == "pts" else None
-        try:
-            frame = self._found(number, key, drain_at)
-        except (RuntimeError, av.FFmpegError):
-            if key == -1:
-                raise
-            frame = self._found(number, -1, None)
-            logger.warning("%s: no seek leads to frame %d, which is decoded from the start", self.path, number)
+        before = max(self._key(number)[0] - 1, -1)
+        for start in dict.fromkeys([key, before, -1]):
+            try:
+                frame = self._found(number, start, drain_at if start == key else None)
+                break
+            except (RuntimeError, av.FFmpegError):
+                if start == -1:
+                    raise
         if (frame.width, frame.height) != self.size:
             sizes = f"frame {number} has {frame.width} x {frame.height} pixels, expected {'{} x {}'.format(*self.size)}"
             raise RuntimeError(f"its frames change their size: {sizes}")
@@ -216,6 +217,7 @@ class PyAV:
         self.number, mark = None, self.index.marks[number]  # None for the case that what follows fails
         self.drain_at = drain_at
         if key == -1:
+            logger.info("%s: frame %d is decoded from the start", self.path, number)
             self.open()
             self.decoded = from_start(self.container, self.stream, self.index.mark, self.index.has_keys)
         elif key is not None:

@@ -93,10 +93,10 @@ def test_three_times_actions_state_and_truth_belong_to_their_frames():
 
 @pytest.mark.parametrize("fps, delta, fits", [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)])
 def test_a_delta_far_from_a_whole_number_of_frames_names_what_would_fit(fps, delta, fits):
-    source = Counting([99, 99], fps=[100, fps])
-    message = f"test:counting: delta={delta} s .* {fps} fps of episode 1; {fits}"
+    message = f"2 of 2 episodes, first episode 0: delta={delta} s .* at its {fps} fps, .* such as {fits}"
     with pytest.raises(ValueError, match=message):
-        clips_of(source, times=(0.0, delta))
+        clips_of(Counting([99, 99], fps=[fps, fps]), times=(0.0, delta))
+    source = Counting([99, 99], fps=[100, fps])
     assert clips_of(source, times=(0.0, 0.9)).offsets[1].tolist() == [0, round(0.9 * fps)]
 
 

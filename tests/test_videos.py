@@ -4,6 +4,7 @@ import logging
 import shutil
 import struct
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from hlrp import videos
 from hlrp.clips import Clips
-from hlrp.sources import open_source
+from hlrp.data import Mixture
+from hlrp.sources import named_apart, open_source, open_sources
+from hlrp.splits import split_episodes
 from hlrp.video_index import probe
 from hlrp.videos import VideoReader, Videos, read_frames
 
@@ -328,8 +331,9 @@ def test_a_file_whose_pictures_change_their_size_is_named(tmp_path):
 def test_a_frame_that_no_seek_leads_to_is_decoded_from_the_start(tmp_path, caplog):
     reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "12"}), "pyav")
     reader.pyav._packets_from = lambda key: iter(())  # as if a seek led to the end
-    assert [numbers(reader.numbered(np.array([i])))[0] for i in (40, 3, 4, 30)] == [40, 3, 4, 30]
-    assert "a.mp4: no seek leads to frame 40, which is decoded from the start" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert [numbers(reader.numbered(np.array([i])))[0] for i in (40, 3, 4, 30)] == [40, 3, 4, 30]
+    assert "a.mp4: frame 40 is decoded from the start" in caplog.text
 
 
 @pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
@@ -418,6 +422,23 @@ def test_sound_that_outlasts_the_pictures_is_no_fault(tmp_path):
         Videos(tmp_path)
 
 
+def test_sources_of_one_name_are_told_apart_by_what_distinguishes_them(tmp_path):
+    for folder in ("alice/videos", "bob/videos"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder / "a.mp4")
+    uris = [f"videos:{tmp_path}/{owner}/videos" for owner in ("alice", "bob")]
+    for order in (uris, uris[::-1]):
+        names = {source.uri: source.name for source in open_sources(order, False, 0)}
+        assert names == {uris[0]: "videos-videos-alice", uris[1]: "videos-videos-bob"}
+    mixture = Mixture([Clips(source, [0], (0.0, 0.5), 32) for source in open_sources(uris, False, 0)])
+    assert {mixture[i]["dataset"] for i in range(8)} == {"videos-videos-alice", "videos-videos-bob"}
+    worlds = [f"world:clean?episodes=2&seed={seed}" for seed in (1, 2, 2)]
+    names = [source.name for source in open_sources(worlds, False, 0)]
+    assert names == ["world-clean-seed-1", "world-clean-seed-2", "world-clean-seed-2-2"]
+    repos = [SimpleNamespace(uri=f"lerobot:{owner}/pick", name="lerobot-pick") for owner in ("alice", "bob")]
+    assert [source.name for source in named_apart(repos)] == ["lerobot-pick-alice", "lerobot-pick-bob"]
+
+
 def test_a_folder_without_videos_is_refused(tmp_path):
     with pytest.raises(ValueError, match=".mp4, .webm"):
         Videos(tmp_path)
@@ -460,7 +481,7 @@ def test_broken_files_are_errors_that_name_them_or_are_skipped_and_counted(tmp_p
     for name in broken:
         with pytest.raises(ValueError, match=name):
             probe(tmp_path / name)
-    with pytest.raises(ValueError, match="/back.mp4"):
+    with pytest.raises(ValueError, match="6 of 7 files cannot be read, first: .*/back.mp4"):
         Videos(tmp_path)
     with caplog.at_level(logging.WARNING):
         source = Videos(tmp_path, skip_broken=True)
@@ -469,6 +490,30 @@ def test_broken_files_are_errors_that_name_them_or_are_skipped_and_counted(tmp_p
     (tmp_path / "good.mp4").unlink()
     with pytest.raises(ValueError, match="/back.mp4"):
         Videos(tmp_path, skip_broken=True)
+
+
+def test_a_file_too_coarse_or_too_short_is_left_out_by_its_path_and_counted(tmp_path, caplog):
+    for number in range(3):
+        write(tmp_path / f"{number}.mp4", fps=30, num_frames=60)
+    write(tmp_path / "timelapse.mp4", fps=2, num_frames=20)
+    assert len(Clips(Videos(tmp_path), range(4), (0.0, 0.2), 32)) == 162
+    (message,) = caplog.messages
+    expected = f"1 of 4 episodes, first {tmp_path}/timelapse.mp4: delta=0.2 s is 0.40 frames at its 2 fps"
+    assert message.startswith(f"videos:{tmp_path}: left out {expected}")
+    write(tmp_path / "blink.mp4", fps=30, num_frames=4)
+    write(tmp_path / "wink.mp4", fps=30, num_frames=3)
+    source = Videos(tmp_path)
+    clips = Clips(source, range(6), (0.0, 0.2), 32)
+    places = {clips[i]["place"] for i in range(0, 162, 54)}
+    assert len(clips) == 162 and places == {f"{tmp_path}/{number}.mp4" for number in range(3)}
+    assert f"2 of 6 episodes, first {tmp_path}/blink.mp4: shorter than the 0.2 s of a clip" in caplog.messages[-1]
+    odd = [i for i, path in enumerate(source.paths) if len(path.stem) > 1]
+    with pytest.raises(ValueError, match=r"no clip is left: 1 of 3 episodes, first .*timelapse.mp4: .*blink.mp4"):
+        Clips(source, odd, (0.0, 0.2), 32)
+    for seed in range(8):  # one file is held out, which would be an odd one in half of the cases
+        train, val = split_episodes(source, 0.1, seed, (0.0, 0.2))
+        assert sorted([*train, *val]) == list(range(6))
+        assert min(len(Clips(source, side, (0.0, 0.2), 32)) for side in (train, val)) >= 54
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
