@@ -34,7 +34,7 @@ class Intake:
                     "mend the data, or allow more"
                 )
         places = zip(batch["dataset"], batch["place"], strict=True)
-        self.seen.setdefault(step, []).extend(f"{name}: {place}" for name, place in places)
+        self.seen.setdefault(step, []).extend(f"{name} {place}" for name, place in places)
 
     def next_turns(self, device: torch.device) -> dict[str, int]:
         """For each stream, the earliest shard that a reader on any rank has not used up."""

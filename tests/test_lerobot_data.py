@@ -151,7 +151,7 @@ def test_video_without_state_and_action_is_a_source_too(tmp_path):
     source = LeRobotData(write(tmp_path / "human", numbers=False))
     assert (source.state_dim, source.action_dim) == (0, 0)
     assert set(Clips(source, [1], (0.0, 0.5), SIZE)[3]) == {
-        "frames", "task", "dataset", "source", "episode", "index", "fps"
+        "frames", "task", "dataset", "source", "episode", "place", "index", "fps"
     }  # fmt: skip
 
 
