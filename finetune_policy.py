@@ -24,10 +24,10 @@ import tyro
 
 from hlrp.checkpoints import load_config, write_json
 from hlrp.cli import tell_mistakes
+from hlrp.distributed import ends_its_run
 from hlrp.idle import IdleConfig
-from hlrp.launch import ends_its_run
-from hlrp.lerobot_flags import lerobot_flags, make_flags, policy_settings
 from hlrp.policy import HLRPConfig
+from hlrp.policy_data import lerobot_flags, make_flags, policy_settings
 
 make_flags(HLRPConfig)
 STAGE2 = Path("outputs/vla/checkpoints/last/pretrained_model")
@@ -101,25 +101,32 @@ class Args:
 def main(args: Args) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    from hlrp.action_errors import alarms, evaluate
-    from hlrp.chosen import choose_clips, choose_demonstrations
     from hlrp.clips import Clips
-    from hlrp.data import Mixture, loader
-    from hlrp.demonstrations import refuse_other_cameras, robot_features, statistics, to_lerobot
+    from hlrp.contract import choose_demonstrations, is_stream, split_episodes
+    from hlrp.data import Mixture, choose_clips, loader
+    from hlrp.distributed import (
+        check_loop,
+        die_with_launcher,
+        distribute,
+        first_alone,
+        gathered,
+        make_accelerator,
+        set_intervals,
+        sharding,
+        wait_for_all,
+    )
     from hlrp.idle import busy_frames, save_picture
     from hlrp.inverse import PseudoLabelled
     from hlrp.label import cached_space, latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
+    from hlrp.laq_validation import scalars
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.predictions import label, shuffled
+    from hlrp.policy_data import alarms, evaluate, refuse_other_cameras, robot_features, statistics, to_lerobot
     from hlrp.rollout import environment
-    from hlrp.sharding import distribute, gathered, sharding
     from hlrp.sources import expand, instructions, open_sources, parse_uri
-    from hlrp.splits import is_stream, split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
-    from hlrp.validation import scalars
+    from hlrp.vla_validation import label, shuffled
 
     die_with_launcher()
     set_intervals(args, eval_freq=(4, 250), save_freq=(2, 500))

@@ -18,8 +18,8 @@ import torch
 import tyro
 
 from hlrp.cli import tell_mistakes
+from hlrp.distributed import ends_its_run
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.launch import ends_its_run
 
 
 @dataclass
@@ -68,20 +68,26 @@ class Args:
 
 @ends_its_run
 def main(args: Args) -> None:
-    from hlrp.buckets import check_fields, read_buckets
-    from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
-    from hlrp.data import Mixture, loader
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
+    from hlrp.contract import labelled_episodes, split_episodes
+    from hlrp.data import Mixture, action_statistics, choose_clips, loader
+    from hlrp.distributed import (
+        check_loop,
+        die_with_launcher,
+        distribute,
+        first_alone,
+        gathered,
+        make_accelerator,
+        set_intervals,
+        wait_for_all,
+    )
+    from hlrp.laq_validation import alarms, evaluate, scalars
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.pictures import bindings_of, draw_pictures
-    from hlrp.sharding import distribute, gathered
-    from hlrp.shown import encoded
+    from hlrp.pictures import bindings_of, check_fields, draw_pictures, read_buckets
     from hlrp.sources import expand, open_sources, parse_uri
-    from hlrp.splits import split_episodes
+    from hlrp.strategies import encoded
     from hlrp.streams import clips_of
     from hlrp.training import Run
     from hlrp.transformer import Block
-    from hlrp.validation import alarms, evaluate, scalars
 
     die_with_launcher()
     set_intervals(args)

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from hlrp.cli import tell_mistakes
-from hlrp.launch import ends_its_run
+from hlrp.distributed import ends_its_run
 from hlrp.vla import VLA, VLAConfig, check
 from hlrp.vlm import VLM
 
@@ -72,25 +72,31 @@ class Args:
 
 @ends_its_run
 def main(args: Args) -> None:
-    from hlrp.buckets import check_fields, read_buckets
+    from hlrp.card_verdict import faults as card_faults
     from hlrp.checkpoints import load_config
-    from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
-    from hlrp.data import Mixture, loader
+    from hlrp.contract import labelled_episodes, split_episodes
+    from hlrp.data import Mixture, action_statistics, choose_clips, loader
+    from hlrp.distributed import (
+        check_loop,
+        die_with_launcher,
+        distribute,
+        first_alone,
+        gathered,
+        make_accelerator,
+        set_intervals,
+        wait_for_all,
+    )
+    from hlrp.images import regrid
     from hlrp.label import cached_space, latent_space
     from hlrp.laq import LAQ
-    from hlrp.launch import check_loop, die_with_launcher, first_alone, make_accelerator, set_intervals, wait_for_all
+    from hlrp.laq_validation import alarms as laq_alarms
+    from hlrp.laq_validation import scalars
     from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-    from hlrp.pictures import bindings_of, draw_pictures
-    from hlrp.predictions import alarms, evaluate, label, predicted_latents, shuffled
-    from hlrp.sharding import distribute, gathered
+    from hlrp.pictures import bindings_of, check_fields, draw_pictures, read_buckets
     from hlrp.sources import expand, instructions, open_sources, parse_uri
-    from hlrp.splits import split_episodes
     from hlrp.streams import clips_of
     from hlrp.training import Run
-    from hlrp.transforms import regrid
-    from hlrp.validation import alarms as laq_alarms
-    from hlrp.validation import scalars
-    from hlrp.verdict import faults as card_faults
+    from hlrp.vla_validation import alarms, evaluate, label, predicted_latents, shuffled
 
     die_with_launcher()
     set_intervals(args)

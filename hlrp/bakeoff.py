@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from hlrp.checkpoints import write_json, write_text
 from hlrp.cli import tell_mistakes
-from hlrp.launch import keep_freed_memory
+from hlrp.distributed import keep_freed_memory
 from hlrp.quantizers import QuantizerName
 
 Variant = Literal["default", "clean", "distractors", "shake", "arm", "hand"]
@@ -178,13 +178,13 @@ def read(variant: str, delta: float) -> tuple[Cached, Cached]:
 def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     """Trains and probes one model: r2, ridge, mlp with intervals; leakage of what moves by itself; use and health."""
     from hlrp.card import Z, features_of, health, interval, leakage, read_pairs, score
-    from hlrp.chosen import action_statistics, choose_clips, labelled_share
+    from hlrp.card_subjects import encode, predicted_actions, trained_on_labels, untrained
+    from hlrp.card_subjects import train as trained
     from hlrp.clips import Clips
-    from hlrp.controls import predicted_actions, trained_on_labels, untrained
-    from hlrp.controls import train as trained
-    from hlrp.judging import encode
+    from hlrp.contract import labelled_share
+    from hlrp.data import action_statistics, choose_clips
     from hlrp.laq import LAQConfig, LatentActions
-    from hlrp.validation import Share, code_use, encode_all
+    from hlrp.laq_validation import Share, code_use, encode_all
 
     labelled = labelled_share(train.source, train.clips.episodes, cell.label_fraction, seed=0)
     settings = {"batch_size": args.batch_size, "lr": args.lr, "seed": cell.seed}

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hlrp.card import BOTH, RANDOM, Pairs, Z, neighbours, varying
-from hlrp.charts import BLUE, GREY, INK, MAX_SCATTERED, ORANGE, STYLE, latent_map, png, usage_chart
 from hlrp.clips import short
-from hlrp.plots import Row, moving, sheet
+from hlrp.plots import BLUE, GREY, INK, MAX_SCATTERED, ORANGE, STYLE, Row, latent_map, moving, png, sheet, usage_chart
 
 NUM_QUERIES, NUM_NEIGHBOURS = 5, 4
 MAX_CODES = 256  # codes

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hlrp.images import decode_clips
-from hlrp.transforms import fit, fit_all
+from hlrp.images import decode_clips, fit, fit_all
 
 logger = logging.getLogger(__name__)
 # of a sample, as `hlrp.data` has them; what else a source knows of a frame or an episode has other names

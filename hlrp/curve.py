@@ -28,10 +28,9 @@ from typing import Literal, NamedTuple, get_args
 
 import tyro
 
-from hlrp.checkpoints import load_config, write_json, write_text
+from hlrp.checkpoints import hold, load_config, write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
-from hlrp.run_folder import hold
 
 Method = Literal["hlrp", "bc", "idm", "random", "shuffled"]
 ROOT = Path(__file__).parents[1]

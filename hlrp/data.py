@@ -41,27 +41,117 @@ A sample is a flat dict of one clip, the frames of one episode at stated times i
     latent_is_pad bool (t - 1,) where clips may reach past their episode.
 Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so; a point that
 is not known is nan.
+
+Which episodes' actions are learned, which clips are validated on, and which clip takes the place of an
+unreadable one; and statistics of actions.
 """
 
 import atexit
 import hashlib
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import count
+from math import gcd
 from multiprocessing import active_children
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from hlrp.chosen import read_clips
-from hlrp.clips import Clips, Sizes
-from hlrp.permutation import hash_integers, permute
+from hlrp.clips import Clips, Sizes, refuse_not_finite
+from hlrp.contract import hash_integers, permute
+from hlrp.images import stacked
+from hlrp.metrics import column_statistics, normalisable
 from hlrp.streams import StreamClips
-from hlrp.transforms import stacked
+
+logger = logging.getLogger(__name__)
+STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
+MAX_STEPS = 1000  # of this length, before all of a source are called broken
+MAX_EPISODES = 1000  # whose actions statistics are taken of
+
+
+def action_statistics(clips) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation float32 (a,) of the actions in the labelled episodes, or in `MAX_EPISODES` of them
+    all over the source; as `normalisable` has them. 0 and 1 where there are none."""
+    clips = held(clips, num_episodes=256) if clips.source.action_dim else clips
+    source = clips.source
+    episodes = np.random.default_rng(0).permutation(clips.labelled_episodes)[:MAX_EPISODES]
+    if not source.action_dim or not len(episodes):
+        return torch.zeros(source.action_dim), torch.ones(source.action_dim)
+    found = normalisable(column_statistics(whole_column(source, "actions", np.sort(episodes))))
+    return torch.from_numpy(found["mean"]).float(), torch.from_numpy(found["std"]).float()
+
+
+def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
+    """`actions` or `states` of all frames of these episodes, (frames, d). Raises ValueError where one is not finite."""
+    parts = []
+    for episode in map(int, episodes):
+        part = getattr(source, name)(episode, np.arange(source.lengths[episode])).numpy()
+        refuse_not_finite(f"{source.uri}, episode {episode}: {name.removesuffix('s')}", part)
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:
+    """The clips at `indices`, and what could not be read: with `skip_broken`, another clip takes its place."""
+    if not skip_broken:
+        return clips.__getitems__(indices), []
+    try:
+        return clips.__getitems__(indices), []
+    except ValueError:
+        skipped = []
+        return [read_or_next(clips, int(index), skipped) for index in indices], skipped
+
+
+def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
+    """The clip, or the first one to be read of a walk from it through all of them."""
+    stride = next(n for n in count(STRIDE) if gcd(n, len(clips)) == 1)
+    for step in range(min(len(clips), MAX_STEPS)):
+        try:
+            return clips[(index + step * stride) % len(clips)]
+        except ValueError as error:
+            skipped.append(str(error))
+    raise ValueError(f"{clips.source.uri}: none of {step + 1} clips all over it can be read: {skipped[-1]}")
+
+
+class Chosen(Subset):
+    """Some clips. With `skip_broken`, another takes the place of one that cannot be read, which is logged."""
+
+    def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
+        super().__init__(clips, indices)
+        self.skip_broken = skip_broken
+
+    def __getitem__(self, place: int) -> dict:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[dict]:
+        found, skipped = read_clips(self.dataset, [self.indices[i] for i in places], self.skip_broken)
+        for message in skipped:
+            logger.warning("skipped %s", message)
+        return found
+
+
+def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) -> Chosen:
+    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches. Of a stream, eight of
+    each of its first episodes."""
+    everywhere = clips
+    clips = held(clips, num_episodes=-(-max_clips // 8))
+    borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
+    chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
+    if clips is not everywhere:
+        clips.source.forget_all_but(clips.frames_of(chosen))
+    return Chosen(clips, chosen, skip_broken)
+
+
+def held(clips, num_episodes: int) -> Clips:
+    """The clips; of a stream, those of its first episodes, in memory."""
+    return clips if isinstance(clips, Clips) else clips.hold(num_episodes)
+
 
 BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 

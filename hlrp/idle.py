@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from hlrp.clips import place_of, short
-from hlrp.splits import is_stream
-from hlrp.transforms import fit
+from hlrp.contract import is_stream
+from hlrp.images import fit
 
 IMAGE_SIZE = 64  # at which motion is measured [pixel]
 CHUNK = 256  # frames read together

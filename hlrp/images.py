@@ -1,12 +1,18 @@
-"""Encoded frames: JPEG, PNG, and raw YUV 4:2:0 as an NPY array, each known by its first bytes. No pickle is read."""
+"""Encoded frames: JPEG, PNG, and raw YUV 4:2:0 as an NPY array, each known by its first bytes. No pickle is read.
+
+What happens to frames between the decoder and the batch, and to features of them.
+"""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
 JPEG, PNG, NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
@@ -75,3 +81,74 @@ def from_yuv420(planes: np.ndarray) -> np.ndarray:
     import av
 
     return av.VideoFrame.from_ndarray(planes, "yuv420p").to_ndarray(format="rgb24")
+
+
+def fit(frames: Tensor, image_size: int) -> Tensor:
+    """Letterbox: the whole picture inside a square, aspect kept, antialiased, black around it.
+
+    frames: uint8 (t, c, h, w) of any size; returns uint8 (t, c, image_size, image_size).
+    """
+    h, w = frames.shape[-2:]
+    if h == w == image_size:
+        return frames
+    scale = image_size / max(h, w)
+    new_h, new_w = max(round(h * scale), 1), max(round(w * scale), 1)
+    if (new_h, new_w) != (h, w):
+        frames = resize(frames, (new_h, new_w))
+    if new_h == new_w:
+        return frames
+
+    top, left = (image_size - new_h) // 2, (image_size - new_w) // 2
+    canvas = frames.new_zeros(*frames.shape[:2], image_size, image_size)
+    canvas[..., top : top + new_h, left : left + new_w] = frames
+    return canvas
+
+
+def fit_all(clips: Sequence[Tensor], image_size: int) -> list[Tensor]:
+    """Each as `fit` gives it; clips of one shape all at once, into one memory."""
+    shapes = {clip.shape for clip in clips}
+    if len(shapes) != 1 or shapes.pop()[-2:] == (image_size, image_size):
+        return [fit(clip, image_size) for clip in clips]
+    frames = fit(stacked(clips).flatten(0, 1), image_size)
+    return list(frames.unflatten(0, (len(clips), -1)))
+
+
+def stacked(clips: Sequence[Tensor]) -> Tensor:
+    """torch.stack, but without a copy of pictures (t, c, h, w) that already lie one behind the other in one memory, and
+    else in the order that they have in theirs: t h w c where decoders made it so."""
+    first = clips[0]
+    if first.ndim != 4:
+        return torch.stack(clips)
+    memory, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    if all(
+        (clip.untyped_storage().data_ptr(), clip.storage_offset()) == (memory, start + i * size)
+        and (clip.shape, clip.stride()) == (first.shape, first.stride())
+        for i, clip in enumerate(clips)
+    ):
+        return first.as_strided((len(clips), *first.shape), (size, *first.stride()))
+    if first.stride(1) == 1:
+        return torch.stack([clip.permute(0, 2, 3, 1) for clip in clips]).permute(0, 1, 4, 2, 3)
+    return torch.stack(clips)
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear and antialiased, uint8 to uint8; the kernel for integers is the CPU's alone."""
+    if frames.device.type == "cpu":
+        return F.interpolate(frames, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
+
+
+def regrid(features: Tensor, num_tokens: int) -> Tensor:
+    """Features (b, n, d) of the n patches of a square image -> (b, num_tokens, e): those that lie in each of
+    num_tokens larger patches, side by side. Where these do not divide the grid, it is interpolated to what they do.
+
+    Raises ValueError where one of the two grids is no square.
+    """
+    side, merged = math.isqrt(features.shape[1]), math.isqrt(num_tokens)
+    if side**2 != features.shape[1] or merged**2 != num_tokens:
+        raise ValueError(f"{features.shape[1]} patches and {num_tokens} tokens; expected two square numbers")
+    factor = max(1, round(side / merged))
+    grid = rearrange(features, "b (h w) d -> b d h w", h=side)
+    if side != merged * factor:
+        grid = F.interpolate(grid, size=(merged * factor, merged * factor), mode="bilinear")
+    return rearrange(grid, "b d (h p) (w q) -> b (h w) (p q d)", p=factor, q=factor)

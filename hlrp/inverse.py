@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
-from hlrp.chosen import action_statistics, choose_demonstrations
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
-from hlrp.data import Mixture, loader
+from hlrp.contract import choose_demonstrations, split_episodes
+from hlrp.data import Mixture, action_statistics, loader
+from hlrp.images import fit
 from hlrp.laq import standardise
 from hlrp.metrics import r2_per_dim
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.sources import open_source, parse_uri
-from hlrp.splits import split_episodes
 from hlrp.training import seed_step
 from hlrp.transformer import Block, Transformer, patchify
-from hlrp.transforms import fit
 
 ACTIONS, FACTS = "actions.safetensors", "inverse.json"
 

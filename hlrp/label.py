@@ -28,12 +28,12 @@ from tqdm import tqdm
 from hlrp.checkpoints import whole_folder, write_json
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips, place_of
+from hlrp.contract import is_stream
+from hlrp.images import fit
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
 from hlrp.lerobot_files import POINT
 from hlrp.sources import open_source, parse_uri
-from hlrp.splits import is_stream
-from hlrp.transforms import fit
 from hlrp.vla import LatentSpace
 
 CAMERA = "observation.images.camera"  # of video that becomes a dataset here

@@ -7,6 +7,8 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
     loss   = |decode(o[t], codes) - target(o[t + delta])|^2 + quantizer loss
 
 The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
+
+The decoder of LAQ: what the second frame looks like, by the first one and the latent action.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +22,45 @@ from torch import Tensor, nn
 from tyro.conf import Fixed, Suppress
 
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
-from hlrp.laq_decoder import Decoder
-from hlrp.losses import ActionReadout
 from hlrp.quantizers import QuantizerName, make_quantizer
-from hlrp.transformer import Transformer, patchify, unpatchify
+from hlrp.transformer import ActionReadout, Transformer, patchify, unpatchify
+
+
+class Decoder(nn.Module):
+    """The first frame, codes and further context -> one prediction a patch and target, "nothing changes" at first.
+
+    The codes scale and shift what every block reads (FiLM, Perez et al. 2017, arXiv:1709.07871; in a transformer:
+    Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2). Context tokens stand before the patches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        depth: int,
+        num_tokens: int,
+        grid: tuple[int, ...],
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+    ):
+        """inputs, outputs: numbers a patch of each, by name."""
+        super().__init__()
+        self.from_codes = nn.Linear(num_tokens * dim, dim)
+        self.to_modulations = nn.ModuleList(nn.Linear(dim, 4 * dim, bias=False) for _ in range(depth))
+        self.from_inputs = nn.ModuleDict({name: nn.Linear(size, dim) for name, size in inputs.items()})
+        self.transformer = Transformer(dim, depth, num_heads, grid)
+        self.to_outputs = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in outputs.items()})
+        for head in self.to_outputs.values():
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+        patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
+        condition = self.from_codes(codes.flatten(1))
+        modulations = [layer(condition)[:, None] for layer in self.to_modulations]  # b 1 4d
+        patches = patches + condition[:, None]
+        hidden = self.transformer(patches, context, modulations)[:, -patches.shape[1] :]
+        return {name: head(hidden).float() for name, head in self.to_outputs.items()}
 
 
 class Size(NamedTuple):
@@ -300,7 +337,7 @@ class LAQ(nn.Module):
     def flow(self, frames: Tensor) -> Tensor:
         """The teacher's optical flow (b, 2, h, w) [pixel]. It is loaded here: encoding alone does not need it."""
         if self.flow_teacher is None:
-            from hlrp.optical_flow import FlowTeacher
+            from hlrp.backbones import FlowTeacher
 
             self.flow_teacher = Frozen(FlowTeacher(self.config.flow_teacher)).to(frames.device)
         return self.flow_teacher(frames)
@@ -308,7 +345,7 @@ class LAQ(nn.Module):
     def term(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of one target, a scalar."""
         if name == "flow":
-            from hlrp.optical_flow import flow_loss
+            from hlrp.backbones import flow_loss
 
             flows = [unpatchify(x, self.patch_size, self.grid) for x in (prediction, target)]
             return flow_loss(*flows, self.config.mean_flow_weight).mean()

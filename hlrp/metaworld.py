@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from hlrp.run_folder import hold
+from hlrp.checkpoints import hold
 
 CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 CONTROL_FREQ = 80  # environment steps a second

@@ -1,19 +1,152 @@
-"""Pictures during training: which strategies are drawn, of which buckets of samples, and how often."""
+"""Pictures during training: which strategies are drawn, of which buckets of samples, and how often.
+
+Buckets: named sets of validation samples, by what is known of a sample.
+
+A bucket is a line `NAME: CONDITION and CONDITION ...`, a condition one of
+
+    dataset=bridge          equal, as text
+    dataset!=bridge         different
+    dataset in ego4d,ssv2   one of several
+    task~left               holds the text, in capitals or not
+
+of the fields that a sample has: dataset, task, episode, index (its first frame), fps, and what its source adds
+(`embodiment` in the built-in world). The bucket `all` is always there.
+"""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from hlrp import charts
-from hlrp.buckets import Bucket, fill
+from hlrp import plots as charts
 from hlrp.laq import LAQ
-from hlrp.shown import Latents, Shown, Skip
-from hlrp.strategies import STRATEGIES
+from hlrp.strategies import STRATEGIES, Latents, Shown, Skip
+
+EVERYTHING = "all"
+EXAMPLE = "'left: task~left' fits, or a file of such lines"
+
+
+class Condition(NamedTuple):
+    field: str
+    test: str  # "=", "!=", "in" or "~"
+    values: tuple[str, ...]
+
+    def holds(self, value: object) -> bool:
+        value = str(value)
+        match self.test:
+            case "~":
+                return self.values[0].lower() in value.lower()
+            case "!=":
+                return value != self.values[0]
+            case _:
+                return value in self.values
+
+
+class Bucket(NamedTuple):
+    name: str
+    conditions: tuple[Condition, ...] = ()
+
+    def __str__(self) -> str:
+        return " and ".join(f"{field} {test} {','.join(values)}" for field, test, values in self.conditions)
+
+    def holds(self, sample: dict) -> bool:
+        """Whether it holds a sample; one without the field in question is in no bucket that asks for it."""
+        return all(c.field in sample and c.holds(plain(sample[c.field])) for c in self.conditions)
+
+    def may_hold(self, dataset: str) -> bool:
+        """False where no sample of that data set can be in it."""
+        return all(c.holds(dataset) for c in self.conditions if c.field == "dataset")
+
+
+def plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def read_buckets(given: Sequence[str]) -> list[Bucket]:
+    """`all`, and those that the lines, and the files of lines, in `given` name. Raises ValueError naming a bad one."""
+    lines = []
+    for text in given:
+        if ":" in text and not Path(text).is_file():
+            lines.append(text)
+        elif Path(text).is_file():
+            every = (line.partition("#")[0].strip() for line in Path(text).read_text().splitlines())
+            lines += [line for line in every if line]
+        else:
+            raise ValueError(f"buckets={text!r} is no file, and no bucket: {EXAMPLE}")
+    buckets = [Bucket(EVERYTHING), *map(parse_bucket, lines)]
+    names = [bucket.name for bucket in buckets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"buckets: {name!r} is there twice; {EVERYTHING!r} always is")
+    return buckets
+
+
+def parse_bucket(line: str) -> Bucket:
+    name, _, rule = (part.strip() for part in line.partition(":"))
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"bucket {line!r}: its name is {name!r}; letters, digits, _ and - fit")
+    return Bucket(name, tuple(parse_condition(text, line) for text in re.split(r"\s+and\s+", rule)))
+
+
+def parse_condition(text: str, line: str) -> Condition:
+    found = re.fullmatch(r"([\w.]+)\s*(!=|=|~|\sin\s)\s*(.+)", text.strip())
+    if found is None:
+        raise ValueError(f"bucket {line!r}: {text!r} is no condition; FIELD=VALUE, !=, in A,B or ~TEXT fit")
+    field, test, value = (part.strip() for part in found.groups())
+    values = tuple(part.strip() for part in value.split(",")) if test == "in" else (value,)
+    return Condition(field, test, values)
+
+
+def check_fields(buckets: Sequence[Bucket], sets: dict[str, Dataset]) -> None:
+    """Raises ValueError for a field that no sample has, told by the first sample of each set."""
+    if not any(bucket.conditions for bucket in buckets):
+        return
+    known = {
+        key
+        for dataset in sets.values()
+        for key, value in dataset[0].items()
+        if not isinstance(value, Tensor) or value.ndim == 0
+    }
+    for bucket in buckets:
+        for condition in bucket.conditions:
+            if condition.field not in known:
+                fields = ", ".join(sorted(known))
+                raise ValueError(
+                    f"bucket {bucket.name}: no sample has the field {condition.field!r}; there are {fields}"
+                )
+
+
+def fill(
+    buckets: Sequence[Bucket], sets: dict[str, Dataset], limit: int, seed: int
+) -> dict[str, tuple[list[dict], Tensor]]:
+    """At most `limit` random samples of each bucket, and the number of the set of each one, int64 (b,).
+
+    All sets contribute alike while they last. They are read in turns, as far as it takes to fill the buckets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(dataset), generator=generator).tolist() for dataset in sets.values()]
+    per_turn = limit // max(1, len(sets)) + 1
+    found: dict[str, tuple[list[dict], list[int]]] = {bucket.name: ([], []) for bucket in buckets}
+    while any(orders):
+        for number, (name, dataset) in enumerate(sets.items()):
+            open_ones = [b for b in buckets if len(found[b.name][0]) < limit and b.may_hold(name)]
+            if not open_ones:
+                orders[number] = []
+            picks, orders[number] = orders[number][:per_turn], orders[number][per_turn:]
+            samples = Subset(dataset, picks).__getitems__(list(range(len(picks)))) if picks else []
+            for bucket in open_ones:
+                mine = [sample for sample in samples if bucket.holds(sample)]
+                mine = mine[: limit - len(found[bucket.name][0])]
+                found[bucket.name][0].extend(mine)
+                found[bucket.name][1].extend([number] * len(mine))
+    return {name: (samples, torch.tensor(numbers)) for name, (samples, numbers) in found.items()}
+
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,24 @@
-"""Sheets of pictures: pairs of frames, one code on many frames, many codes on one frame."""
+"""Sheets of pictures: pairs of frames, one code on many frames, many codes on one frame.
 
+Charts of latent actions: how often codes are used, where latent actions lie, what they say of actions and motion.
+"""
+
+import io
 import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from einops import repeat
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
 from torch import Tensor
+
+from hlrp.metrics import code_counts, entropy, is_constant, principal_components
 
 NUM_CODES = 16  # codes applied to one frame
 CELL, GAP, LINE = 160, 8, 18  # least side of a picture, space between two, height of a line of text [pixel]
@@ -110,7 +119,7 @@ def picture(predictions: dict[str, Tensor]) -> Tensor:
     """Predicted pixels, or flow as colours: (b, c, h, w) in [0, 1]."""
     if "pixels" in predictions:
         return predictions["pixels"].float().cpu()
-    from hlrp.optical_flow import flow_to_rgb
+    from hlrp.backbones import flow_to_rgb
 
     return flow_to_rgb(predictions["flow"].cpu()) / 255
 
@@ -134,3 +143,172 @@ def frequent(indices: Tensor) -> dict[str, int]:
     for i in counts[number].argsort(descending=True, stable=True).tolist():
         sample_of.setdefault(" ".join(map(str, indices[i].tolist())), i)
     return dict(list(sample_of.items())[:NUM_CODES])
+
+
+INK, BLUE, GREY, ORANGE = "#1f2933", "#2563eb", "#9aa5b1", "#d97706"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+}
+DPI = 144  # twice a page's own, for sharp letters
+MAX_SCATTERED = 1500
+MAX_SEQUENCES = 30  # shown by name
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def usage_chart(indices: Tensor, codebook_size: int) -> Figure:
+    """How often each code is used at each token position. indices: int64 (b, m)."""
+    counts = code_counts(indices.cpu(), codebook_size)
+    figure = Figure(figsize=(8, 0.4 + 1.2 * len(counts)), layout="constrained")
+    for i, axes in enumerate(figure.subplots(len(counts), sharex=True, sharey=True, squeeze=False)[:, 0]):
+        axes.stairs(counts[i] / len(indices), np.arange(codebook_size + 1) - 0.5, fill=True, color=BLUE)
+        axes.axhline(1 / codebook_size, color=GREY, linewidth=0.8, linestyle="--")
+        used, perplexity = (counts[i] > 0).sum(), entropy(counts[i]).exp()
+        axes.set_title(f"token {i}: {used} of {codebook_size} codes used, perplexity {perplexity:.1f}")
+        axes.set_ylabel("share")
+        axes.margins(x=0)
+    axes.set_xlabel("code (dashed: all codes equally often)")
+    return figure
+
+
+def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> Figure:
+    """How often each whole sequence of codes occurs, the most frequent first."""
+    shown = min(len(sequences), MAX_SEQUENCES)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    left.bar(range(shown), counts[:shown], color=BLUE)
+    left.set_xticks(range(shown), sequences[:shown], rotation=90, size=7, family="monospace")
+    left.set_ylabel("samples")
+    left.set_title(f"the {shown} most frequent of {len(sequences)} sequences")
+    left.margins(x=0.01)
+    right.plot(range(1, len(counts) + 1), np.cumsum(counts) / sum(counts), color=BLUE)
+    right.set_xscale("log")
+    right.set_xlabel("sequences, the most frequent first")
+    right.set_ylabel("share of the samples")
+    right.set_ylim(0, 1.02)
+    right.set_title("how many it takes to cover the samples")
+    return figure
+
+
+def directions(actions: Tensor) -> np.ndarray:
+    """A colour for each action (b, a): its direction in the first two dimensions that vary as hue, its length as
+    saturation."""
+    actions = actions[:, ~is_constant(actions)].double()
+    actions = (actions - actions.mean(dim=0)) / actions.std(dim=0)
+    x, y = actions[:, 0], actions[:, 1] if actions.shape[1] > 1 else torch.zeros_like(actions[:, 0])
+    hue = torch.atan2(y, x) / (2 * torch.pi) % 1
+    length = torch.hypot(x, y)
+    saturation = (length / length.quantile(0.8)).clamp(max=1)
+    return hsv_to_rgb(torch.stack([hue, saturation, torch.full_like(hue, 0.85)], dim=1).numpy())
+
+
+def latent_map(vectors: Tensor, actions: Tensor | None) -> Figure:
+    """The first two principal components of latent actions (b, d), coloured by their actions (b, a)."""
+    rows = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MAX_SCATTERED]
+    place = principal_components(vectors[rows], torch.ones(len(rows), dtype=torch.bool), 2)
+    place = torch.cat([place, torch.zeros(len(place), 2)], dim=1)[:, :2]  # of one dimension, a line
+    noise = 0.02 * place.std() * torch.randn(place.shape, generator=torch.Generator().manual_seed(0))
+    has_direction = actions is not None and not is_constant(actions).all()
+    colours = directions(actions)[rows] if has_direction else GREY
+    figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*(place + noise).T, s=9, c=colours, alpha=0.75, linewidths=0)
+    axes.set_xlabel("first principal component")
+    axes.set_ylabel("second")
+    axes.set_aspect("equal", adjustable="datalim")
+    if has_direction and int((~is_constant(actions)).sum()) > 1:
+        wheel = axes.inset_axes((0.86, 0.84, 0.15, 0.15), projection="polar")
+        angles = np.linspace(0, 2 * np.pi, 60)
+        hues = hsv_to_rgb(np.stack([angles / (2 * np.pi) % 1, np.ones(60), np.full(60, 0.85)], axis=1))
+        wheel.bar(angles, 1, width=2 * np.pi / 58, bottom=0.6, color=hues)
+        wheel.set_axis_off()
+    return figure
+
+
+class Scatter(NamedTuple):
+    title: str
+    values: Tensor  # (b, 2)
+    groups: Tensor  # int64 (b,): each has a colour of its own
+    names: tuple[str, str]  # of the axes
+
+
+def scatters(parts: Sequence[Scatter]) -> Figure:
+    """Values in two dimensions, a colour for each group and a cross at its mean."""
+    columns = min(3, len(parts))
+    num_rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.5 * num_rows), layout="constrained")
+    every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(parts)]
+    for part, axes in zip(parts, every, strict=True):
+        names, colours = group_colours(part.groups)
+        axes.scatter(*part.values[:MAX_SCATTERED].T, s=8, c=colours[:MAX_SCATTERED], alpha=0.6, linewidths=0)
+        for name in names:
+            mine = part.groups == name
+            axes.scatter(*part.values[mine].mean(dim=0), s=70, marker="X", color=colours[mine][:1], edgecolors=INK)
+        axes.set_title(part.title)
+        axes.set_xlabel(part.names[0])
+        axes.set_ylabel(part.names[1])
+    for axes in list(figure.axes)[len(parts) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def group_colours(groups: Tensor) -> tuple[list[int], np.ndarray]:
+    """The groups in the order of their numbers, and a colour for each sample."""
+    names, place = groups.unique(return_inverse=True)
+    hues = place.numpy() / max(len(names), 1)
+    return names.tolist(), matplotlib.colormaps["turbo"](0.05 + 0.9 * hues)
+
+
+def compasses(means: dict[str, list[dict[int, Tensor]]]) -> Figure:
+    """means: row title -> for each token position, code -> mean flow (2,), right and down [pixel]. An arrow a code."""
+    width = max(len(row) for row in means.values())
+    figure = Figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
+    grid = figure.subplots(len(means), width, squeeze=False)
+    for axes_row, (title, row) in zip(grid, means.items(), strict=True):
+        longest = max(float(flow.norm()) for codes in row for flow in codes.values()) or 1.0
+        for position, (axes, codes) in enumerate(zip(axes_row, row, strict=True)):
+            names, colours = group_colours(torch.tensor([*codes]))
+            for name, colour in zip(names, colours, strict=True):
+                x, y = codes[name].tolist()
+                axes.annotate("", (x, -y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
+                axes.text(1.12 * x, -1.12 * y, str(name), ha="center", va="center", size=7.5)
+            axes.set_xlim(-1.3 * longest, 1.3 * longest)
+            axes.set_ylim(-1.3 * longest, 1.3 * longest)
+            axes.set_aspect("equal")
+            axes.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+            axes.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+            axes.set_title(f"token {position}, {title}")
+            axes.tick_params(labelsize=7)
+    figure.supxlabel("mean optical flow of the pairs with a code: right and up [pixel]", size=9)
+    return figure
+
+
+def heat_map(shares: Tensor, names: Sequence[str]) -> Figure:
+    """shares (m, k, s): of the samples of each of s sources, those with a code k at a token position m."""
+    num_tokens, codebook_size, num_sources = shares.shape
+    height = min(0.8 + 0.16 * num_tokens * codebook_size, 16.0)  # of thousands of codes too
+    figure = Figure(figsize=(1.5 + 1.1 * num_sources * 1.3, height))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.flatten(0, 1), aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    axes.set_xticks(range(num_sources), names, rotation=20, ha="right")
+    middles = [(i + 0.5) * codebook_size - 0.5 for i in range(num_tokens)]
+    axes.set_yticks(middles, [f"token {i}" for i in range(num_tokens)])
+    for i in range(1, num_tokens):
+        axes.axhline(i * codebook_size - 0.5, color=INK, linewidth=0.8)
+    axes.tick_params(length=0)
+    axes.set_title(f"share of a source's samples with each of {codebook_size} codes")
+    figure.colorbar(image, ax=axes)
+    return figure

@@ -30,9 +30,9 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
-from hlrp.losses import masked_mean
+from hlrp.images import fit
 from hlrp.metrics import normalisable
-from hlrp.transforms import fit
+from hlrp.transformer import masked_mean
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
 

@@ -2,7 +2,7 @@
 figures believable.
 
     python -m hlrp.probe --latents outputs/laq/checkpoints/last/pretrained_model    # on the data it learned from
-    python -m hlrp.probe --latents latents.npz --data lerobot:REPO --delta 0.2   # of another model, see hlrp.latents
+    python -m hlrp.probe --latents latents.npz --data lerobot:REPO --delta 0.2  # of another model
     python -m hlrp.probe --compare outputs/probe outputs/other_probe
 
 Prints a table and a verdict, and writes OUTPUT_DIR/card.json and the page OUTPUT_DIR/card.html, one file that needs no
@@ -23,7 +23,9 @@ from hlrp.cli import tell_mistakes
 
 @dataclass
 class Args:
-    latents: Path | None = None  # what to judge: pretrained_model folder of a LAQ, or .npz or .parquet (hlrp.latents)
+    latents: Path | None = (
+        None  # what to judge: pretrained_model folder of a LAQ, or .npz or .parquet (hlrp.card_subjects)
+    )
     data: tuple[str, ...] = ()  # sources, as for train_laq.py; by default those that the LAQ learned from
     compare: tuple[Path, ...] = ()  # put these cards side by side: folders, or card.json files
 
@@ -53,10 +55,9 @@ def main(args: Args) -> None:
         compare(args.compare, args.output_dir)
         return
     check(args)
-    from hlrp.card_page import page
-    from hlrp.card_table import text
+    from hlrp.card_page import page, text
+    from hlrp.card_verdict import CARD
     from hlrp.checkpoints import write_json, write_text
-    from hlrp.verdict import CARD
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     document, pictures = judge(args)
@@ -117,13 +118,12 @@ def parse_groups(texts: tuple[str, ...]) -> dict[str, list[int]]:
 
 def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
     """The card as plain JSON, and the pictures of each source, PNG by name."""
-    from hlrp.judging import Checkpoint, File
+    from hlrp.card_subjects import Checkpoint, File, read_latents
+    from hlrp.card_verdict import passed, verdict
+    from hlrp.distributed import keep_freed_memory
     from hlrp.laq import LAQ
-    from hlrp.latents import read_latents
-    from hlrp.launch import keep_freed_memory
+    from hlrp.laq_validation import Share
     from hlrp.sources import expand, named_apart, open_source, parse_uri
-    from hlrp.validation import Share
-    from hlrp.verdict import passed, verdict
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type == "cpu":
@@ -175,8 +175,7 @@ def read_card(path: Path) -> dict:
 
 def compare(paths: tuple[Path, ...], output_dir: Path) -> None:
     """Prints cards side by side, and writes compare.html."""
-    from hlrp.card_page import compare_page
-    from hlrp.card_table import side_by_side, text_table
+    from hlrp.card_page import compare_page, side_by_side, text_table
     from hlrp.checkpoints import write_text
 
     documents = {str(path): read_card(path) for path in paths}

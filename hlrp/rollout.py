@@ -80,8 +80,7 @@ def environment(type: str, tasks: str | None):
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo, which reads it when it is imported, draws without a screen
     from lerobot.envs import make_env_config
 
-    import hlrp.metaworld_env  # noqa: F401  the type hlrp_metaworld
-    import hlrp.world_env  # noqa: F401  the type hlrp_world
+    import hlrp.envs  # noqa: F401  the type hlrp_metaworld
 
     return make_env_config(type, **({"task": tasks} if tasks else {}))
 

@@ -10,6 +10,8 @@
 
 Opening reads the header and the first tables, checked; the rest is read where it is needed. A row is not checked: a
 wrong one leads to data that fail their checksum. All checksums are CRC32C.
+
+What is wrong with a shard: every checksum, and the TAR against its index.
 """
 
 import hashlib
@@ -294,3 +296,40 @@ def to_safetensors(tables: dict[str, np.ndarray], facts: dict) -> bytes:
     head = len(text).to_bytes(8, "little") + text
     checksum = google_crc32c.value(head).to_bytes(4, "little")
     return head + checksum + b"".join(table.tobytes() for table in tables.values())
+
+
+def faults(tar: Path) -> Iterator[str]:
+    """A line for each fault, with file and member."""
+    try:
+        index = read_index(tar.with_suffix(SUFFIX))
+    except ValueError as error:
+        yield str(error)
+        return
+    for name in index.facts["checksums"]:
+        try:
+            index.table(name)
+        except ValueError as error:
+            yield str(error)
+    if file_checksum(tar)[1] != index.facts["tar_checksum"]:
+        yield f"{tar}: checksum of the whole file differs"
+
+    frames = index.rows("frames", 0, int(index.lengths.sum()))
+    members = [row for row in index.rows("members", 0, len(index.lengths)) if row != ABSENT]
+    for number, row in enumerate(members + frames):
+        try:
+            index.read([row], lambda _, number=number: f"member {number}")
+        except ValueError as error:
+            yield str(error)
+
+    expected = {start: size for start, size, _ in members + frames}
+    try:
+        with open(tar, "rb") as file:
+            for sample in read_samples(file, str(tar), index.facts.get("ignore", ())):
+                for member in sample.members.values():
+                    if expected.pop(member.start, None) != len(member.data):
+                        yield f"{tar}: {member.name}: not where the index has it"
+    except ValueError as error:
+        yield str(error)
+        return
+    for start in sorted(expected):
+        yield f"{tar}: no member at byte {start}, where the index has one"

@@ -17,14 +17,13 @@ from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
 from hlrp.checkpoints import sync
+from hlrp.contract import is_stream
 from hlrp.idle import episode_scores
-from hlrp.images import JPEG, NPY, PNG
+from hlrp.images import JPEG, NPY, PNG, fit
 from hlrp.shard_index import SUFFIX, index_tar
 from hlrp.sources import open_source
-from hlrp.splits import is_stream
 from hlrp.streams import Episode
 from hlrp.tars import END, array_bytes, changes_of, member_bytes
-from hlrp.transforms import fit
 
 logger = logging.getLogger(__name__)
 Codec = Literal["jpeg", "png", "yuv420"]

@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import sync, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.shard_check import faults
+from hlrp.contract import is_stream
 from hlrp.shard_data import PLAN, find_tars, missing_shards, read_plan
-from hlrp.shard_index import FORMAT, SUFFIX, index_tar, read_index
+from hlrp.shard_index import FORMAT, SUFFIX, faults, index_tar, read_index
 from hlrp.shard_writer import Codec, Job, Settings, frame_numbers, naming, opened, view_of, write_shard
 from hlrp.sources import parse_uri
-from hlrp.splits import is_stream
 
 
 def slurm(name: str, default: int) -> int:

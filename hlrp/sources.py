@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from hlrp.open_x import MIXTURES, mixture
-from hlrp.splits import is_stream
+from hlrp.contract import instructions_of, is_stream
+from hlrp.rlds import MIXTURES, mixture
 from hlrp.streams import in_turns, readable
 
 
@@ -188,10 +188,3 @@ def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:
                 if not skip_broken:
                     raise
     return sorted(found)
-
-
-def instructions_of(source, episode: int) -> list[str]:
-    """The task at each frame of an episode; at the first one alone, where a source has one for the whole episode."""
-    if hasattr(source, "instructions"):
-        return source.instructions(episode, range(source.lengths[episode]))
-    return [source.read(episode, [0])["task"]]

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from hlrp.clips import Clips, Sizes, too_coarse
+from hlrp.contract import EpisodeRange, hash_integers, permute
 from hlrp.images import decode_all
-from hlrp.permutation import hash_integers, permute
-from hlrp.splits import EpisodeRange
 
 logger = logging.getLogger(__name__)
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]

@@ -35,13 +35,36 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hlrp.checkpoints import WEIGHTS, link_last, load_weights, save_tensors, whole_folder, write_json, write_text
-from hlrp.intake import Intake
-from hlrp.launch import fails_first, keep_freed_memory, under_launcher, wait_for_all, watch_over
+from hlrp.checkpoints import (
+    WEIGHTS,
+    changes,
+    check_output_dir,
+    contents,
+    git_state,
+    last_checkpoint,
+    link_last,
+    load_weights,
+    lock,
+    save_tensors,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from hlrp.distributed import (
+    Stopwatch,
+    Watchdog,
+    fails_first,
+    full,
+    full_copies,
+    keep_freed_memory,
+    sharding,
+    stragglers,
+    under_launcher,
+    wait_for_all,
+    watch_over,
+)
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.run_folder import changes, check_output_dir, contents, git_state, last_checkpoint, lock
-from hlrp.sharding import full, full_copies, sharding
-from hlrp.watchdog import Stopwatch, Watchdog, stragglers
+from hlrp.training_log import Intake
 
 # exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
 INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
@@ -57,7 +80,7 @@ class Run:
     """One output folder from the first step to the last, shared by all ranks of an `accelerate.Accelerator`.
 
     settings: plain values, recorded in run.json; a resume with others is refused. data: the parts of the mixture.
-    As a context, or in a function that `hlrp.launch.ends_its_run` wraps, run.json says how the run ended, whatever
+    As a context, or in a function that `hlrp.distributed.ends_its_run` wraps, run.json says how the run ended, whatever
     happens: done, interrupted, or failed and why.
     """
 
@@ -222,7 +245,7 @@ class Run:
 
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
         """How many samples of an optimizer step, on all ranks, have actions, how many have latent actions, and of how
-        many the point is known, for each of its batches: the counts by which `hlrp.losses.masked_mean` is exact."""
+        many the point is known, for each of its batches: the counts by which `hlrp.transformer.masked_mean` is exact."""
         counts = {}
         if "action_is_pad" in batches[0]:
             counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)

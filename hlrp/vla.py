@@ -21,9 +21,9 @@ from tyro.conf import Fixed, Suppress
 
 from hlrp.action_expert import ActionExpert, ExpertBlock, mean_over_steps
 from hlrp.checkpoints import load_config, load_weights, save_pretrained
-from hlrp.losses import ActionReadout, masked_mean
-from hlrp.running import RunningNorm
-from hlrp.transforms import regrid
+from hlrp.images import regrid
+from hlrp.quantizers import RunningNorm
+from hlrp.transformer import ActionReadout, masked_mean
 from hlrp.vlm import VLM, Encoded, VLMConfig
 
 NUM_DRAWS = 16  # sequences of codes that an expectation is estimated from

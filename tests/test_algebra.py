@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hlrp.algebra import algebra
+from hlrp.card import algebra
 from hlrp.laq import LatentActions
 
 

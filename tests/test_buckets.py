@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hlrp.buckets import check_fields, fill, parse_bucket, read_buckets
 from hlrp.clips import Clips
+from hlrp.pictures import check_fields, fill, parse_bucket, read_buckets
 from hlrp.world import World
 
 

@@ -17,9 +17,9 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import transfer_matrix
+from hlrp.card_verdict import passed, verdict
 from hlrp.laq import LatentActions
-from hlrp.probes import episode_split
-from hlrp.verdict import passed, verdict
+from hlrp.metrics import episode_split
 
 SIZE = {"pairs": 800, "health": {"dims": 2, "effective_dims": 2.0}}
 

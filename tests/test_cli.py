@@ -19,9 +19,9 @@ import train_laq
 import train_vla
 from hlrp.cli import LIBRARY, mistake
 from hlrp.data import Loader
-from hlrp.losses import masked_mean
 from hlrp.metaworld import render
 from hlrp.quantizers import make_quantizer
+from hlrp.transformer import masked_mean
 
 COMMANDS = "bakeoff curve inverse label probe rollout runs shards".split()
 DERIVED = {

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hlrp.chosen import action_statistics, choose_clips, choose_demonstrations, labelled_episodes, labelled_share
 from hlrp.clips import Clips
-from hlrp.data import BLOCK_SIZE, Mixture, collate, loader
+from hlrp.contract import choose_demonstrations, labelled_episodes, labelled_share, split_episodes
+from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader
 from hlrp.sources import expand, open_source, open_sources, parse_uri
-from hlrp.splits import split_episodes
 
 
 class Counting:

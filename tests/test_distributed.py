@@ -22,9 +22,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train_vla
-from hlrp import pictures, validation
+from hlrp import laq_validation as validation
+from hlrp import pictures
+from hlrp.distributed import distribute
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.sharding import distribute
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
 

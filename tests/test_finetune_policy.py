@@ -22,8 +22,8 @@ from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.lerobot_flags import lerobot_flags, policy_settings
 from hlrp.policy import HLRPConfig, HLRPPolicy
+from hlrp.policy_data import lerobot_flags, policy_settings
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
@@ -234,7 +234,7 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):
-    from hlrp.splits import split_episodes
+    from hlrp.contract import split_episodes
 
     source = open_source("world:clean?episodes=24")
     train_episodes, val_episodes = split_episodes(source, 0.1, 0)
@@ -284,7 +284,7 @@ def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, mo
     monkeypatch.setenv("HLRP_CACHE", str(tmp_path / "cache"))
     data = ("metaworld:reach-v3,door-open-v3?episodes=3&size=32",)
     env = {"env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"), "eval": EvalArgs(2, 2), "env_eval_freq": 2}
-    monkeypatch.setattr("hlrp.metaworld_env.MAX_STEPS", 40)
+    monkeypatch.setattr("hlrp.envs.MAX_STEPS", 40)
     train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
     logged = lines(tmp_path / "run", "env")
     assert [line["step"] for line in logged] == [2, 4]

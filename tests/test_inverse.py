@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hlrp.contract import split_episodes
 from hlrp.inverse import ACTIONS, Args, PseudoLabelled, main
 from hlrp.sources import open_source
-from hlrp.splits import split_episodes
 
 DATA = "world:arm?episodes=40"
 

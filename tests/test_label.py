@@ -23,9 +23,9 @@ from hlrp.data import collate
 from hlrp.label import Args, cached_space, latent_space, main
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.lerobot_data import LeRobotData
-from hlrp.predictions import label
 from hlrp.sources import open_source
 from hlrp.vla import LatentSpace
+from hlrp.vla_validation import label
 
 FIXTURE = Path(__file__).parent / "data/rlds_fixture"
 CONFIG = LAQConfig(delta=0.3, image_size=32, patch_size=8, codebook_size=64)  # 3 frames at 10 fps

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hlrp.latents import pairs_of, read_latents
+from hlrp.card_subjects import pairs_of, read_latents
 from hlrp.world import World
 
 WORLD = World("clean", episodes=6)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hlrp import videos
-from hlrp.chosen import choose_demonstrations
 from hlrp.clips import Clips
+from hlrp.contract import choose_demonstrations
 from hlrp.data import Mixture, loader
 from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
 from hlrp.sources import instructions, open_source

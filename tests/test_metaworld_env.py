@@ -8,8 +8,8 @@ import pytest
 os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
+from hlrp.envs import HLRPMetaWorld, MetaWorld
 from hlrp.metaworld import Setting, lerobot_config, render_episode
-from hlrp.metaworld_env import HLRPMetaWorld, MetaWorld
 
 TASK = "door-open-v3"
 
@@ -49,7 +49,7 @@ def test_a_seed_places_objects_as_in_lerobots_own_environment():
 
 
 def test_environments_of_a_task_run_side_by_side_and_end_alone(monkeypatch):
-    monkeypatch.setattr("hlrp.metaworld_env.MAX_STEPS", 12)
+    monkeypatch.setattr("hlrp.envs.MAX_STEPS", 12)
     (first, second) = HLRPMetaWorld("reach-v3,door-open-v3", image_size=32).create_envs(2)["hlrp_metaworld"].values()
     assert first.call("task") == ("reach-v3", "reach-v3") and second.call("task")[0] == "door-open-v3"
     observation, _ = first.reset(seed=[1, 2], options={NEW_ROLLOUT_OPTION: True})

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models.optical_flow import raft_small
 
-from hlrp.optical_flow import FlowTeacher, flow_loss, flow_to_rgb, mean_flow, resize_flow
+from hlrp.backbones import FlowTeacher, flow_loss, flow_to_rgb, mean_flow, resize_flow
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from hlrp import pictures
-from hlrp.buckets import read_buckets
 from hlrp.clips import Clips
-from hlrp.pictures import Binding, bindings_of, draw_pictures
-from hlrp.shown import Latents, Skip
+from hlrp.pictures import Binding, bindings_of, draw_pictures, read_buckets
+from hlrp.strategies import Latents, Skip
 from hlrp.world import World
 
 BUCKETS = read_buckets(["left: task~left", "cows: task~cow"])

@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.predictions import alarms, complete, evaluate, label, other_tasks, shuffled
 from hlrp.vla import Predicted
+from hlrp.vla_validation import alarms, complete, evaluate, label, other_tasks, shuffled
 
 TASKS = ("turn left", "turn right")
 NUM_CODES = 8

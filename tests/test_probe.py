@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from hlrp.card_subjects import trained_on_shuffled_futures, untrained, with_shuffled_futures
+from hlrp.card_verdict import faults
 from hlrp.checkpoints import write_json
-from hlrp.controls import trained_on_shuffled_futures, untrained, with_shuffled_futures
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.probe import Args, main, parse_groups
-from hlrp.verdict import faults
 from hlrp.world import World
 
 DATA = "world:default?episodes=40&seed=3"
@@ -158,8 +158,8 @@ def test_a_checkpoint_without_a_card_has_no_faults(tmp_path):
 @pytest.mark.slow
 def test_a_healthy_checkpoint_passes_and_one_of_shuffled_futures_is_called_useless(tmp_path):
     """Seven minutes."""
+    from hlrp.card_subjects import train
     from hlrp.clips import Clips
-    from hlrp.controls import train
 
     clips = Clips(World("clean"), range(2700), (0.0, 0.2), image_size=32)
     config, passed, settings = LAQConfig(image_size=32), {}, SETTINGS | {"pairs": 2000, "val_fraction": 0.1}

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from hlrp import probes
-from hlrp.metrics import r2_per_dim
-from hlrp.probes import (
+from hlrp import metrics as probes
+from hlrp.metrics import (
     NUM_FOLDS,
     PROBES,
     code_features,
@@ -11,6 +10,7 @@ from hlrp.probes import (
     one_hot_features,
     probe_features,
     probe_r2,
+    r2_per_dim,
     resampled_r2,
     ridge_predictions,
 )

@@ -14,11 +14,19 @@ import torch
 
 from hlrp import rlds
 from hlrp.images import decode
-from hlrp.open_x import BUCKET, DATASETS, MIXTURES, mixture
-from hlrp.rlds import RLDS
+from hlrp.rlds import BUCKET, DATASETS, MIXTURES, RLDS, mixture
 from hlrp.sources import instructions
-from hlrp.tfds_features import Feature, read_features, read_tensor
-from hlrp.tfrecord import masked_crc32c, parse_example, parse_feature, parse_varint, parse_varints, read_records
+from hlrp.tfrecord import (
+    Feature,
+    masked_crc32c,
+    parse_example,
+    parse_feature,
+    parse_varint,
+    parse_varints,
+    read_features,
+    read_records,
+    read_tensor,
+)
 
 DATA = Path(__file__).parent / "data"
 FIXTURE = DATA / "rlds_fixture"

@@ -20,8 +20,9 @@ from torchvision.io import encode_jpeg, encode_png
 
 from hlrp import idle, shard_writer, shards
 from hlrp.clips import Clips
+from hlrp.contract import EpisodeRange
 from hlrp.data import Mixture, collate
-from hlrp.images import decode
+from hlrp.images import decode, fit
 from hlrp.label import write_dataset
 from hlrp.lerobot_data import LeRobotData
 from hlrp.shard_data import Shards, ShardStream, is_indexed
@@ -29,10 +30,8 @@ from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
 from hlrp.shard_writer import Settings, record, view_of
 from hlrp.shards import Args, main
 from hlrp.sources import instructions, open_source
-from hlrp.splits import EpisodeRange
 from hlrp.streams import Episode, Held, clips_of
 from hlrp.tars import END, array_bytes, member_bytes, read_members
-from hlrp.transforms import fit
 
 WORLD = "world:default?episodes=12&seed=3"
 LABELLED = {"num_tokens": 2, "delta": 0.5, "camera": "", "source": "test"}

@@ -11,10 +11,8 @@ from torch import nn
 from hlrp import strategies
 from hlrp.clips import Clips
 from hlrp.data import collate
-from hlrp.shown import Latents, Shown, Skip, encoded
-from hlrp.strategies import STRATEGIES
-from hlrp.world import World, moved, pushed, simulate
-from hlrp.world_picture import IMAGE_SIZE, picture
+from hlrp.strategies import STRATEGIES, Latents, Shown, Skip, encoded
+from hlrp.world import IMAGE_SIZE, World, moved, picture, pushed, simulate
 
 SPAN = 8.0  # the longest way in Δ [pixel]
 BINS = torch.linspace(-0.6, 0.6, 4)  # of an axis: 5 codes

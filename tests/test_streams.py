@@ -7,10 +7,9 @@ import torch
 from torchvision.io import encode_png
 
 from hlrp import streams
-from hlrp.chosen import action_statistics, choose_clips, labelled_share
-from hlrp.data import Mixture, loader
+from hlrp.contract import labelled_share, split_episodes
+from hlrp.data import Mixture, action_statistics, choose_clips, loader
 from hlrp.sources import instructions
-from hlrp.splits import split_episodes
 from hlrp.streams import MAX_EPISODES, Episode, StreamClips
 
 

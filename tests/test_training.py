@@ -14,10 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hlrp import launch
-from hlrp.checkpoints import save_tensors, write_json
-from hlrp.launch import ends_its_run, set_intervals
-from hlrp.run_folder import last_checkpoint, step_of
+from hlrp import distributed as launch
+from hlrp.checkpoints import last_checkpoint, save_tensors, step_of, write_json
+from hlrp.distributed import ends_its_run, set_intervals
 from hlrp.training import Run, seed_step
 
 

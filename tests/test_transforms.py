@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hlrp.transforms import fit, regrid
+from hlrp.images import fit, regrid
 
 
 def test_a_frame_of_the_right_size_is_left_alone():

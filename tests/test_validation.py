@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hlrp.validation import alarms, evaluate, partners, scalars
+from hlrp.laq_validation import alarms, evaluate, partners, scalars
 
 
 class Brightening(torch.utils.data.Dataset):

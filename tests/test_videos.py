@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from hlrp import videos
 from hlrp.clips import Clips
+from hlrp.contract import split_episodes
 from hlrp.data import Mixture
 from hlrp.sources import named_apart, open_source, open_sources
-from hlrp.splits import split_episodes
 from hlrp.video_index import probe
 from hlrp.videos import VideoReader, Videos, read_frames
 

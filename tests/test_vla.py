@@ -9,9 +9,9 @@ from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 from hlrp.clips import Clips
 from hlrp.data import collate
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.predictions import label
 from hlrp.sources import open_source
 from hlrp.vla import VLA, LatentSpace, VLAConfig
+from hlrp.vla_validation import label
 from hlrp.vlm import VLM, VLMConfig
 
 VOCABULARY = {"head": "tokens", "token_rows": "vocabulary"}

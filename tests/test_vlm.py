@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 from torch import nn
 
-from hlrp.attention import PatchProjection
+from hlrp.backbones import PatchProjection
 from hlrp.checkpoints import load_weights, save_pretrained
-from hlrp.tiny_vlm import tiny_tokenizer
-from hlrp.vlm import VLM, VLMConfig
+from hlrp.vlm import VLM, VLMConfig, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)

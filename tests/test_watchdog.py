@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hlrp.watchdog import Stopwatch, Watchdog, stragglers
+from hlrp.distributed import Stopwatch, Watchdog, stragglers
 
 
 def test_a_process_that_gets_no_further_says_where_it_is(caplog):

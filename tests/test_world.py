@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from hlrp.world import BLOCK_BORDER, COLOURS, EDGES, FPS, MAX_LENGTH, MAX_SPEED, MIN_LENGTH, VARIANTS, World, simulate
-from hlrp.world_picture import IMAGE_SIZE  # fmt: skip
+from hlrp.world import (
+    BLOCK_BORDER,
+    COLOURS,
+    EDGES,
+    FPS,
+    IMAGE_SIZE,  # fmt: skip
+    MAX_LENGTH,
+    MAX_SPEED,
+    MIN_LENGTH,
+    VARIANTS,
+    World,
+    simulate,
+)
 
 
 def read_all(world: World, episode: int) -> dict:

@@ -9,10 +9,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 from test_policy import META
 
+from hlrp.envs import SEED, HLRPWorld, WorldEnv
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
 from hlrp.rollout import Args, main
 from hlrp.world import KINDS, World, simulate
-from hlrp.world_env import SEED, HLRPWorld, WorldEnv
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS)))

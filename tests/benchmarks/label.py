@@ -24,9 +24,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from hlrp.distributed import keep_freed_memory
 from hlrp.label import label_episode
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.launch import keep_freed_memory
 
 
 def per_pair(laq: LAQ, frames: torch.Tensor, offset: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

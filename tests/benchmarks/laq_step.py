@@ -47,8 +47,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hlrp.distributed import keep_freed_memory
 from hlrp.laq import LAQ, SIZES, LAQConfig
-from hlrp.launch import keep_freed_memory
 from hlrp.optimizers import parameter_groups
 from hlrp.transformer import Attention
 

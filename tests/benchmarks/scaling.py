@@ -18,10 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.tiny_vlm import tiny_tokenizer
 from hlrp.transformer import Block
 from hlrp.vla import VLA, LatentSpace, VLAConfig
-from hlrp.vlm import VLM, VLMConfig
+from hlrp.vlm import VLM, VLMConfig, tiny_tokenizer
 
 GPUS = (1, 8, 64, 512)
 COLUMNS = ("GPUs", "batch", "samples/s", "k tokens/s", "step, ms", "GB sent by a GPU a step", "in ms")

@@ -40,9 +40,9 @@ from torchvision.io import encode_jpeg
 
 from hlrp.clips import Clips
 from hlrp.data import Mixture, collate
+from hlrp.distributed import keep_freed_memory
 from hlrp.images import decode
 from hlrp.label import CAMERA, write_dataset
-from hlrp.launch import keep_freed_memory
 from hlrp.lerobot_data import LeRobotData
 from hlrp.shard_data import Shards
 from hlrp.shard_index import index_tar, read_index, to_safetensors

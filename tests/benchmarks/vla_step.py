@@ -30,10 +30,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from hlrp.launch import keep_freed_memory
-from hlrp.tiny_vlm import tiny_tokenizer
+from hlrp.distributed import keep_freed_memory
 from hlrp.vla import VLA, LatentSpace, VLAConfig
-from hlrp.vlm import VLM, VLMConfig
+from hlrp.vlm import VLM, VLMConfig, tiny_tokenizer
 
 SPACE = LatentSpace(0.5, num_tokens=4, codebook_size=8, vector_dim=128, image_size=64, fingerprint="")
 IMAGE_SIZE, VOCAB_SIZE = 256, 49280

@@ -1,5 +1,6 @@
 """Validation of a VLA on held-out episodes: does it predict the latent actions, by the text and by the image, and
-what do its predictions say about the actions? Every figure stands beside its control."""
+what do its predictions say about the actions? Every figure stands beside its control.
+"""
 
 from typing import NamedTuple
 
@@ -9,12 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hlrp.laq import LAQ
-from hlrp.losses import mean_action
-from hlrp.metrics import code_health
-from hlrp.probes import MIN_EPISODES, episode_split, one_hot_features, probe_r2
-from hlrp.running import nearest
-from hlrp.shown import Latents
-from hlrp.validation import COLLAPSED_UP_TO, Share
+from hlrp.laq_validation import COLLAPSED_UP_TO, Share
+from hlrp.metrics import MIN_EPISODES, code_health, episode_split, one_hot_features, probe_r2
+from hlrp.quantizers import nearest
+from hlrp.strategies import Latents
+from hlrp.transformer import mean_action
 from hlrp.vla import VLA, Predicted
 
 CONDITIONS = ("", "_shuffled_text", "_blank_image")
@@ -101,7 +101,7 @@ def evaluate(
     num_workers: int = 0,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """The report of each source, as `hlrp.validation.evaluate` makes that of a LAQ, and called alike.
+    """The report of each source, as `hlrp.laq_validation.evaluate` makes that of a LAQ, and called alike.
 
     Plain JSON; what a source does not have is left out or None:
         samples, episodes, tasks

@@ -1,5 +1,6 @@
 """Validation of a LAQ on held-out episodes: does the decoder use the code, is the codebook in use, and what
-do the codes say about the actions? Every figure stands beside its control."""
+do the codes say about the actions? Every figure stands beside its control.
+"""
 
 from collections.abc import Iterator
 from statistics import fmean
@@ -11,11 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hlrp.data import Loader, collate
+from hlrp.distributed import wait_for_all
 from hlrp.laq import LAQ
-from hlrp.launch import wait_for_all
-from hlrp.losses import mean_action
-from hlrp.metrics import code_health, gather
-from hlrp.probes import MIN_EPISODES, probe_features, probe_r2
+from hlrp.metrics import MIN_EPISODES, code_health, gather, probe_features, probe_r2
+from hlrp.transformer import mean_action
 
 IGNORED_BELOW = 1.05  # shuffled / true error below which the decoder ignores the code
 HEALTHY_FROM = 1.2  # and from which it uses it

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hlrp.card import BOTH, CHANGE, LABELS, OBSERVATION, RANDOM, SHUFFLED, Z
-from hlrp.validation import HEALTHY_FROM, alarms
+from hlrp.laq_validation import HEALTHY_FROM, alarms
 
 CARD = "probe.json"  # in a checkpoint's folder, beside config.json
 

@@ -1,12 +1,20 @@
-"""What the training scripts do before a run: settings are checked, processes and device are set up by accelerate."""
+"""What a run of many processes tells of those that hold it up.
+
+What the training scripts do before a run: settings are checked, processes and device are set up by accelerate.
+
+Models in shards on several ranks: FSDP2 (Zhao et al. 2023, arXiv:2304.11277) behind accelerate's config file.
+"""
 
 import ctypes
 import functools
 import itertools
+import logging
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -14,8 +22,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from hlrp.cli import mistake
+from hlrp.quantizers import Codebook
 
 COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, or the run ends
 WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
@@ -208,3 +220,147 @@ def tell_failure(kind, error, trace) -> None:
         why = mistake(error) or "".join(traceback.format_exception(error))
         text = f"{name} failed first:\n{why}"
     print(text, file=sys.stderr, flush=True)
+
+
+def sharding():
+    """The plugin that `accelerate launch --config_file slurm/fsdp.yaml` describes; None for any other launch.
+
+    Raises ValueError for settings of it that nothing here follows.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version}; expected 2, as in slurm/fsdp.yaml")
+    refused = {
+        "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "activation_checkpointing": plugin.activation_checkpointing,  # --gradient-checkpointing is the VLM's own
+        "offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+    }
+    for name in (name for name, is_set in refused.items() if is_set):
+        raise ValueError(f"fsdp_{name}=true; expected false, as in slurm/fsdp.yaml")
+    return plugin
+
+
+def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> nn.Module:
+    """The model on its device: whole on each rank (DDP), or in shards where the launch asks for them (FSDP2).
+
+    The optimizer is to be built on what this leaves. Of a model in shards, each of the blocks is gathered for as long
+    as it computes, and the rest from the start of the forward to the end of the backward pass. bf16: blocks are
+    gathered in it, gradients summed in float32, and autocast chooses what computes in which, as under DDP.
+    torch shards, since accelerate does so on GPUs alone, and its bf16 rounds activations, gradients and loss.
+    """
+    plugin = sharding()
+    wait_for_all()  # a model loads slowly on some nodes, and what follows has little patience
+    if plugin is None:
+        return accelerator.prepare_model(model)
+    if any(isinstance(module, Codebook) and not module.ema for module in model.modules()):
+        raise ValueError(
+            "this quantizer restarts its codes in place, which shards do not keep: quantizer=vq-ema or fsq would fit"
+        )
+    device, is_bf16 = accelerator.device.type, accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy()
+    if is_bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
+    units = [module for module in model.modules() if type(module) in blocks]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    if is_bf16:
+        for module in (*units, model):  # validation enters by other methods than the model's forward
+            module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """In here each rank holds all of a model that lies in shards, may call any method of it, and waits for no other."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        is_block = unit is not model
+        unit.set_reshard_after_forward(is_block and sharding().reshard_after_forward, recurse=False)
+        unit.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The shards of all ranks, each of which must call it, put together; what is no shard passes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The full tensors, gathered one by one, on the CPU of the ranks that keep them."""
+    found = ((name, full(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in found if keep}
+
+
+logger = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Logs a line once this process has done the same thing for `patience` [s]: what, since when, where in the code.
+
+    Again after twice the time, and so on. It ends nothing: that is for the timeout of a collective.
+    """
+
+    def __init__(self, rank: int, patience: float = 300.0):
+        self.name = f"rank {rank} on {socket.gethostname()}"
+        self.patience, self.main = patience, threading.get_ident()
+        self.stopped = threading.Event()
+        self.begins("starts")
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def begins(self, what: str) -> None:
+        self.what, self.since, self.next_report = what, time.monotonic(), self.patience
+
+    def watch(self) -> None:
+        while not self.stopped.wait(self.patience / 10):
+            if (seconds := time.monotonic() - self.since) >= self.next_report:
+                self.next_report *= 2
+                logger.warning("%s %s since %.0f s: %s", self.name, self.what, seconds, self.where())
+
+    def where(self) -> str:
+        """The innermost calls of the thread that trains."""
+        calls = traceback.extract_stack(sys._current_frames()[self.main])[-6:]
+        return " > ".join(f"{'/'.join(c.filename.split('/')[-2:])}:{c.lineno} {c.name}" for c in calls)
+
+
+class Stopwatch:
+    """Time that this rank needs for the forward passes of a model: under DDP they wait for no other rank."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.is_gpu, self.spans = device.type == "cuda", []
+        model.register_forward_pre_hook(lambda *_: self.spans.append([self.now()]))
+        model.register_forward_hook(lambda *_: self.spans[-1].append(self.now()))
+
+    def now(self):
+        if not self.is_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> float:
+        """[s] since the last call; the device has finished what it was given before."""
+        spans, self.spans = self.spans, []
+        if self.is_gpu:
+            return sum(start.elapsed_time(end) for start, end in spans) / 1000
+        return sum(end - start for start, end in spans)
+
+
+def stragglers(times: Tensor, tolerance: float = 1.5) -> str | None:
+    """A line that names the ranks which hold up the others; times: of each rank, for data and for computing [s]."""
+    totals = times.sum(dim=1)
+    median = totals.median()
+    slow = [rank for rank in totals.argsort(descending=True).tolist() if totals[rank] > tolerance * median]
+    if not slow:
+        return None
+    named = ", ".join(f"rank {r} {totals[r]:.2f} s ({times[r, 0]:.2f} waiting for data)" for r in slow[:4])
+    more = f" and {len(slow) - 4} more" if len(slow) > 4 else ""
+    return f"STRAGGLERS, time of a step before ranks meet, median {median:.2f} s: {named}{more}"

@@ -1,24 +1,40 @@
-"""A probe card's subjects: a checkpoint, which is asked, and a file, which says what it has."""
+"""A probe card's subjects: a checkpoint, which is asked, and a file, which says what it has.
 
+Latent actions of any model in a file, and the pairs of frames that they are of.
+
+`.npz` arrays or parquet columns, one row a pair:
+    episode            int: its number in the source
+    time or index      of the first frame in it: [s], or int
+    vector             float (e,): the latent action, and / or
+    codes              int (m,): its discrete tokens
+    delta              [s], from the first frame to the second: one number
+
+What latent actions are compared with: observations alone, an encoder that has learned nothing, one that has learned
+from shuffled futures, and a model of the labels alone.
+"""
+
+import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from hlrp.algebra import algebra
-from hlrp.buckets import read_buckets
 from hlrp.card import (
     LABELS,
     RANDOM,
     SHUFFLED,
     Pairs,
     Z,
+    algebra,
     dependence,
     episode_identity,
     features_of,
@@ -30,24 +46,206 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import draw
-from hlrp.chosen import action_statistics, choose_clips, labelled_episodes
-from hlrp.controls import (
-    predicted_actions,
-    principal_components,
-    trained_on_labels,
-    trained_on_shuffled_futures,
-    untrained,
-)
-from hlrp.data import collate
-from hlrp.laq import LAQ, LatentActions
-from hlrp.latents import LatentFile, pairs_of
-from hlrp.pictures import bindings_of, draw_pictures
-from hlrp.probes import MIN_EPISODES, episode_split
-from hlrp.shown import encoded
+from hlrp.clips import Clips
+from hlrp.contract import is_stream, labelled_episodes, split_episodes
+from hlrp.data import Mixture, action_statistics, choose_clips, collate, loader
+from hlrp.laq import LAQ, LAQConfig, LatentActions
+from hlrp.laq_validation import Share, code_use, encode_all
+from hlrp.metrics import MIN_EPISODES, episode_split, principal_components
+from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
+from hlrp.pictures import bindings_of, draw_pictures, read_buckets
 from hlrp.sources import named_apart, open_source, parse_uri
-from hlrp.splits import split_episodes
+from hlrp.strategies import encoded
 from hlrp.streams import clips_of
-from hlrp.validation import Share, code_use, encode_all
+from hlrp.transformer import Block, mean_action
+
+COLUMNS = ("episode", "time", "index", "vector", "codes", "delta")
+
+
+class LatentFile(NamedTuple):
+    """Rows of a file, in its order."""
+
+    path: Path
+    delta: float  # [s]
+    episode: np.ndarray  # int64 (b,)
+    time: np.ndarray | None  # float64 (b,) [s], or
+    index: np.ndarray | None  # int64 (b,)
+    vectors: Tensor  # float32 (b, n, d); of codes alone, empty: (b, 0, 0)
+    indices: Tensor | None  # int64 (b, m)
+
+    @property
+    def codebook_size(self) -> int | None:
+        return None if self.indices is None else int(self.indices.max()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+
+def read_latents(path: Path, delta: float | None = None) -> LatentFile:
+    """Reads a file. delta: where it has none. Raises ValueError for what is missing or does not fit."""
+    columns = read_columns(path)
+    if "episode" not in columns or not columns.keys() & {"time", "index"}:
+        raise ValueError(f"{path} has {', '.join(columns) or 'nothing'}; episode, and time or index, are needed")
+    if not columns.keys() & {"vector", "codes"}:
+        raise ValueError(f"{path} has {', '.join(columns)}; vector or codes, or both, are needed")
+    length = len(columns["episode"])
+    for name, column in columns.items():
+        if name != "delta" and len(column) != length:
+            raise ValueError(f"{path}: {name} has {len(column)} rows, episode {length}; one row a pair fits")
+    if "delta" in columns:
+        found = np.unique(columns["delta"])
+        if len(found) != 1 or (delta is not None and not np.isclose(found[0], delta)):
+            raise ValueError(f"{path}: delta is {found[:4].tolist()} s, --delta {delta}; one number fits")
+        delta = float(found[0])
+    if delta is None:
+        raise ValueError(f"{path} has no delta: say by --delta how many seconds lie between the two frames")
+    if not length:
+        raise ValueError(f"{path} has no rows; some thousand pairs fit")
+
+    vectors, indices = torch.zeros(length, 0, 0), None
+    if "vector" in columns:
+        vectors = torch.from_numpy(columns["vector"].reshape(length, 1, -1).astype(np.float32))
+        if not vectors.isfinite().all():
+            row = int((~vectors.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"{path}: vector of row {row} is not finite")
+    if "codes" in columns:
+        indices = torch.from_numpy(integers(path, "codes", columns["codes"]).reshape(length, -1))
+        if indices.min() < 0:
+            raise ValueError(f"{path}: a code is {indices.min()}; numbers from 0 on fit")
+    index = integers(path, "index", columns["index"]) if "index" in columns else None
+    time = columns["time"].astype(np.float64) if index is None else None
+    return LatentFile(path, delta, integers(path, "episode", columns["episode"]), time, index, vectors, indices)
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.atleast_1d(arrays[name]) for name in COLUMNS if name in arrays}
+    if path.suffix != ".parquet":
+        raise ValueError(f"{path}: {path.suffix or 'no suffix'}; .npz or .parquet fits")
+    import pyarrow.parquet as pq
+
+    known = [name for name in COLUMNS if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=known)
+    columns = {}
+    for name in known:
+        values = table[name].to_pylist()
+        sizes = {np.shape(value) for value in values}
+        if len(sizes) > 1:
+            raise ValueError(f"{path}: rows of {name} have the sizes {sorted(sizes)}; one size fits")
+        columns[name] = np.array(values)
+    return columns
+
+
+def integers(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """Raises ValueError where the values are no whole numbers."""
+    rounded = np.rint(values).astype(np.int64)
+    if (rounded != values).any():
+        raise ValueError(f"{path}: {name} has {values[rounded != values].flat[0]}; whole numbers fit")
+    return rounded
+
+
+def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
+    """The pairs of frames that the rows are of, in their order.
+
+    Raises ValueError for a row that no pair of the source fits.
+    """
+    if is_stream(source):
+        raise ValueError(f"{source.uri} is a stream, whose episodes have no numbers; an indexed source fits")
+    clips = Clips(source, np.arange(len(source.lengths)), (0.0, file.delta), image_size)
+    outside = (file.episode < 0) | (file.episode >= len(source.lengths))
+    if outside.any():
+        row = outside.nonzero()[0][0]
+        raise ValueError(
+            f"{file.path}, row {row}: episode {file.episode[row]}; {source.uri} has 0 to {len(source.lengths) - 1}"
+        )
+    fps = source.fps[file.episode]
+    index = file.index if file.time is None else np.rint(file.time * fps).astype(np.int64)
+    if file.time is not None and (aside := np.abs(file.time * fps - index) > 0.25).any():
+        row = aside.nonzero()[0][0]
+        raise ValueError(f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; k / fps fits")
+    last = (clips.ends - clips.firsts)[file.episode] - 1
+    if (beyond := (index < 0) | (index > last)).any():
+        row = beyond.nonzero()[0][0]
+        raise ValueError(
+            f"{file.path}, row {row}: frame {index[row]} of episode {file.episode[row]}; pairs {file.delta:g} s "
+            f"apart start at 0 to {last[row]}"
+        )
+    return Subset(clips, (clips.firsts[file.episode] + index).tolist())
+
+
+def untrained(config: LAQConfig, seed: int) -> LAQ:
+    """A LAQ of the same architecture, as it begins."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LAQ(config).eval()
+
+
+def train(
+    model: nn.Module,
+    clips: list,
+    steps: int,
+    batch_size: int = 32,
+    lr: float = 3e-3,
+    seed: int = 0,
+    num_workers: int = 0,
+    edit: Callable[[dict], dict] = lambda batch: batch,
+) -> nn.Module:
+    """Trains a model on batches of the clips, as `edit` gives them to it, and returns it in evaluation mode."""
+    device = next(model.parameters()).device
+    optimizer = make_optimizer("muon", model, {Block}, lr, weight_decay=0.05)
+    mixture = Mixture(clips, seed=seed)
+    batches = iter(loader(mixture, batch_size, num_workers=num_workers))
+    model.train()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            set_lr(optimizer, cosine_lr(step, lr, max(1, min(100, steps // 8)), steps))
+            batch = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in next(batches).items()}
+            loss, _ = model(edit(batch | {"step": step}))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()
+
+
+def with_shuffled_futures(batch: dict) -> dict:
+    """Each pair with the second frame of another pair: no action leads from one to the other."""
+    first, second = batch["frames"].unbind(1)
+    return batch | {"frames": torch.stack([first, second.roll(1, dims=0)], dim=1)}
+
+
+def trained_on_shuffled_futures(config: LAQConfig, clips: list, steps: int, device, **settings) -> LAQ:
+    """A LAQ of the same architecture for which there is nothing to learn about actions."""
+    config = replace(config, action_weight=0.0)
+    laq = untrained(config, settings.get("seed", 0)).to(device)
+    return train(laq, clips, steps, edit=with_shuffled_futures, **settings)
+
+
+def with_mean_action(batch: dict) -> dict:
+    return batch | {"action": mean_action(batch["action"], batch["action_is_pad"])[0][:, None]}
+
+
+def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **settings) -> nn.Module:
+    """A model from two frames to the mean action between them, of the labelled clips alone."""
+    from hlrp.inverse import InverseModel  # which loads LeRobot
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.get("seed", 0))
+        model = InverseModel(image_size, len(statistics[0])).to(device)
+    model.mean[:], model.std[:] = statistics
+    return train(model, [clips], steps, edit=with_mean_action, **settings)
+
+
+@torch.no_grad()
+def predicted_actions(model: nn.Module, frames: Tensor) -> Tensor:
+    """frames uint8 (b, 2, c, h, w) -> (b, a)."""
+    return model.standardised(frames) * model.std + model.mean
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,266 @@
+"""Validation of a policy on held-out demonstrations: how far its actions are from the true ones, beside what the mean
+action, another instruction and a grey image give.
+
+Robot demonstrations for a LeRobot policy: what features and statistics they have, and batches as LeRobot's
+processors take them. Which episodes they are, `hlrp.data` says.
+
+Flags as LeRobot's commands spell them, for `finetune_policy.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Annotated, TypedDict
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
+from torch import Tensor
+from torch.utils.data import Dataset
+from tyro.conf import Fixed, Suppress, arg
+
+from hlrp.action_expert import mean_over_steps
+from hlrp.clips import Clips
+from hlrp.data import whole_column
+from hlrp.laq_validation import Share
+from hlrp.metrics import column_statistics, normalisable
+from hlrp.vla_validation import CONDITIONS, label, under
+
+
+def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
+    """Inputs and outputs of a policy that learns from labelled clips: their cameras, the state where they have one.
+
+    Raises ValueError where there is no action, and where sources differ in action or state.
+    """
+    sources = [c.source for c in clips]
+    if not sources:
+        raise ValueError(
+            "no source has actions that can be read at random; a policy needs some labelled demonstrations, and "
+            "python -m hlrp.shards makes them of a stream"
+        )
+    first = sources[0]
+    for source in sources[1:]:
+        if (source.action_dim, source.state_dim) != (first.action_dim, first.state_dim):
+            raise ValueError(
+                f"{source.uri} has {source.action_dim} actions and {source.state_dim} states, {first.uri} has "
+                f"{first.action_dim} and {first.state_dim}; the demonstrations of a policy are of one robot"
+            )
+    shape = tuple(first.read(int(clips[0].episodes[0]), [0])["frames"].shape[1:])
+    cameras = sorted([first.camera or OBS_IMAGE, *getattr(first, "views", ())])
+    inputs = {camera: PolicyFeature(FeatureType.VISUAL, shape) for camera in cameras}
+    if with_state and first.state_dim:
+        inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (first.state_dim,))
+    return inputs, {ACTION: PolicyFeature(FeatureType.ACTION, (first.action_dim,))}
+
+
+def refuse_other_cameras(sources: list, config) -> None:
+    """Raises ValueError for a source with more or fewer cameras than the policy."""
+    for source in sources:
+        found = [source.camera, *getattr(source, "views", ())]
+        if len(found) != len(config.image_features):
+            raise ValueError(
+                f"{source.uri} has {len(found)} of the {len(config.image_features)} cameras that the policy sees, "
+                f"{', '.join(sorted(config.image_features))}; ?camera=top,wrist chooses some of a LeRobot dataset"
+            )
+
+
+def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, np.ndarray]]:
+    """LeRobot's statistics of the actions and states in the labelled episodes, and in no others; as `normalisable` has
+    them. Raises ValueError, which names the episode, where one is not finite."""
+
+    def of(name: str) -> dict[str, np.ndarray]:
+        parts = [whole_column(c.source, name, c.labelled_episodes) for c in clips]
+        return normalisable(column_statistics(np.concatenate(parts)))
+
+    found = {ACTION: of("actions")}
+    if with_state and clips[0].source.state_dim:
+        found[OBS_STATE] = of("states")
+    return found
+
+
+def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
+    """A batch of `Clips` for a policy -> what LeRobot's preprocessor of it takes."""
+    cameras, images = sorted(config.image_features), batch["images"]  # b (cameras t) c h w
+    found = {"task": batch["task"]}
+    for camera, frames in zip(cameras, (images.float() / 255).chunk(len(cameras), dim=1), strict=True):
+        found[camera] = frames if config.n_obs_steps > 1 else frames[:, 0]
+    if config.robot_state_feature is not None:
+        found[OBS_STATE] = batch["state"][:, : config.robot_state_feature.shape[0]]
+    if "action" in batch:
+        found |= {ACTION: batch["action"][..., : config.action_feature.shape[0]]}
+        found |= {"action_is_pad": batch["action_is_pad"]}
+    return found
+
+
+class Normalization(TypedDict):
+    """`normalization_mapping` of a policy."""
+
+    VISUAL: NormalizationMode  # how pixels are normalised
+    STATE: NormalizationMode  # how the robot's state is normalised
+    ACTION: NormalizationMode  # how actions are normalised
+
+
+NO_FLAGS = {  # settings of a policy that finetune_policy.py sets itself, or has under another name
+    *("device", "use_amp", "use_peft", "pretrained_path", "pretrained_revision", "stage2"),
+    *("input_features", "output_features", "optimizer_lr", "optimizer_weight_decay", "optimizer_betas"),
+    *("optimizer_grad_clip_norm", "scheduler_warmup_steps", "scheduler_decay_steps"),
+}
+HELP = {  # where LeRobot's own says nothing, or something else
+    "n_obs_steps": "frames of each camera that the policy sees, one step apart; the last is now",
+    "push_to_hub": "upload the policy to the Hugging Face hub when training ends",
+    "repo_id": "where to upload the policy: USER/NAME",
+    "private": "make the uploaded repository private; None: as your account on the hub has it",
+    "tags": "tags of the uploaded policy",
+    "license": "license of the uploaded policy",
+}
+
+
+def make_flags(policy: type) -> None:
+    """Has tyro make flags of a policy's config: it reads annotations, and LeRobot's parser the types of fields."""
+    types = {field.name: field.type for field in fields(policy)}
+    policy.__annotations__ |= {name: Suppress[Fixed[types[name]]] for name in NO_FLAGS}
+    policy.__annotations__ |= {name: Annotated[types[name], arg(help=text)] for name, text in HELP.items()}
+    mapping = types["normalization_mapping"]
+    policy.__annotations__["normalization_mapping"] = Annotated[mapping, arg(constructor=Normalization)]
+
+
+def lerobot_flags(argv: list[str]) -> list[str]:
+    """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
+
+    Raises ValueError for one of LeRobot's that has no meaning here.
+    """
+    renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
+    renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
+    renamed |= {"policy.optimizer_weight_decay": "weight-decay", "policy.optimizer_grad_clip_norm": "grad-clip"}
+    renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
+    refused = {  # and what sets it
+        "policy.optimizer_betas": "--optimizer, --lr",
+        "policy.scheduler_decay_steps": "--steps",
+        "policy.device": "the variable CUDA_VISIBLE_DEVICES",
+        "policy.use_amp": "--mixed-precision",
+        "policy.pretrained_path": "--policy.path",
+        "policy.stage2": "--policy.vla",
+        "wandb.project": "the variable WANDB_PROJECT",
+        "job_name": "the variable WANDB_NAME",
+    }
+    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
+    found, dataset = [], {}
+    tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
+    while tokens:
+        flag = tokens.pop(0)
+        if not flag.startswith("--"):
+            found.append(flag)
+            continue
+        name, values = flag[2:], []
+        while tokens and not tokens[0].startswith("--"):
+            values.append(tokens.pop(0))
+        if len(values) == 1 and values[0].startswith("["):
+            values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
+        name = name.replace("-", "_") if name.replace("-", "_") in {*renamed, *refused, *fixed} else name
+        if name in refused:
+            raise ValueError(f"--{name} has no meaning here; {refused[name]} sets what it stands for")
+        if name in fixed:
+            if values != [fixed[name]]:
+                raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")
+            continue
+        if name in ("dataset.repo_id", "dataset.root"):
+            (dataset[name],) = values
+            continue
+        name = renamed.get(name, name)
+        if values == ["false"]:
+            *prefix, last = name.split(".")
+            name = ".".join([*prefix, f"no-{last}"])
+        values = ["None" if value == "null" else value for value in values]
+        found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
+    if dataset:
+        found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
+    return found
+
+
+def policy_settings(argv: list[str]) -> frozenset[str]:
+    """The names of the policy's settings that a command line gives, whatever their values."""
+    flags = [token.removeprefix("--policy.") for token in argv if token.startswith("--policy.")]
+    return frozenset(flag.split(".")[0].removeprefix("no-").replace("-", "_") for flag in flags)
+
+
+@torch.no_grad()
+def evaluate(
+    policy,
+    preprocessor,
+    laq,
+    sets: dict[str, Dataset],
+    rank: int = 0,
+    num_ranks: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """The report of each source, as `hlrp.laq_validation.evaluate` makes that of a LAQ, and called alike.
+
+    laq: of the latent actions that the policy predicts beside, or None. Errors are mean absolute ones over the steps
+    of a chunk that are none of padding, in standard deviations of an action:
+        samples, episodes, tasks
+        action_loss, latent_loss                           as in training
+        action_error, action_error_shuffled_text, action_error_blank_image
+        action_error_mean                                  of the mean action of the demonstrations
+    """
+    share = Share(rank, num_ranks, batch_size, num_workers, next(policy.parameters()).device)
+    was_training = policy.training
+    policy.eval()
+    report = {}
+    for name, dataset in sets.items():
+        if len(dataset) < num_ranks:
+            raise ValueError(f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes")
+        tasks = share.tasks(dataset)
+        rows, losses, episodes = [], [], []
+        for _, batch in share.batches(dataset):
+            truth = preprocessor(to_lerobot(batch, policy.config))
+            errors = [absolute_error(torch.zeros_like(truth["action"]), truth)]
+            for condition in CONDITIONS:
+                seen = under(condition, batch, tasks, seed)
+                torch.manual_seed(seed)  # the flow's noise: the same at every validation
+                chunk = policy.predict_action_chunk(preprocessor(to_lerobot(seen, policy.config)))
+                errors.append(absolute_error(chunk, truth))
+            rows.append(torch.stack(errors, dim=1))
+            torch.manual_seed(seed)
+            labelled = {"latent_is_pad": batch["latent_is_pad"]} | label(laq, batch["frames"]) if laq else {}
+            counts = {"num_labelled": (~truth["action_is_pad"]).any(1).sum()}  # here, and not of all ranks
+            if labelled:
+                counts["num_latent"] = (~batch["latent_is_pad"]).any(1).sum()
+            _, metrics = policy(truth | labelled | counts)
+            losses.append(torch.tensor([list(metrics.values())] * len(batch["task"]), device=share.device))
+            episodes.append(batch["episode"])
+        means = share.gather(torch.cat(rows)).double().mean(0).tolist()
+        figures = {"samples": len(dataset), "episodes": len(share.gather(torch.cat(episodes)).unique())}
+        figures["tasks"] = len(tasks)
+        figures |= dict(zip(metrics, share.gather(torch.cat(losses)).mean(0).tolist(), strict=True))
+        figures |= {"action_error_mean": means[0]}
+        figures |= {f"action_error{c}": mean for c, mean in zip(CONDITIONS, means[1:], strict=True)}
+        report[name] = figures
+    policy.train(was_training)
+    return report
+
+
+def absolute_error(chunk: Tensor, truth: dict) -> Tensor:
+    """Of normalised actions (b, t, a), the mean (b,) over the steps that are none of padding."""
+    return mean_over_steps((chunk - truth["action"]).abs().mean(-1), truth["action_is_pad"])
+
+
+def alarms(report: dict[str, dict]) -> list[str]:
+    """A sentence for each figure that says that the policy has not learned its task."""
+    sentences = []
+    for name, figures in report.items():
+        error = figures["action_error"]
+        if error >= figures["action_error_mean"]:
+            sentences.append(
+                f"{name}: the policy's actions are off by {error:.2f} standard deviations, the mean action by "
+                f"{figures['action_error_mean']:.2f}."
+            )
+        for condition, fault in (("_shuffled_text", "read the text"), ("_blank_image", "look at the image")):
+            other = figures[f"action_error{condition}"]
+            if other <= error and (condition != "_shuffled_text" or figures["tasks"] > 1):
+                sentences.append(
+                    f"{name}: the policy does not {fault}: its error is {error:.2f}, and {other:.2f} with "
+                    f"{condition[1:].replace('_', ' ')}."
+                )
+    return sentences
