@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
-from torchvision.utils import flow_to_image
 
 from hlrp.checkpoints import weights_hash
 from hlrp.transformer import attend, patchify
@@ -314,6 +312,8 @@ class FlowTeacher(nn.Module):
 
     def __init__(self, weights: str, size: Literal["small", "large"] = "small", num_flow_updates: int = 12):
         super().__init__()
+        from torchvision.models import get_model
+
         self.raft = get_model(f"raft_{size}", weights=None)
         self.num_flow_updates = num_flow_updates
         if weights != "random":
@@ -360,6 +360,8 @@ def farneback(frames: Tensor) -> Tensor:
 
 def read_weights(weights: str, size: str) -> dict[str, Tensor]:
     """The state dict that `weights` names. Raises ValueError that names it where it can't be read."""
+    from torchvision.models import get_model_weights
+
     known = get_model_weights(f"raft_{size}")
     if weights in known.__members__:
         try:
@@ -395,6 +397,8 @@ def flow_to_rgb(flow: Tensor) -> Tensor:
 
     Flows that are to be compared belong in one batch.
     """
+    from torchvision.utils import flow_to_image
+
     return flow_to_image(flow.float())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hlrp.card import BOTH, CHANGE, LABELS, OBSERVATION, RANDOM, SHUFFLED, Z
+from hlrp.checkpoints import load_config
 from hlrp.laq_validation import HEALTHY_FROM, alarms
 
 CARD = "probe.json"  # in a checkpoint's folder, beside config.json
@@ -181,3 +182,13 @@ def faults(folder: Path) -> list[str]:
         for line in card["verdict"]
         if line["level"] == "fail"
     ]
+
+
+def refuse_failed(laq: Path, accept: bool) -> dict:
+    """The config of a LAQ's checkpoint. Raises ValueError where its validation or its probe card failed, unless
+    `accept` is set."""
+    config = load_config(laq, "laq")
+    found = alarms(config["report"] or {}) + faults(laq)
+    if found and not accept:
+        raise ValueError(f"laq={laq} has failed: {' '.join(found)} --accept-failed-laq trains on it all the same")
+    return config

@@ -48,14 +48,15 @@ unreadable one; and statistics of actions.
 
 import atexit
 import hashlib
+import itertools
 import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import count
 from math import gcd
 from multiprocessing import active_children
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -64,10 +65,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from hlrp.clips import Clips, Sizes, refuse_not_finite
-from hlrp.contract import hash_integers, permute
+from hlrp.contract import hash_integers, labelled_episodes, permute, split_episodes
 from hlrp.images import stacked
 from hlrp.metrics import column_statistics, normalisable
-from hlrp.streams import StreamClips
+from hlrp.streams import StreamClips, clips_of
 
 logger = logging.getLogger(__name__)
 STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
@@ -110,7 +111,7 @@ def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple
 
 def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
     """The clip, or the first one to be read of a walk from it through all of them."""
-    stride = next(n for n in count(STRIDE) if gcd(n, len(clips)) == 1)
+    stride = next(n for n in itertools.count(STRIDE) if gcd(n, len(clips)) == 1)
     for step in range(min(len(clips), MAX_STEPS)):
         try:
             return clips[(index + step * stride) % len(clips)]
@@ -262,6 +263,11 @@ class Mixture(Dataset):
             return block * np.array(self.counts) + np.bincount(rest, minlength=len(self.counts))
 
         return before(stop) - before(start)
+
+    def shares(self, num_samples: int) -> dict[str, float]:
+        """The share of each source in the samples 0, ..., num_samples - 1, as `share/NAME`."""
+        consumed = self.consumed(0, num_samples)
+        return {f"share/{c.name}": n / consumed.sum() for c, n in zip(self.clips, consumed, strict=True)}
 
     def __getitem__(self, number: int) -> dict:
         return self.__getitems__([number])[0]
@@ -424,3 +430,34 @@ def loader(
         worker_init_fn=partial(share_streams, **ranks),
         pin_memory=pin_memory,
     )
+
+
+class TrainingData(NamedTuple):
+    """What a run of stage 1 or 2 learns from, and what it is judged on: samples of other episodes."""
+
+    clips: list[Clips | StreamClips]  # to train on, of each source
+    mixture: Mixture  # of these
+    val: dict[str, Dataset]  # held-out samples, by the name of their source
+    fit: dict[str, Dataset]  # training samples that probes are fitted on, likewise
+
+
+def open_data(
+    args, sources: Sequence, weights: Sequence[float], times: Sequence[float], train: dict | None = None, **sizes
+) -> TrainingData:
+    """Holds out whole episodes of each source and mixes the others.
+
+    times: of the frames of a sample [s]. sizes: `image_size` and others of `Clips`. train: settings of the clips to
+    train on alone. args: `val_fraction`, `val_samples`, `demonstrations`, `label_fraction`, `seed`, `skip_broken`
+    and `temperature` are read.
+    """
+    chosen = partial(choose_clips, seed=args.seed, skip_broken=args.skip_broken)
+    learned, val, fit = [], {}, {}
+    for i, source in enumerate(sources):
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed, times)
+        labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
+        clips = partial(clips_of, source, times=times, source_index=i, seed=args.seed, **sizes)
+        learned.append(clips(train_episodes, labelled_episodes=labelled, **(train or {})))
+        val[source.name] = chosen(clips(val_episodes), args.val_samples)
+        fit[source.name] = chosen(clips(train_episodes, labelled_episodes=labelled), 4 * args.val_samples)
+    mixture = Mixture(learned, weights, args.seed, args.skip_broken, args.temperature)
+    return TrainingData(learned, mixture, val, fit)

@@ -16,55 +16,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from hlrp.cli import mistake
 from hlrp.quantizers import Codebook
 
 COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, or the run ends
 WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
-
-
-INTERVALS = {"warmup_steps": (6, 100), "log_freq": (12, 50), "eval_freq": (2, 300), "save_freq": (2, 300)}
-
-
-def check_loop(args) -> None:
-    """Raises ValueError for settings of a training script that no run can have."""
-    counts = "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split()
-    for name in counts:
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
-    if args.max_broken < 0:
-        raise ValueError(f"max_broken={args.max_broken}; expected 0 or more")
-    for name in ("lr", "grad_clip", "temperature"):
-        if (value := getattr(args, name, None)) is not None and value <= 0:
-            raise ValueError(f"{name}={value}; expected a positive number")
-    for name in ("label_fraction", "action_free", "ema_decay"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise ValueError(f"{name}={getattr(args, name)}; expected 0 to 1")
-    if (count := args.demonstrations) is not None:
-        if count < 1 or getattr(args, "label_fraction", 1) != 1:
-            raise ValueError(f"demonstrations={count}; expected 1 or more, and no --label-fraction beside it")
-    if not 0 <= args.warmup_steps <= args.steps:
-        raise ValueError(f"warmup_steps={args.warmup_steps}; expected 0 to steps={args.steps}")
-
-
-def set_intervals(args, **others: tuple[int, int]) -> None:
-    """Sets each interval that is None to steps // parts, at least 1 (a warm-up: 0) and at most `most`.
-
-    others: (parts, most) where they are not those of `INTERVALS`.
-    """
-    for name, (parts, most) in (INTERVALS | others).items():
-        if getattr(args, name) is None:
-            setattr(args, name, min(most, max(args.steps // parts, int(name != "warmup_steps"))))
 
 
 def keep_freed_memory() -> None:
@@ -175,28 +138,6 @@ def first_alone():
         wait_for_all()
 
 
-_open_runs: list[ExitStack] = []
-
-
-def ends_its_run(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a function that makes a `hlrp.training.Run`, so that run.json says how the run ended, whatever happens."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **settings) -> None:
-        with ExitStack() as runs:
-            _open_runs.append(runs)
-            runs.callback(_open_runs.remove, runs)
-            return main(*args, **settings)
-
-    return wrapped
-
-
-def watch_over(run) -> None:
-    """Has the innermost function that `ends_its_run` wraps end a run."""
-    if _open_runs:
-        _open_runs[-1].push(run)
-
-
 @functools.cache
 def fails_first() -> bool:
     """Called by a rank that fails: whether it is the first one."""
@@ -230,6 +171,7 @@ def sharding():
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
@@ -260,6 +202,8 @@ def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> n
         raise ValueError(
             "this quantizer restarts its codes in place, which shards do not keep: quantizer=vq-ema or fsq would fit"
         )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device, is_bf16 = accelerator.device.type, accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy()
     if is_bf16:
@@ -278,6 +222,8 @@ def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> n
 @contextmanager
 def gathered(model: nn.Module):
     """In here each rank holds all of a model that lies in shards, may call any method of it, and waits for no other."""
+    from torch.distributed.fsdp import FSDPModule
+
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -291,7 +237,7 @@ def gathered(model: nn.Module):
 
 def full(tensor: Tensor) -> Tensor:
     """The shards of all ranks, each of which must call it, put together; what is no shard passes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -329,38 +275,3 @@ class Watchdog:
         """The innermost calls of the thread that trains."""
         calls = traceback.extract_stack(sys._current_frames()[self.main])[-6:]
         return " > ".join(f"{'/'.join(c.filename.split('/')[-2:])}:{c.lineno} {c.name}" for c in calls)
-
-
-class Stopwatch:
-    """Time that this rank needs for the forward passes of a model: under DDP they wait for no other rank."""
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.is_gpu, self.spans = device.type == "cuda", []
-        model.register_forward_pre_hook(lambda *_: self.spans.append([self.now()]))
-        model.register_forward_hook(lambda *_: self.spans[-1].append(self.now()))
-
-    def now(self):
-        if not self.is_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> float:
-        """[s] since the last call; the device has finished what it was given before."""
-        spans, self.spans = self.spans, []
-        if self.is_gpu:
-            return sum(start.elapsed_time(end) for start, end in spans) / 1000
-        return sum(end - start for start, end in spans)
-
-
-def stragglers(times: Tensor, tolerance: float = 1.5) -> str | None:
-    """A line that names the ranks which hold up the others; times: of each rank, for data and for computing [s]."""
-    totals = times.sum(dim=1)
-    median = totals.median()
-    slow = [rank for rank in totals.argsort(descending=True).tolist() if totals[rank] > tolerance * median]
-    if not slow:
-        return None
-    named = ", ".join(f"rank {r} {totals[r]:.2f} s ({times[r, 0]:.2f} waiting for data)" for r in slow[:4])
-    more = f" and {len(slow) - 4} more" if len(slow) > 4 else ""
-    return f"STRAGGLERS, time of a step before ranks meet, median {median:.2f} s: {named}{more}"

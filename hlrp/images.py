@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_image
 
 JPEG, PNG, NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 
@@ -63,6 +62,8 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
 def decode_other(data: bytes) -> np.ndarray:
     """What is no JPEG: uint8 (h, w, c)."""
     if data.startswith(PNG):
+        from torchvision.io import ImageReadMode, decode_image
+
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         image = image.permute(1, 2, 0).numpy()
         return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)  # of 16 bits the upper ones

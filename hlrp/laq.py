@@ -120,6 +120,10 @@ class LAQConfig:
             patch_size=size.patch_size if self.patch_size is None else self.patch_size,
         )
 
+    def with_actions(self, action_dim: int, action_sources: int) -> "LAQConfig":
+        """With a readout of actions for each of so many sources, which `action_weight` > 0 needs."""
+        return replace(self, action_dim=action_dim, action_sources=action_sources)
+
 
 class Observed(NamedTuple):
     """What is known of frames."""

@@ -3,7 +3,6 @@ do the codes say about the actions? Every figure stands beside its control.
 """
 
 from collections.abc import Iterator
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -222,24 +221,3 @@ def alarms(report: dict[str, dict]) -> list[str]:
                 f"{figures['pairs']} pairs, where {figures['possible_sequences']} were possible."
             )
     return sentences
-
-
-def scalars(report: dict[str, dict]) -> dict[str, float]:
-    """The report as flat figures for a log, "source/figure".
-
-    With several targets, an error is "source/figure/target"; a ratio is also "source/figure", their mean.
-    """
-    flat = {}
-    for name, figures in report.items():
-        for figure, value in figures.items():
-            key = f"{name}/{figure}"
-            if isinstance(value, dict):
-                if len(value) == 1 or "_over_" in figure:
-                    flat[key] = fmean(value.values())
-                if len(value) > 1:
-                    flat |= {f"{key}/{target}": x for target, x in value.items()}
-            elif isinstance(value, list):
-                flat |= {f"{key}/{i}": x for i, x in enumerate(value) if x is not None}
-            elif value is not None:
-                flat[key] = float(value)
-    return flat

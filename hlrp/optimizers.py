@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from hlrp.checkpoints import save_tensors, write_json
@@ -112,7 +111,9 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
         index, name = key.split("/")
         owner = parameters.get(int(index))
-        if isinstance(owner, DTensor) and tensor.shape == owner.shape:
+        if hasattr(owner, "device_mesh") and tensor.shape == owner.shape:
+            from torch.distributed.tensor import distribute_tensor
+
             tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)
         state.setdefault(int(index), {})[name] = tensor
     groups = json.loads((folder / "optimizer_param_groups.json").read_text())["param_groups"]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -204,6 +203,8 @@ def draw_pictures(
     strategies, and the step where there is one; those of buckets other than `all` lie in folders of their names. The
     samples are a seeded choice, the same at every step. What is skipped is named in the log, with the reason.
     """
+    import matplotlib
+
     due = [binding for binding in bindings if binding.is_due(step, last)]
     wanted = [bucket for bucket in buckets if any(bucket.name in binding.buckets for binding in due)]
     was_training = laq.training
@@ -231,3 +232,23 @@ def draw_pictures(
     for reason in skipped:
         log.warning("no picture %s", reason)
     return figures
+
+
+class Pictures:
+    """The pictures of a run: chosen by the settings `pictures`, `buckets` and `eval_freq`, drawn into `grids`."""
+
+    def __init__(self, args, sets: dict[str, Dataset]):
+        """sets: the held-out samples of each source. Raises ValueError for an unknown bucket or picture."""
+        self.buckets, self.sets = read_buckets(args.buckets), sets
+        self.bindings = bindings_of(args.pictures, self.buckets, args.eval_freq)
+        self.folder, self.last = args.output_dir / "grids", args.steps
+        check_fields(self.buckets, sets)
+
+    def draw(self, run, laq: LAQ, latents_of: Callable[[dict], Latents]) -> None:
+        """Draws on the main rank what is due at this step, logs the figures and shows the files; the others wait."""
+        if run.is_main:
+            place = {"folder": self.folder, "step": run.step, "last": self.last}
+            figures = draw_pictures(laq, latents_of, self.sets, self.buckets, self.bindings, **place)
+            run.log("pictures", figures)
+            run.show(self.folder.rglob(f"*_{run.step:06d}.png"))
+        run.wait_for_all()

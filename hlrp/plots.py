@@ -8,17 +8,17 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from einops import repeat
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hlrp.metrics import code_counts, entropy, is_constant, principal_components
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_CODES = 16  # codes applied to one frame
 CELL, GAP, LINE = 160, 8, 18  # least side of a picture, space between two, height of a line of text [pixel]
@@ -33,8 +33,6 @@ class Row(NamedTuple):
 
 def sheet(path: Path, title: str, rows: Sequence[Row], gap_after: int = 0) -> Path:
     """Draws pictures of one size, enlarged by whole pixels; a wide gap stands behind `gap_after` columns."""
-    from matplotlib.figure import Figure
-
     picture = next(x for row in rows for x in row.pictures if x is not None)
     zoom = -(-CELL // max(picture.shape[1:]))
     height, width = (zoom * side for side in picture.shape[1:])
@@ -43,7 +41,7 @@ def sheet(path: Path, title: str, rows: Sequence[Row], gap_after: int = 0) -> Pa
     lines = 2 + sum(bool(row.labels) + bool(row.caption) for row in rows)
     page_width, page_height = lefts[-1] + width + GAP, GAP + lines * LINE + len(rows) * (height + GAP)
     page = np.full((page_height, page_width, 3), 255, dtype=np.uint8)
-    figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
+    figure = new_figure(figsize=(page_width / 100, page_height / 100), dpi=100)
 
     def write(text: str, x: float, top: float, max_width: int, **style) -> None:
         text = textwrap.shorten(text, int(max_width / 6.3), placeholder=" ...")  # [pixel] a letter
@@ -162,16 +160,23 @@ MAX_SCATTERED = 1500
 MAX_SEQUENCES = 30  # shown by name
 
 
-def png(figure: Figure) -> bytes:
+def new_figure(**settings) -> "Figure":
+    """An empty figure of matplotlib, which is imported when the first one is drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(**settings)
+
+
+def png(figure: "Figure") -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
-def usage_chart(indices: Tensor, codebook_size: int) -> Figure:
+def usage_chart(indices: Tensor, codebook_size: int) -> "Figure":
     """How often each code is used at each token position. indices: int64 (b, m)."""
     counts = code_counts(indices.cpu(), codebook_size)
-    figure = Figure(figsize=(8, 0.4 + 1.2 * len(counts)), layout="constrained")
+    figure = new_figure(figsize=(8, 0.4 + 1.2 * len(counts)), layout="constrained")
     for i, axes in enumerate(figure.subplots(len(counts), sharex=True, sharey=True, squeeze=False)[:, 0]):
         axes.stairs(counts[i] / len(indices), np.arange(codebook_size + 1) - 0.5, fill=True, color=BLUE)
         axes.axhline(1 / codebook_size, color=GREY, linewidth=0.8, linestyle="--")
@@ -183,10 +188,10 @@ def usage_chart(indices: Tensor, codebook_size: int) -> Figure:
     return figure
 
 
-def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> Figure:
+def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> "Figure":
     """How often each whole sequence of codes occurs, the most frequent first."""
     shown = min(len(sequences), MAX_SEQUENCES)
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     left.bar(range(shown), counts[:shown], color=BLUE)
     left.set_xticks(range(shown), sequences[:shown], rotation=90, size=7, family="monospace")
@@ -211,10 +216,12 @@ def directions(actions: Tensor) -> np.ndarray:
     hue = torch.atan2(y, x) / (2 * torch.pi) % 1
     length = torch.hypot(x, y)
     saturation = (length / length.quantile(0.8)).clamp(max=1)
+    from matplotlib.colors import hsv_to_rgb
+
     return hsv_to_rgb(torch.stack([hue, saturation, torch.full_like(hue, 0.85)], dim=1).numpy())
 
 
-def latent_map(vectors: Tensor, actions: Tensor | None) -> Figure:
+def latent_map(vectors: Tensor, actions: Tensor | None) -> "Figure":
     """The first two principal components of latent actions (b, d), coloured by their actions (b, a)."""
     rows = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MAX_SCATTERED]
     place = principal_components(vectors[rows], torch.ones(len(rows), dtype=torch.bool), 2)
@@ -222,7 +229,7 @@ def latent_map(vectors: Tensor, actions: Tensor | None) -> Figure:
     noise = 0.02 * place.std() * torch.randn(place.shape, generator=torch.Generator().manual_seed(0))
     has_direction = actions is not None and not is_constant(actions).all()
     colours = directions(actions)[rows] if has_direction else GREY
-    figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+    figure = new_figure(figsize=(4.6, 3.9), layout="constrained")
     axes = figure.subplots()
     axes.scatter(*(place + noise).T, s=9, c=colours, alpha=0.75, linewidths=0)
     axes.set_xlabel("first principal component")
@@ -231,6 +238,8 @@ def latent_map(vectors: Tensor, actions: Tensor | None) -> Figure:
     if has_direction and int((~is_constant(actions)).sum()) > 1:
         wheel = axes.inset_axes((0.86, 0.84, 0.15, 0.15), projection="polar")
         angles = np.linspace(0, 2 * np.pi, 60)
+        from matplotlib.colors import hsv_to_rgb
+
         hues = hsv_to_rgb(np.stack([angles / (2 * np.pi) % 1, np.ones(60), np.full(60, 0.85)], axis=1))
         wheel.bar(angles, 1, width=2 * np.pi / 58, bottom=0.6, color=hues)
         wheel.set_axis_off()
@@ -244,11 +253,11 @@ class Scatter(NamedTuple):
     names: tuple[str, str]  # of the axes
 
 
-def scatters(parts: Sequence[Scatter]) -> Figure:
+def scatters(parts: Sequence[Scatter]) -> "Figure":
     """Values in two dimensions, a colour for each group and a cross at its mean."""
     columns = min(3, len(parts))
     num_rows = -(-len(parts) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.5 * num_rows), layout="constrained")
+    figure = new_figure(figsize=(3.6 * columns, 3.5 * num_rows), layout="constrained")
     every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(parts)]
     for part, axes in zip(parts, every, strict=True):
         names, colours = group_colours(part.groups)
@@ -266,15 +275,17 @@ def scatters(parts: Sequence[Scatter]) -> Figure:
 
 def group_colours(groups: Tensor) -> tuple[list[int], np.ndarray]:
     """The groups in the order of their numbers, and a colour for each sample."""
+    import matplotlib
+
     names, place = groups.unique(return_inverse=True)
     hues = place.numpy() / max(len(names), 1)
     return names.tolist(), matplotlib.colormaps["turbo"](0.05 + 0.9 * hues)
 
 
-def compasses(means: dict[str, list[dict[int, Tensor]]]) -> Figure:
+def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
     """means: row title -> for each token position, code -> mean flow (2,), right and down [pixel]. An arrow a code."""
     width = max(len(row) for row in means.values())
-    figure = Figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
+    figure = new_figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
     grid = figure.subplots(len(means), width, squeeze=False)
     for axes_row, (title, row) in zip(grid, means.items(), strict=True):
         longest = max(float(flow.norm()) for codes in row for flow in codes.values()) or 1.0
@@ -295,11 +306,11 @@ def compasses(means: dict[str, list[dict[int, Tensor]]]) -> Figure:
     return figure
 
 
-def heat_map(shares: Tensor, names: Sequence[str]) -> Figure:
+def heat_map(shares: Tensor, names: Sequence[str]) -> "Figure":
     """shares (m, k, s): of the samples of each of s sources, those with a code k at a token position m."""
     num_tokens, codebook_size, num_sources = shares.shape
     height = min(0.8 + 0.16 * num_tokens * codebook_size, 16.0)  # of thousands of codes too
-    figure = Figure(figsize=(1.5 + 1.1 * num_sources * 1.3, height))
+    figure = new_figure(figsize=(1.5 + 1.1 * num_sources * 1.3, height))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.flatten(0, 1), aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")

@@ -9,16 +9,19 @@ LeRobot's commands find it once hlrp is installed: `lerobot-train --policy.type=
 The second term is the head of stage 2, kept where the batch has latent actions, on episodes with and without labels.
 """
 
+import json
+import shutil
+import tempfile
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.common.flow_matching import euler_integrate
@@ -30,6 +33,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
+from hlrp.checkpoints import load_config
 from hlrp.images import fit
 from hlrp.metrics import normalisable
 from hlrp.transformer import masked_mean
@@ -408,3 +412,67 @@ def numbers_normalisable(config: HLRPConfig, dataset_stats: dict) -> dict:
                 )
         mended[key] = normalisable(dataset_stats[key])
     return mended
+
+
+def start_from(folder: Path, given: HLRPConfig, names: Collection[str], with_state: bool) -> HLRPConfig:
+    """The config of a policy's checkpoint, with the settings of `given` that `names` has or that are no defaults.
+
+    Raises ValueError for a folder that holds no hlrp policy, and for a setting that its weights do not have.
+    """
+    refuse_no_policy(folder)
+    config = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, HLRPConfig):
+        raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
+    fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins expert_dim expert_depth".split()
+    default = from_stage2()
+    for name, value in ((f.name, getattr(given, f.name)) for f in fields(HLRPConfig)):
+        if value == getattr(default, name) and name not in names:
+            continue
+        if name in fixed and value != getattr(config, name):
+            raise ValueError(
+                f"policy.{name}={value}, but policy.path={folder} has {getattr(config, name)}; leave it out"
+            )
+        setattr(config, name, value)
+    # what the checkpoint was pushed to stays as it is
+    config.push_to_hub, config.repo_id = given.push_to_hub, given.repo_id
+    if not with_state and config.robot_state_feature is not None:
+        raise ValueError(f"no-state, but policy.path={folder} reads the state; leave it out")
+    config.__post_init__()
+    return config
+
+
+def refuse_no_policy(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"policy.path={folder} holds no config.json: expected a policy's pretrained_model folder; run "
+            "finetune_policy.py without --policy.path first, or give another one"
+        )
+
+
+def from_stage2() -> HLRPConfig:
+    """The config of finetune_policy.py's default: a policy that starts from the last run of train_vla.py."""
+    return HLRPConfig(vla="outputs/vla/checkpoints/last/pretrained_model", push_to_hub=False)
+
+
+def data_of(config: HLRPConfig, policy_path: Path | None) -> tuple[str, ...]:
+    """The sources that the checkpoint which a policy starts from learned from."""
+    if policy_path is not None:
+        refuse_no_policy(policy_path)
+        file = policy_path / "provenance.json"
+        if not file.is_file():
+            raise ValueError(f"data is empty, and {policy_path} does not say what it learned from; give --data")
+        return tuple(json.loads(file.read_text())["data"])
+    if config.vla is None:
+        raise ValueError("data is empty, and without policy.vla there is no stage 2 to take it from; give --data")
+    return tuple(load_config(config.vla, "vla")["data"])
+
+
+def push_to_hub(policy: HLRPPolicy, folder: Path, data: Sequence[str]) -> None:
+    """Uploads a checkpoint with LeRobot's model card, as one commit."""
+    api, config = HfApi(), policy.config
+    repo_id = api.create_repo(config.repo_id, private=config.private, exist_ok=True).repo_id
+    card = policy.generate_model_card(", ".join(data), config.type, config.license, config.tags)
+    with tempfile.TemporaryDirectory() as copy:
+        whole = shutil.copytree(folder, Path(copy) / "policy")
+        card.save(whole / "README.md")
+        api.upload_folder(repo_id=repo_id, folder_path=whole, commit_message="Upload policy")

@@ -1,15 +1,13 @@
-"""Validation of a policy on held-out demonstrations: how far its actions are from the true ones, beside what the mean
-action, another instruction and a grey image give.
+"""The data of a LeRobot policy: demonstrations and other video, their features, statistics and batches, and validation.
 
-Robot demonstrations for a LeRobot policy: what features and statistics they have, and batches as LeRobot's
-processors take them. Which episodes they are, `hlrp.data` says.
-
-Flags as LeRobot's commands spell them, for `finetune_policy.py`.
+Validation says how far the actions of a policy are from the true ones on held-out demonstrations, beside what the mean
+action, another instruction and a grey image give. Flags of LeRobot's commands are translated here too.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Annotated, TypedDict
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
@@ -21,10 +19,103 @@ from tyro.conf import Fixed, Suppress, arg
 
 from hlrp.action_expert import mean_over_steps
 from hlrp.clips import Clips
-from hlrp.data import whole_column
+from hlrp.contract import EpisodeRange, choose_demonstrations, is_stream, split_episodes
+from hlrp.data import Mixture, choose_clips, whole_column
+from hlrp.idle import busy_frames
+from hlrp.inverse import PseudoLabelled
+from hlrp.label import latent_space
+from hlrp.laq import LAQ
 from hlrp.laq_validation import Share
 from hlrp.metrics import column_statistics, normalisable
+from hlrp.streams import clips_of
+from hlrp.vla import LatentSpace
 from hlrp.vla_validation import CONDITIONS, label, under
+
+
+@dataclass
+class Part:
+    """One source of a policy's data."""
+
+    source: Any  # what is learned from, with pseudo-actions where there are some
+    truth: Any  # the source itself, which validation compares with
+    weight: float
+    train: np.ndarray | EpisodeRange  # episodes to learn from
+    val: np.ndarray | EpisodeRange  # and those held out
+    demonstrations: np.ndarray  # training episodes whose actions are learned
+
+    @property
+    def video(self) -> np.ndarray | EpisodeRange:
+        """The training episodes that show their latent actions alone."""
+        return self.train if is_stream(self.source) else np.setdiff1d(self.train, self.demonstrations)
+
+
+def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part]:
+    """A part for each source. args: `val_fraction`, `seed`, `demonstrations`, `episodes`, `pseudo_actions` are read.
+
+    Raises ValueError for settings that are of one source, where there are several.
+    """
+    for name in ("episodes", "pseudo_actions"):
+        if (value := getattr(args, name)) is not None and len(sources) > 1:
+            uris = ", ".join(source.uri for source in sources)
+            raise ValueError(f"{name}={value}; expected one source, got {len(sources)}: {uris}")
+    parts = []
+    for source, weight in zip(sources, weights, strict=True):
+        train, val = split_episodes(source, args.val_fraction, args.seed)
+        if args.episodes is None:
+            demonstrations = choose_demonstrations(source, train, args.demonstrations, args.seed)
+        else:
+            demonstrations = check_episodes(args.episodes, source, train)
+        parts.append(Part(source, source, weight, train, val, demonstrations))
+    if args.pseudo_actions is not None:
+        (part,) = parts
+        part.source = PseudoLabelled(part.truth, args.pseudo_actions, part.demonstrations)
+    return parts
+
+
+def check_episodes(episodes: Sequence[int], source, train: np.ndarray) -> np.ndarray:
+    """The given episodes; raises ValueError where one of them is held out or does not exist."""
+    if strangers := sorted(set(episodes) - set(train.tolist())):
+        raise ValueError(
+            f"episodes={strangers} of {source.uri} are held out or do not exist; of its {len(source.lengths)} those "
+            f"to train on are {train.tolist()[:8]}..., by --val-fraction and --seed"
+        )
+    return np.sort(np.array(episodes))
+
+
+def robots_of(parts: Sequence[Part], config) -> list[Clips]:
+    """The demonstrations of each source that has some, as a policy of this config learns them."""
+    sizes = {"min_times": 1, "chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
+    return [
+        Clips(part.truth, part.demonstrations, (0.0,), labelled_episodes=part.demonstrations, **sizes)
+        for part in parts
+        if len(part.demonstrations)
+    ]
+
+
+def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, cached: dict | None, **sizes):
+    """The mixture of demonstrations and other video, and held-out samples of each source by its name.
+
+    times: of the frames of a sample [s]. with_video: whether anything learns from video without actions. cached: the
+    latent space of cached latent actions. args: `action_free`, `idle`, `pseudo_actions` and those of samples are read.
+    """
+    clips, weights, val = [], [], {}
+    for i, part in enumerate(parts):
+        settings = {"times": times, "source_index": i, "min_times": 1, **sizes}
+        learned = {"latent_space": cached, "frames": None, **settings}
+        if args.idle.is_set():
+            learned["frames"] = busy_frames(part.source, args.idle)
+        if len(part.demonstrations):
+            clips.append(Clips(part.source, part.demonstrations, **learned))
+            weights.append(part.weight * (1 - args.action_free))
+            held_out = Clips(part.truth, part.val, **settings)
+            val[part.source.name] = choose_clips(held_out, args.val_samples, args.seed, args.skip_broken)
+        if len(part.video) and args.action_free and with_video:
+            labelled = part.video if args.pseudo_actions else ()
+            name = f"{part.source.name}-video"
+            video = clips_of(part.source, part.video, **learned, labelled_episodes=labelled, name=name, seed=args.seed)
+            clips.append(video)
+            weights.append(part.weight * args.action_free)
+    return Mixture(clips, weights, args.seed, args.skip_broken), val
 
 
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
@@ -181,6 +272,20 @@ def policy_settings(argv: list[str]) -> frozenset[str]:
     """The names of the policy's settings that a command line gives, whatever their values."""
     flags = [token.removeprefix("--policy.") for token in argv if token.startswith("--policy.")]
     return frozenset(flag.split(".")[0].removeprefix("no-").replace("-", "_") for flag in flags)
+
+
+def teacher_of(policy, folder: Path) -> tuple[LAQ | None, LatentSpace | None]:
+    """The LAQ whose latent actions a policy predicts beside its actions, and what they are; None where there is none.
+
+    Raises ValueError where `folder` holds another LAQ than the one that stage 2 learned from.
+    """
+    config = policy.config
+    if policy.latent_head is None or not config.latent_weight:
+        return None, None
+    laq = LAQ.from_pretrained(folder).requires_grad_(False).to(config.device)
+    if laq.fingerprint != config.stage2["latent_space"]["fingerprint"]:
+        raise ValueError(f"laq={folder} is not the one that stage 2 learned from; --policy.latent-weight 0 needs none")
+    return laq, latent_space(laq)
 
 
 @torch.no_grad()

@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.io import encode_png
 
 from hlrp.checkpoints import contents_hash
 from hlrp.images import decode
@@ -297,6 +296,8 @@ class Encoded(Sequence):
             pixels = torch.from_numpy(frame).permute(2, 0, 1)  # h w c -> c h w
         if self.is_bgr:
             pixels = pixels.flip(0)
+        from torchvision.io import encode_png
+
         return encode_png(pixels.contiguous(), compression_level=1).numpy().tobytes()
 
 

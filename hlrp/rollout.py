@@ -85,6 +85,18 @@ def environment(type: str, tasks: str | None):
     return make_env_config(type, **({"task": tasks} if tasks else {}))
 
 
+def try_policy(policy, preprocessor, postprocessor, args, videos_dir: Path) -> dict:
+    """`evaluate` for a policy in training, with a video of each task. args: `env`, `eval` and `seed` are read."""
+    from lerobot.utils.random_utils import set_seed
+
+    env_config = environment(args.env.type, args.env.task)
+    set_seed(args.seed)
+    numbers = args.eval.n_episodes, 1000, args.eval.batch_size, 1
+    result = evaluate(policy, preprocessor, postprocessor, env_config, *numbers, videos_dir)
+    print(table(result))
+    return result
+
+
 @torch.no_grad()
 def evaluate(
     policy,

@@ -128,15 +128,19 @@ def open_source(uri: str, skip_broken: bool = False):
     return LeRobotData(location, **options, uri=uri, skip_broken=skip_broken)
 
 
-def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> list:
-    """Raises ValueError where more than `max_broken` files or episodes of them are skipped."""
+def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tuple[list, list[float]]:
+    """The sources that URIs name, mixtures expanded, under names of their own; and their weights.
+
+    Raises ValueError where more than `max_broken` files or episodes of them are skipped.
+    """
+    uris = expand(uris)
     sources = named_apart([open_source(uri, skip_broken) for uri in uris])
     num_skipped = sum(getattr(source, "num_skipped", 0) for source in sources)
     if num_skipped > max_broken:
         raise ValueError(
             f"max_broken={max_broken}, but {num_skipped} files or episodes cannot be read; mend the data, or allow more"
         )
-    return sources
+    return sources, [parse_uri(uri).weight for uri in uris]
 
 
 def named_apart(sources: Sequence) -> list:

@@ -1,4 +1,4 @@
-"""A run: its folder, its log, its checkpoints, and the ways in which it ends.
+"""A run: its settings, its folder, its checkpoints, and the ways in which it ends.
 
 OUTPUT_DIR/
     run.lock                            held while a process trains in this folder
@@ -16,24 +16,21 @@ the weights and the optimizer's state, and continues to the bit.
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from hlrp.checkpoints import (
     WEIGHTS,
@@ -48,132 +45,208 @@ from hlrp.checkpoints import (
     save_tensors,
     whole_folder,
     write_json,
-    write_text,
 )
+from hlrp.data import Mixture, loader
 from hlrp.distributed import (
-    Stopwatch,
     Watchdog,
+    die_with_launcher,
     fails_first,
     full,
     full_copies,
     keep_freed_memory,
+    make_accelerator,
     sharding,
-    stragglers,
     under_launcher,
     wait_for_all,
-    watch_over,
 )
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.training_log import Intake
+from hlrp.training_log import Clock, Intake, Log, scalars, stragglers
+
+if TYPE_CHECKING:
+    from torch.optim.swa_utils import AveragedModel
 
 # exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
 INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # save and stop
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes torch's random numbers a function of (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+@dataclass
+class RunArgs:
+    """The settings that all three scripts share."""
+
+    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...; one may end in @WEIGHT
+    data: tuple[str, ...] = ()
+    val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
+    val_samples: int = 512  # most samples of each source in a validation
+    skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
+    max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
+
+    output_dir: Path = Path("outputs")  # folder of this run: checkpoints, pictures and log
+    steps: int = 600  # optimizer steps of the whole run
+    batch_size: int = 32  # samples in a forward pass of one process
+    grad_accumulation: int = 1  # forward passes in an optimizer step, whose gradients are added
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
+    lr: float = 1e-3  # highest learning rate
+    # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05  # share of a weight, times the learning rate, that each step takes away
+    grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down to it
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
+    compile: bool = False  # compile each transformer block by torch.compile
+    seed: int = 0  # of the weights, the order of the data and the held-out episodes
+    num_workers: int = 2  # processes that load data, for each training process
+
+    # log the training loss every so many steps; None: a twelfth of --steps, at most 50
+    log_freq: int | None = None
+    # validate every so many steps, and after the last one; None: half of --steps, at most 300
+    eval_freq: int | None = None
+    # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 300
+    save_freq: int | None = None
+    wandb: bool = False  # also log to Weights & Biases
+    tensorboard: bool = False  # also log to OUTPUT_DIR/tensorboard
+
+    # (parts, most): what an interval that is not given is, steps // parts and at most `most`
+    INTERVALS: ClassVar[dict[str, tuple[int, int]]] = {
+        "warmup_steps": (6, 100),
+        "log_freq": (12, 50),
+        "eval_freq": (2, 300),
+        "save_freq": (2, 300),
+    }
+
+    def resolved(self) -> Self:
+        """The settings with the intervals that follow from the number of steps where they are not given.
+
+        Raises ValueError for settings that no run can have."""
+        least = {"warmup_steps": 0}
+        intervals = {
+            name: min(most, max(self.steps // parts, least.get(name, 1)))
+            for name, (parts, most) in self.INTERVALS.items()
+            if getattr(self, name) is None
+        }
+        args = replace(self, **intervals)
+        args.check()
+        return args
+
+    def settings(self, **resolved) -> dict:
+        """The settings by the names of their flags, as plain values; those of nested configs stand beside the others.
+
+        resolved: what stands in place of a field, such as a config whose sizes are filled in."""
+        values = asdict(replace(self, **resolved))
+        while nested := [name for name, value in values.items() if isinstance(value, dict)]:
+            for name in nested:
+                values |= values.pop(name)
+        return json.loads(json.dumps(values, default=str))
+
+    def check(self) -> None:
+        """Raises ValueError for settings that no run can have."""
+        for name in "steps batch_size grad_accumulation log_freq eval_freq save_freq val_samples".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
+        if self.max_broken < 0:
+            raise ValueError(f"max_broken={self.max_broken}; expected 0 or more")
+        for name in ("lr", "grad_clip", "temperature"):
+            if (value := getattr(self, name, None)) is not None and value <= 0:
+                raise ValueError(f"{name}={value}; expected a positive number")
+        for name in ("label_fraction", "action_free", "ema_decay"):
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 to 1")
+        if (count := getattr(self, "demonstrations", None)) is not None:
+            if count < 1 or getattr(self, "label_fraction", 1) != 1:
+                raise ValueError(f"demonstrations={count}; expected 1 or more, and no --label-fraction beside it")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}; expected 0 to steps={self.steps}")
+
+
+@dataclass
+class VideoArgs(RunArgs):
+    """The settings that stages 1 and 2 share beside those of every run."""
+
+    # multiply each source's weight by its number of clips ** (1 / temperature); 1: sources count by their size
+    temperature: float | None = None
+    label_fraction: float = 1.0  # with --action-weight: share of the training episodes whose actions are used
+    # with --action-weight: episodes of each task whose actions are used, the same as in stage 3; None: --label-fraction
+    demonstrations: int | None = None
+    buckets: tuple[str, ...] = ()  # sets of validation samples to draw: 'left: task~left', or files of such lines
+    # which pictures to draw at validation: NAME, NAME:BUCKET,BUCKET or NAME@STEPS
+    pictures: tuple[str, ...] = ("every",)
 
 
 class Run:
-    """One output folder from the first step to the last, shared by all ranks of an `accelerate.Accelerator`.
+    """One output folder from the first step to the last, shared by all ranks: `with Run(args) as run`.
 
-    settings: plain values, recorded in run.json; a resume with others is refused. data: the parts of the mixture.
-    As a context, or in a function that `hlrp.distributed.ends_its_run` wraps, run.json says how the run ended, whatever
-    happens: done, interrupted, or failed and why.
+    accelerator: accelerate's, for what is not here. step: optimizer steps that are done. report: of the last
+    validation, kept in every checkpoint. However the body ends, run.json says so: done, interrupted, or failed and why.
     """
 
-    def __init__(self, accelerator, output_dir: Path, settings: dict, data: list[dict]):
-        launched = int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, args: RunArgs):
+        """args: resolved. Raises ValueError where the launcher contradicts them."""
+        die_with_launcher()
+        self.args, self.accelerator = args, make_accelerator(args)
+        accelerator, launched = self.accelerator, int(os.environ.get("WORLD_SIZE", 1))
         if launched != accelerator.num_processes:
             raise ValueError(
                 f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: each would be a "
                 "run of its own in one folder. Launch with torchrun or with accelerate launch --multi_gpu"
             )
-        self.accelerator, self.output_dir = accelerator, output_dir
-        if accelerator.device.type == "cpu":  # accelerate launch leaves one thread
+        self.device, self.is_main = accelerator.device, accelerator.is_main_process
+        self.ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+        self.accumulation = accelerator.gradient_accumulation_steps  # the launcher may have set it
+        if self.device.type == "cpu":  # accelerate launch leaves one thread
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
             keep_freed_memory()
-        self.settings = settings | {
-            "num_processes": accelerator.num_processes,
-            "grad_accumulation": accelerator.gradient_accumulation_steps,  # the launcher may have set these two
-            "mixed_precision": accelerator.mixed_precision,
-        }
-        self.steps, self.seed = settings["steps"], settings["seed"]
-        self.check_freq = 1 if accelerator.device.type == "cpu" else 10  # what waits for the device [optimizer step]
-        self.watchdog, self.stopwatch = Watchdog(accelerator.process_index), None
-        if accelerator.is_main_process:
-            self.lock = lock(output_dir)
-            check_output_dir(output_dir)
-        wait_for_all()
-        self.checkpoint = last_checkpoint(output_dir)
-        record = output_dir / "run.json"
-        self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
-        self.record = {"settings": self.settings, "contents": contents(self.settings), "data": data}
-        if self.before is not None and (found := changes(self.before, self.record)):
-            raise ValueError(
-                f"{self.output_dir} holds a run with other settings ({'; '.join(found)}). Give the old ones to resume "
-                "it, or another --output-dir to start anew"
-            )
-        self.step = int(self.checkpoint.name) if self.checkpoint else 0
-        self.report = None  # of the last validation, kept in every checkpoint
-        self.intake = Intake(settings["num_workers"], settings["max_broken"])
-        self.first_fault = torch.full((), math.inf, device=accelerator.device)
-        self.stop_signal, self.stop_asked, self.is_over = 0, 0.0, False
-        self.restart_clock()
-        self.bar = None
-        if accelerator.is_main_process:
-            self.start_log()
-        self.handlers = {number: signal.signal(number, self.request_stop) for number in STOP}
-        watch_over(self)
-        wait_for_all()
+        # how often what waits for the device is looked at [optimizer step]
+        self.check_freq = 1 if self.device.type == "cpu" else 10
+        self.watchdog = Watchdog(accelerator.process_index)
+        self.step, self.report, self.output = 0, None, None
+        self.stop_signal, self.stop_asked, self.must_stop = 0, 0.0, False
+        self.handlers = {}
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        if self.is_over:
-            return
-        if error is None:
-            self.finish()
-            return
-        record = self.output_dir / "run.json"
-        try:
-            if fails_first() and record.is_file():
-                reason = traceback.format_exception_only(error)[-1].strip()
-                ended = {"state": "failed", "step": self.step, "reason": reason}
-                write_json(record, json.loads(record.read_text()) | ended)
-        finally:
-            self.close(exit_code=1)
+    def start(self, settings: dict, mixture: Mixture) -> None:
+        """Takes the folder and records the run. settings: plain values, which a resume must give again.
 
-    def start_log(self) -> None:
-        metrics = self.output_dir / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        write_text(metrics, "".join(line + "\n" for line in whole if self.step))
-        self.metrics = metrics.open("a")
+        Raises ValueError where another process trains in the folder, or another run is in it.
+        """
+        args, accelerator, folder = self.args, self.accelerator, self.args.output_dir
+        self.mixture = mixture
+        self.settings = settings | {
+            "num_processes": accelerator.num_processes,
+            "grad_accumulation": self.accumulation,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        if self.is_main:
+            self.lock = lock(folder)
+            check_output_dir(folder)
+        wait_for_all()
+        self.checkpoint, record = last_checkpoint(folder), folder / "run.json"
+        self.before = json.loads(record.read_text()) if self.checkpoint and record.is_file() else None
+        self.record = {"settings": self.settings, "contents": contents(self.settings), "data": mixture.parts}
+        if self.before is not None and (found := changes(self.before, self.record)):
+            raise ValueError(
+                f"{folder} holds a run with other settings ({'; '.join(found)}). Give the old ones to resume it, or "
+                "another --output-dir to start anew"
+            )
+        self.step = int(self.checkpoint.name) if self.checkpoint else 0
+        self.intake = Intake(args.num_workers, args.max_broken)
+        self.first_fault = torch.full((), math.inf, device=self.device)
         self.record |= {
             "state": "running",
             "started": self.before["started"] if self.before else time.strftime("%Y%m%d-%H%M%S"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "device": str(self.accelerator.device),
-            "mixed_precision": self.accelerator.mixed_precision,
+            "device": str(self.device),
+            "mixed_precision": accelerator.mixed_precision,
             "in_shards": sharding() is not None,
             "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
             "git": git_state(),
         }
-        wandb = {
-            "id": re.sub(r"[^\w.-]", "-", f"{self.output_dir.name}-{self.record['started']}"),
-            "resume": "allow",
-            "dir": self.output_dir,
-        }
-        plain = {name: x if isinstance(x, int | float | str) else str(x) for name, x in self.settings.items()}
-        project = os.environ.get("WANDB_PROJECT", "hlrp")
-        self.accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
-        write_json(self.output_dir / "run.json", self.record)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        if self.is_main:
+            write_json(record, self.record)
+        run_id, project = f"{folder.name}-{self.record['started']}", os.environ.get("WANDB_PROJECT", "hlrp")
+        self.output = Log(accelerator, folder, self.step, args.steps, self.settings, run_id, project)
+        self.handlers = {number: signal.signal(number, self.request_stop) for number in STOP}
+        wait_for_all()
 
     def request_stop(self, number: int, frame) -> None:
         """Has the run save and stop after its step; a second Ctrl-C ends it at once."""
@@ -185,14 +258,15 @@ class Run:
                 raise KeyboardInterrupt("a second Ctrl-C: ended at once, without saving")
             if self.stop_signal != number:
                 self.stop_asked = time.monotonic()
-                if self.accelerator.is_main_process:  # print() may not be called twice at a time
+                if self.is_main:  # print() may not be called twice at a time
                     os.write(2, b"\nCtrl-C: saves and stops after this step; Ctrl-C again ends at once\n")
         self.stop_signal = number
 
-    def load(self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None = None) -> None:
+    def load(self, model: nn.Module, optimizer: Optimizer, average: "AveragedModel | None" = None) -> None:
         """Continues from the last checkpoint, if there is one."""
-        if dist.is_initialized():
-            self.stopwatch = Stopwatch(model, self.accelerator.device)
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        self.clock = Clock(model if dist.is_initialized() else None, self.device)
         if self.checkpoint:
             model, saved = self.accelerator.unwrap_model(model), self.checkpoint / "pretrained_model"
             if average is not None:
@@ -208,7 +282,7 @@ class Run:
                 parts = zip(self.before["data"], self.record["data"], strict=True)
                 names = {old["name"]: part["name"] for old, part in parts}
                 self.intake.turns = {names[name]: turn for name, turn in step["turns"].items()}
-            self.print(f"resumed {self.output_dir} at step {self.step}")
+            self.print(f"resumed {self.args.output_dir} at step {self.step}")
             for name, turn in self.intake.turns.items():
                 self.print(
                     f"{name} is a stream: it goes on at the beginning of shard {turn} since its start; what was read "
@@ -216,36 +290,53 @@ class Run:
                 )
         wait_for_all()  # some disks are slow
 
-    def batches(self, loader: Iterable[dict]) -> Iterator[dict]:
-        """The loader's batches on the device, with torch's random numbers set for each; endless loaders only.
+    def batches(self) -> Iterator[dict]:
+        """Batches of the mixture on the device, with torch's random numbers set for each, up to the last step.
 
-        The time that the training waits for data is measured here.
+        The time that the training waits for data is measured here. After a signal, and once `must_save` has said so,
+        the run ends here with the exit code that asks for the same command again.
         """
-        iterator, accumulation = iter(loader), self.accelerator.gradient_accumulation_steps
-        is_first = True
-        while self.step < self.steps:
+        args, accelerator = self.args, self.accelerator
+        batches = loader(
+            self.mixture,
+            args.batch_size,
+            self.step * self.samples_per_step,
+            **self.ranks,
+            num_workers=args.num_workers,
+            turns=self.intake.turns,
+        )
+        iterator, is_first = iter(batches), True
+        while self.step < args.steps:
+            if self.must_stop:
+                self.print(f"stopped by a signal at step {self.step}, saved; the same command goes on")
+                sys.exit(INTERRUPTED)
             before = time.monotonic()
             self.watchdog.begins(f"waits for data of step {self.step + 1}")
-            batches = [next(iterator) for _ in range(accumulation)]
+            group = [next(iterator) for _ in range(self.accumulation)]
             if is_first:
                 wait_for_all()  # workers start, and streams fill their buffers, within times of their own
             is_first = False
             self.watchdog.begins(f"computes step {self.step + 1}")
-            self.waited += time.monotonic() - before
-            labelled = self.share_of_labelled(batches)
-            for i, batch in enumerate(batches):
+            self.clock.waited += time.monotonic() - before
+            labelled = self.share_of_labelled(group)
+            for i, batch in enumerate(group):
                 self.intake.take(batch, self.step + 1)
-                self.samples += len(batch["dataset"])
-                batch = {
-                    k: v.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
-                    for k, v in batch.items()
-                }
-                seed_step(self.seed, self.step * accumulation + i, self.accelerator.process_index)
+                self.clock.samples += len(batch["dataset"])
+                batch = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+                seed_step(args.seed, self.step * self.accumulation + i, accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
 
+    def announce(self, model: nn.Module, what: str = "") -> None:
+        """One line: the size of the model, the data, and how long it trains."""
+        args, trained = self.args, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.print(
+            f"{trained / 1e6:.1f} M trained parameters, {what}{self.mixture}, {args.steps} steps of "
+            f"{self.samples_per_step} samples, lr {args.lr:g}, {self.device}"
+        )
+
     def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
-        """How many samples of an optimizer step, on all ranks, have actions, how many have latent actions, and of how
-        many the point is known, for each of its batches: the counts by which `hlrp.transformer.masked_mean` is exact."""
+        """How many samples of a step, on all ranks, have actions, latent actions and a known point: the counts
+        by which `hlrp.transformer.masked_mean` is exact, for each of its batches."""
         counts = {}
         if "action_is_pad" in batches[0]:
             counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
@@ -255,22 +346,43 @@ class Run:
             points = [batch["point"] for batch in batches if "point" in batch]
             counts["num_points"] = torch.cat([torch.zeros(0, 2), *points]).isfinite().all(1).sum()
         for name, count in counts.items():
-            count = count.to(self.accelerator.device, torch.float32)
+            count = count.to(self.device, torch.float32)
             counts[name] = self.accelerator.reduce(count, "mean") / len(batches)
         return counts
 
-    def advance(self, loss: Tensor, grad_norm: Tensor) -> int:
-        """Counts an optimizer step and returns its number. Raises FloatingPointError for a non-finite loss or
-        gradient, naming the step and what the batch was made of."""
+    def accumulate(self, model: nn.Module):
+        """A context in which ranks exchange gradients only in the last forward and backward pass of a step."""
+        return self.accelerator.accumulate(model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        """Scales the gradient to a norm of at most `grad_clip` and returns the norm before; None while gradients are
+        still accumulated."""
+        if not self.accelerator.sync_gradients:
+            return None
+        return self.accelerator.clip_grad_norm_(model.parameters(), self.args.grad_clip)
+
+    def advance(self, loss: Tensor, grad_norm: Tensor | None, lr: float, metrics: dict[str, float | Tensor]) -> bool:
+        """Counts an optimizer step and logs it when it is due; False while gradients are still accumulated.
+
+        Raises FloatingPointError for a non-finite loss or gradient, naming the step and what the batch was made of.
+        """
+        if grad_norm is None:
+            return False
         self.step += 1
         self.watchdog.begins(f"has done step {self.step}, and no other")
         sound = torch.isfinite(loss.detach() + full(grad_norm))
         self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
-        if self.bar is not None:
-            self.bar.update()
-        if self.step % self.check_freq == 0 or self.step == self.steps:
+        if self.output.bar is not None:
+            self.output.bar.update()
+        if self.step % self.check_freq == 0 or self.step == self.args.steps:
             self.refuse_faults()
-        return self.step
+        if self.step % self.args.log_freq == 0:
+            means = {name: torch.as_tensor(x, device=self.device) for name, x in metrics.items()}
+            self.log_training({"loss": loss, **means, "grad_norm": grad_norm, "lr": lr})
+        return True
 
     def refuse_faults(self) -> None:
         first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
@@ -282,96 +394,62 @@ class Run:
         raise FloatingPointError(
             f"step {int(first)}: the loss or its gradient is not finite"
             + (f"; the batch held {', '.join(sources[:16])}" if mine else "; the batch of another rank is at fault")
-            + f". The last sound checkpoint is {last_checkpoint(self.output_dir)}; a lower --lr or --grad-clip may help"
+            + f". The last sound checkpoint is {last_checkpoint(self.args.output_dir)}; a lower --lr or "
+            "--grad-clip may help"
         )
 
-    def must_stop(self) -> bool:
-        """True on all ranks at the same step, once any has received SIGTERM or SIGUSR1."""
-        if self.step % self.check_freq:
-            return False
-        if not dist.is_initialized():
-            return bool(self.stop_signal)
-        flag = torch.tensor(self.stop_signal, device=self.accelerator.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def log(self, split: str, values: dict[str, float | Tensor], step: int) -> None:
-        """Means over ranks of training scalars, to metrics.jsonl, the terminal, and TensorBoard or W&B if asked."""
-        if split != "train":
-            self.restart_clock()  # validation takes no part in the speed of training
-        else:
-            names = [name for name, value in values.items() if torch.is_tensor(value)]
-            means = torch.stack([full(values[name]).detach().float() for name in names])
-            means = self.accelerator.reduce(means, "mean").tolist()
-            self.tell_stragglers()
-            values = values | dict(zip(names, means, strict=True)) | self.speed(step)
-            if self.intake.num_broken:
-                values["broken"] = self.intake.num_broken
-        if not self.accelerator.is_main_process:
-            return
-        self.metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self.metrics.flush()
-        self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
-        if split == "train":
-            rate, wait = values["samples_per_s"], values["data_wait"]
-            shown = f"loss {values['loss']:.4f}  {rate:.0f} samples/s  data {wait:.0%}"
-            if self.bar is not None:
-                self.bar.set_postfix_str(shown)
-            else:
-                eta = timedelta(seconds=round(values["eta_s"]))
-                self.print(f"step {step}/{self.steps}  {shown}  lr {values['lr']:.1e}  eta {eta}")
-
-    def show(self, files: Iterable[Path], step: int) -> None:
-        """Pictures and videos of a step, to W&B if asked: by the names of their files, without the step."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                import wandb
-
-                media = {}
-                for file in sorted(files):
-                    name = str(file.relative_to(self.output_dir).with_suffix(""))
-                    name = name.replace(f"/step_{step:06d}", "").removesuffix(f"_{step:06d}")
-                    is_video = file.suffix == ".mp4"
-                    media[name] = wandb.Video(str(file), format="mp4") if is_video else wandb.Image(str(file))
-                tracker.tracker.log(media, step=step)
-
-    def speed(self, step: int) -> dict[str, float]:
-        """Samples per second of all ranks, and the share of time that training waited for data, since the last call."""
-        now = time.monotonic()
-        elapsed, rate = now - self.since, self.samples * self.accelerator.num_processes / (now - self.since)
-        speed = {
-            "samples_per_s": rate,
-            "data_wait": self.waited / elapsed,
-            "eta_s": (self.steps - step) * self.samples_per_step / rate,
-        }
-        self.restart_clock()
-        return speed
-
-    def tell_stragglers(self) -> None:
-        """Names the ranks that others wait for, by what each needs in a step before they meet."""
-        if self.stopwatch is not None:
-            steps = self.samples * self.accelerator.num_processes / self.samples_per_step
-            mine = torch.tensor([[self.waited, self.stopwatch.read()]], device=self.accelerator.device)
+    def log_training(self, values: dict[str, float | Tensor]) -> None:
+        """Means over ranks of the scalars of a step, the share of each source so far, and the speed."""
+        names = [name for name, value in values.items() if torch.is_tensor(value)]
+        means = torch.stack([full(values[name]).detach().float() for name in names])
+        means = self.accelerator.reduce(means, "mean").tolist()
+        values = values | dict(zip(names, means, strict=True)) | self.mixture.shares(self.step * self.samples_per_step)
+        num_ranks = self.accelerator.num_processes
+        if self.clock.stopwatch is not None:
+            steps = self.clock.samples * num_ranks / self.samples_per_step
+            mine = torch.tensor([[self.clock.waited, self.clock.stopwatch.read()]], device=self.device)
             if line := stragglers(self.accelerator.gather(mine).cpu() / steps):
                 self.print(line)
+        values |= self.clock.speed(num_ranks, (self.args.steps - self.step) * self.samples_per_step)
+        if self.intake.num_broken:
+            values["broken"] = self.intake.num_broken
+        self.clock.restart()
+        self.output.write("train", values, self.step)
 
-    def restart_clock(self) -> None:
-        """Speed counts from here: what came before was no training."""
-        self.waited, self.samples, self.since = 0.0, 0, time.monotonic()
-        if self.stopwatch is not None:
-            self.stopwatch.spans.clear()
+    def log(self, split: str, values: dict[str, float]) -> None:
+        """Scalars of this step that are no training, which takes no part in the speed of it."""
+        self.clock.restart()
+        self.output.write(split, values, self.step)
+
+    def log_report(self, report: dict, alarms: list[str]) -> None:
+        """Keeps the report of a validation for the checkpoints, logs its figures, and prints the alarms."""
+        self.report = report
+        self.log("val", scalars(report))
+        for alarm in alarms:
+            self.print(f"ALARM: {alarm}")
+
+    def must_validate(self) -> bool:
+        return self.step % self.args.eval_freq == 0 or self.step == self.args.steps
+
+    def must_save(self) -> bool:
+        """At `save_freq`, at the last step, and once any rank has been asked to stop. All ranks must call it."""
+        if self.step % self.check_freq == 0:
+            flag = torch.tensor(self.stop_signal, device=self.device)
+            if dist.is_initialized():
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.must_stop = bool(flag)
+        return self.must_stop or self.step % self.args.save_freq == 0 or self.step == self.args.steps
 
     @property
     def samples_per_step(self) -> int:
         """Samples of all ranks in one optimizer step."""
-        per_rank = self.settings["batch_size"] * self.accelerator.gradient_accumulation_steps
-        return per_rank * self.accelerator.num_processes
+        return self.args.batch_size * self.accumulation * self.accelerator.num_processes
 
     def save(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        average: AveragedModel | None = None,
+        average: "AveragedModel | None" = None,
         write: Callable[..., None] | None = None,
         **provenance,
     ) -> None:
@@ -381,12 +459,12 @@ class Run:
         default its own `save_pretrained`.
         """
         self.refuse_faults()
-        folder = self.output_dir / "checkpoints" / f"{self.step:06d}"
-        model, is_main = self.accelerator.unwrap_model(model), self.accelerator.is_main_process
-        weights = full_copies(model.state_dict(), is_main)
-        state = full_copies(moments(optimizer), is_main)
-        turns = self.intake.next_turns(self.accelerator.device)
-        if is_main and not folder.is_dir():
+        folder = self.args.output_dir / "checkpoints" / f"{self.step:06d}"
+        model = self.accelerator.unwrap_model(model)
+        weights = full_copies(model.state_dict(), self.is_main)
+        state = full_copies(moments(optimizer), self.is_main)
+        turns = self.intake.next_turns(self.device)
+        if self.is_main and not folder.is_dir():
             with whole_folder(folder) as partial:
                 (partial / "pretrained_model").mkdir()
                 (partial / "training_state").mkdir()
@@ -401,37 +479,37 @@ class Run:
             link_last(folder)
         wait_for_all()
 
-    def interrupt(self) -> None:
-        """Ends the process with the exit code that asks for the same command again."""
-        self.finish("interrupted")
-        self.print(f"stopped by a signal at step {self.step}, saved; the same command goes on")
-        sys.exit(INTERRUPTED)
-
-    def finish(self, state: str = "done") -> None:
-        if self.accelerator.is_main_process:
-            write_json(self.output_dir / "run.json", self.record | {"state": state, "step": self.step})
-        self.close()
-        self.accelerator.end_training()
-
-    def close(self, exit_code: int = 0) -> None:
-        """Ends what watches, logs and holds the folder. exit_code: for W&B."""
-        self.is_over = True
+    def __exit__(self, kind, error, trace) -> None:
         self.watchdog.stopped.set()
+        if self.output is None:
+            return
         for number, handler in self.handlers.items():  # a further warning is not to kill what is about to end
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
-        if not self.accelerator.is_main_process:
-            return
-        self.metrics.close()
-        self.lock.close()
-        if self.bar is not None:
-            self.bar.close()
-        for tracker in self.accelerator.trackers if exit_code else ():
-            if tracker.name == "wandb":
-                tracker.tracker.finish(exit_code=exit_code)
-            else:
-                tracker.finish()
+        is_over = error is None or (kind is SystemExit and self.must_stop)
+        ended = {"state": "done" if error is None else "interrupted", "step": self.step}
+        if not is_over:
+            ended |= {"state": "failed", "reason": traceback.format_exception_only(error)[-1].strip()}
+        record = self.args.output_dir / "run.json"
+        try:
+            if self.is_main if is_over else fails_first() and record.is_file():
+                write_json(record, json.loads(record.read_text()) | ended)
+        finally:
+            self.output.close(exit_code=0 if is_over else 1)
+            if self.is_main:
+                self.lock.close()
+
+    def wait_for_all(self) -> None:
+        """Returns once every rank is here; the work of one may take long."""
+        wait_for_all()
+
+    def show(self, files: Iterable[Path]) -> None:
+        self.output.show(files, self.step)
 
     def print(self, text: str) -> None:
         """One line above the progress bar, from the main process."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+        self.output.print(text)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes torch's random numbers a function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))

@@ -9,7 +9,7 @@ arXiv:2505.06111). Three heads let the latent out of the model, with one interfa
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,6 +75,16 @@ class VLAConfig:
     def from_dict(cls, values: dict, **changes) -> "VLAConfig":
         """values: as `asdict` gives them; changes: other settings of the VLM."""
         return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
+
+    def resolved(self, space: LatentSpace) -> "VLAConfig":
+        """With what follows from stage 1 and from the kind of VLM, where it is not given.
+
+        Raises ValueError for settings that contradict each other."""
+        check(self)
+        is_tiny, weight = self.vlm.vlm == "tiny", self.feature_weight
+        image_size = space.image_size if is_tiny and self.vlm.image_size is None else self.vlm.image_size
+        weight = float(is_tiny) if weight is None else weight
+        return replace(self, vlm=replace(self.vlm, image_size=image_size), feature_weight=weight)
 
 
 class Predicted(NamedTuple):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hlrp.images import regrid
 from hlrp.laq import LAQ
 from hlrp.laq_validation import COLLAPSED_UP_TO, Share
 from hlrp.metrics import MIN_EPISODES, code_health, episode_split, one_hot_features, probe_r2
@@ -16,6 +17,7 @@ from hlrp.quantizers import nearest
 from hlrp.strategies import Latents
 from hlrp.transformer import mean_action
 from hlrp.vla import VLA, Predicted
+from hlrp.vlm import VLM
 
 CONDITIONS = ("", "_shuffled_text", "_blank_image")
 
@@ -45,6 +47,13 @@ def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
     actions = laq.between_all(embedded)
     labels["latent_vectors"] = actions.vectors.flatten(2)
     return labels if actions.indices is None else labels | {"latent_indices": actions.indices}
+
+
+def feature_dim(laq: LAQ, vlm: VLM) -> int:
+    """Numbers of the LAQ's features that one image token of the VLM tells."""
+    size = laq.config.image_size
+    blank = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8, device=laq.queries.device)
+    return regrid(label(laq, blank)["features"], vlm.num_image_tokens).shape[-1]
 
 
 def shuffled(batch: dict) -> dict:
