@@ -1,4 +1,6 @@
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,36 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from toys import Counting, write_lerobot, write_video
 
+import train_laq
+from hlrp import shards
 from hlrp.clips import Clips
 from hlrp.contract import choose_demonstrations, labelled_episodes, labelled_share, split_episodes
 from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader
+from hlrp.laq import LAQConfig
 from hlrp.sources import expand, open_source, open_sources, parse_uri
-
-
-class Counting:
-    """Episodes whose frames show their own (episode, index) in the first two channels."""
-
-    def __init__(self, lengths, fps=10.0, name="counting", action_dim=0, state_dim=0):
-        self.uri, self.name, self.camera, self.fingerprint = f"test:{name}", name, "", name
-        self.lengths = np.array(lengths)
-        self.fps = np.full(len(lengths), fps) if np.isscalar(fps) else np.array(fps)
-        self.action_dim, self.state_dim, self.reads = action_dim, state_dim, 0
-
-    def read(self, episode, indices):
-        assert min(indices) >= 0 and max(indices) < self.lengths[episode]
-        self.reads += 1
-        frames = torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
-        frames[:, 0], frames[:, 1] = episode, torch.as_tensor(indices)[:, None, None]
-        read = {"frames": frames, "task": f"episode {episode}", "embodiment": episode % 2}
-        read["truth"] = torch.as_tensor(indices)[:, None].float()
-        if self.state_dim:
-            read["state"] = torch.as_tensor(indices).float()[:, None].expand(-1, self.state_dim)
-        return read
-
-    def actions(self, episode, indices):
-        assert min(indices) >= 0 and max(indices) < self.lengths[episode]
-        return torch.as_tensor(indices).float()[:, None].repeat(1, self.action_dim)
 
 
 def clips_of(source, times=(0.0, 0.5), index=0):
@@ -117,7 +98,7 @@ def test_d7_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
 
 def test_a_process_that_fails_ends_though_its_workers_wait_for_it():
     code = """
-from test_data import *
+from test_data import Counting, Mixture, clips_of, loader
 class Broken(Counting):
     def read(self, episode, indices):
         raise ValueError("cannot be decoded")
@@ -484,3 +465,54 @@ def test_a_history_of_images_begins_with_the_first_frame_and_never_shows_the_fut
     clips = for_a_policy(Counting([6], action_dim=1), num_images=3)
     seen = [clips[i]["images"][:, 1, 0, 0].tolist() for i in range(6)]
     assert seen == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+RLDS = Path(__file__).parent / "data" / "rlds_fixture"
+MODEL = {"image_size": 16, "patch_size": 8, "codebook_size": 8}
+SETTINGS = {"val_samples": 8, "steps": 40, "batch_size": 8, "warmup_steps": 2, "num_workers": 2}
+EVERY = {"log_freq": 40, "eval_freq": 40, "save_freq": 20}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    shards.main(shards.Args(folder / "shards", ("world:clean?episodes=12",), frames_per_shard=100))
+    write_lerobot(folder / "robot")
+    (folder / "clips").mkdir()
+    for i in range(2):
+        write_video(folder / "clips" / f"{i}.mp4")
+    return (
+        f"shards:{folder}/shards@2",
+        f"rlds:{RLDS}?fps=10&camera=image&split=train,val@1",
+        f"lerobot:{folder}/robot@1",
+        f"videos:{folder}/clips@0.5",
+    )
+
+
+def train(output_dir, data, **settings):
+    model = LAQConfig(**MODEL)
+    train_laq.main(
+        train_laq.Args(
+            **SETTINGS | EVERY | {"data": data, "val_fraction": 0.3} | settings, model=model, output_dir=output_dir
+        )
+    )
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_shards_open_x_lerobot_and_videos_train_as_one_mixture(data, tmp_path, capfd):
+    lines = train(tmp_path / "run", data)
+    (logged,) = (line for line in lines if line["split"] == "train")
+    shares = [value for name, value in logged.items() if name.startswith("share/")]
+    weights = np.array([parse_uri(uri).weight for uri in data])
+    assert np.abs(shares - weights / weights.sum()).max() < 0.02
+    (found,) = (line for line in lines if line["split"] == "val")
+    assert len({name.split("/")[0] for name in found if "true_over_copy" in name}) == 4
+    out = capfd.readouterr()
+    assert "clips and 1 stream(s) of 4 source(s)" in out.out + out.err
+
+    step = json.loads((tmp_path / "run/checkpoints/000020/training_state/training_step.json").read_text())
+    assert step["turns"]["rlds-tiny_robot-image"] > 0
+    shutil.rmtree(tmp_path / "run/checkpoints/000040")
+    train(tmp_path / "run", data)
+    assert "is a stream: it goes on at the beginning of shard" in "".join(capfd.readouterr())

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors.torch import load_file
-from test_lerobot_data import TOP, WRIST, write
 from torch import nn
+from toys import TOP, WRIST, write_lerobot
 
 import finetune_policy
 from finetune_policy import Args, EnvArgs, EvalArgs
@@ -211,7 +211,7 @@ def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, m
 
 
 def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tmp_path, monkeypatch):
-    folder = write(tmp_path / "data")
+    folder = write_lerobot(tmp_path / "data")
     forward, seen = HLRPPolicy.forward, []
     monkeypatch.setattr(HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch))
     settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "val_fraction": 0.4}

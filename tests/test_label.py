@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_lerobot_data import LENGTHS, TOP, write
+from toys import LENGTHS, TOP, write_lerobot
 
 from hlrp import label as module
 from hlrp.clips import Clips
@@ -54,7 +54,7 @@ def laq(base):
 
 @pytest.fixture(scope="module")
 def old(base):
-    return write(base / "old")
+    return write_lerobot(base / "old")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_labels_of_another_laq_delta_or_camera_are_refused(new, laq):
 
 def test_images_in_several_files_get_codes_of_one_token_too(base, tmp_path):
     laq = save_laq(tmp_path / "laq", num_tokens=1)
-    write(tmp_path / "old", codec=None, data_files_size_in_mb=0.001)
+    write_lerobot(tmp_path / "old", codec=None, data_files_size_in_mb=0.001)
     main(Args(f"lerobot:{tmp_path / 'old'}", tmp_path / "new", tmp_path / "laq"))
     assert len(LeRobotData(tmp_path / "new").data_files) > 1
     assert_equal(*batches(f"lerobot:{tmp_path / 'new'}", laq))

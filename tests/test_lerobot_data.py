@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from toys import FPS, LENGTHS, TOP, WRIST, numbers, picture, write_lerobot
 
 from hlrp import videos
 from hlrp.clips import Clips
@@ -20,58 +21,20 @@ from hlrp.data import Mixture, loader
 from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
 from hlrp.sources import instructions, open_source
 
-LENGTHS, FPS, SIZE = (12, 30, 9), 10, 64
-TOP, WRIST = "observation.images.top", "observation.images.wrist"
-
-
-def write(folder, codec="h264", g=2, numbers=True, **settings):
-    """Three episodes of two tasks; the frames count through as bar codes, inverted in the wrist view."""
-    from lerobot.configs import RGBEncoderConfig
-    from lerobot.datasets import LeRobotDataset
-
-    image = {"dtype": "image" if codec is None else "video", "shape": (SIZE, SIZE, 3)}
-    features = {key: image | {"names": ["height", "width", "channels"]} for key in (TOP, WRIST)}
-    if numbers:
-        features["observation.state"] = {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]}
-        features["action"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-        features["annotation.point"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-    if codec is not None:
-        settings["rgb_encoder"] = RGBEncoderConfig(vcodec=codec, g=g, crf=20)
-        settings |= {"streaming_encoding": True, "encoder_queue_maxsize": 100, "encoder_threads": 1}
-    dataset = LeRobotDataset.create("toy/toy", FPS, features, root=folder, use_videos=codec is not None, **settings)
-    total = 0
-    for episode, length in enumerate(LENGTHS):
-        for i in range(length):
-            frame = {TOP: picture(total), WRIST: 255 - picture(total), "task": f"task {episode % 2}"}
-            if numbers:
-                frame["observation.state"] = np.array([episode, i, total], dtype=np.float32)
-                frame["action"] = np.array([total, -i], dtype=np.float32)
-                frame["annotation.point"] = np.array([i / 40, -i / 40], dtype=np.float32)
-            dataset.add_frame(frame)
-            total += 1
-        dataset.save_episode()
-    dataset.finalize()
-    return folder
-
-
-def shown(frames):
-    bars = frames[:, 0, SIZE // 2, 4::8] > 127
-    return (bars.long() << torch.arange(8)).sum(1).tolist()
-
 
 @pytest.fixture(scope="module")
 def h264(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("lerobot") / "h264")
+    return write_lerobot(tmp_path_factory.mktemp("lerobot") / "h264")
 
 
 @pytest.fixture(scope="module")
 def av1(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("lerobot") / "av1", "libsvtav1", g=30)
+    return write_lerobot(tmp_path_factory.mktemp("lerobot") / "av1", "libsvtav1", g=30)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("lerobot") / "images", codec=None)
+    return write_lerobot(tmp_path_factory.mktemp("lerobot") / "images", codec=None)
 
 
 @pytest.fixture
@@ -107,7 +70,7 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, d
     for episode, length in enumerate(LENGTHS):
         order = np.random.default_rng(0).permutation(length)
         read, actions = source.read(episode, order), source.actions(episode, order)
-        assert shown(255 - read["frames"]) == (first + order).tolist()
+        assert numbers(255 - read["frames"]) == (first + order).tolist()
         assert torch.equal(read["point"], torch.from_numpy(order / 40).float()[:, None] * torch.tensor([1.0, -1.0]))
         for i, frame, state, action in zip(order, read["frames"], read["state"], actions, strict=True):
             item = expected[first + int(i)]
@@ -128,29 +91,29 @@ def test_the_first_camera_is_the_default_and_an_unknown_one_lists_them(h264):
 
 
 def test_batches_hold_the_actions_between_their_frames(h264):
-    mixture = Mixture([Clips(LeRobotData(h264), [1, 2], (0.0, 0.5), image_size=SIZE)])
+    mixture = Mixture([Clips(LeRobotData(h264), [1, 2], (0.0, 0.5), image_size=64)])
     assert len(mixture.clips[0]) == 25 + 4
     batch = next(iter(loader(mixture, batch_size=29, num_workers=1)))
     first_row = torch.tensor([0, 12, 42])[batch["episode"]] + batch["index"]
-    assert shown(batch["frames"][:, 0]) == first_row.tolist()
-    assert shown(batch["frames"][:, 1]) == (first_row + 5).tolist()
+    assert numbers(batch["frames"][:, 0]) == first_row.tolist()
+    assert numbers(batch["frames"][:, 1]) == (first_row + 5).tolist()
     assert torch.equal(batch["action"][..., 0], (first_row[:, None] + torch.arange(5)).float())
     assert torch.equal(batch["state"][:, 2], first_row.float())
     assert len(set(first_row.tolist())) == 29
 
 
 def test_episodes_spread_over_several_files_are_found(tmp_path):
-    folder = write(tmp_path / "many", data_files_size_in_mb=0.001, video_files_size_in_mb=0.001)
+    folder = write_lerobot(tmp_path / "many", data_files_size_in_mb=0.001, video_files_size_in_mb=0.001)
     source = LeRobotData(folder)
     assert len(source.video_files) == 3 and len(source.data_files) > 1
-    assert [shown(source.read(e, [0, 8])["frames"]) for e in range(3)] == [[0, 8], [12, 20], [42, 50]]
+    assert [numbers(source.read(e, [0, 8])["frames"]) for e in range(3)] == [[0, 8], [12, 20], [42, 50]]
     assert [source.actions(e, [8])[0, 0].item() for e in range(3)] == [8, 20, 50]
 
 
 def test_video_without_state_and_action_is_a_source_too(tmp_path):
-    source = LeRobotData(write(tmp_path / "human", numbers=False))
+    source = LeRobotData(write_lerobot(tmp_path / "human", numbers=False))
     assert (source.state_dim, source.action_dim) == (0, 0)
-    assert set(Clips(source, [1], (0.0, 0.5), SIZE)[3]) == {
+    assert set(Clips(source, [1], (0.0, 0.5), 64)[3]) == {
         "frames", "task", "dataset", "source", "episode", "place", "index", "fps"
     }  # fmt: skip
 
@@ -179,7 +142,7 @@ def test_time_stamps_past_the_end_of_the_video_name_episode_and_file_or_are_skip
         source = LeRobotData(copy, skip_broken=True)
     assert "episode 2" in caplog.text and source.num_skipped == 1
     assert source.lengths.tolist() == [12, 30]
-    assert shown(source.read(1, [0, 29])["frames"]) == [12, 41]
+    assert numbers(source.read(1, [0, 29])["frames"]) == [12, 41]
     assert LeRobotData(copy, camera="wrist").num_skipped == 0
 
 
@@ -188,7 +151,7 @@ def test_an_episode_that_one_camera_lacks_is_left_out_for_all(copy):
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     source = open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
     assert source.lengths.tolist() == [12] and source.num_skipped == 2
-    assert shown(255 - source.look(WRIST, 0, [5])) == shown(source.read(0, [5])["frames"]) == [5]
+    assert numbers(255 - source.look(WRIST, 0, [5])) == numbers(source.read(0, [5])["frames"]) == [5]
     starts |= {f"videos/{WRIST}/from_timestamp": [9.0, 1.2, 4.2], f"videos/{TOP}/from_timestamp": [0.0, 9.0, 9.0]}
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     with pytest.raises(ValueError, match="no episode of which all cameras can be read"):
@@ -260,20 +223,13 @@ def encode(path, times):
     """An mp4 whose frame number k is shown at times[k] [ms]."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "10", "g": "4"})
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(number), "rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(number, 64), "rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-
-
-def picture(number):
-    image = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
-    for bit in range(8):
-        image[:, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
-    return image
 
 
 def edit_info(folder, **changes):
@@ -308,20 +264,20 @@ def test_frames_are_those_that_the_mp4_shows_at_the_time_stamps_of_the_rows(
     for episode, length in enumerate(LENGTHS):
         first = FIRST_ROWS[episode] if factor else (39, 9, 0)[episode]
         rows = first + np.arange(length)
-        assert shown(source.read(episode, range(length))["frames"]) == (rows * (factor or 1)).tolist()
+        assert numbers(source.read(episode, range(length))["frames"]) == (rows * (factor or 1)).tolist()
 
 
 def test_the_frame_rate_is_that_of_the_time_stamps_and_not_of_a_wrong_info_json(copy):
     edit_info(copy, fps=30)
     source = LeRobotData(copy)
     np.testing.assert_allclose(source.fps, 10, rtol=1e-5)
-    assert shown(Clips(source, [1], (0.0, 0.5), SIZE)[3]["frames"]) == [15, 20]
+    assert numbers(Clips(source, [1], (0.0, 0.5), 64)[3]["frames"]) == [15, 20]
 
 
 def test_a_frame_half_a_frame_off_its_row_names_episode_file_and_both_times(copy):
     change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.13, 4.2]})
     source = LeRobotData(copy)
-    assert shown(source.read(0, [3])["frames"]) == [3]
+    assert numbers(source.read(0, [3])["frames"]) == [3]
     with pytest.raises(ValueError, match=r"episode 1: its frame 4 is at 1.530 s .*top.*mp4 shows one at 1.600 s"):
         source.read(1, [4])
     change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.2, 4.2]})
@@ -357,15 +313,15 @@ def test_clips_over_a_gap_in_time_are_left_out_and_counted(copy, caplog):
     change(copy / EPISODES, **{f"videos/{TOP}/from_timestamp": [0.0, 1.2, 4.9]})
     source = LeRobotData(copy)
     np.testing.assert_allclose(source.fps, 10, rtol=1e-4)
-    clips = Clips(source, range(3), (0.0, 0.5), SIZE)
+    clips = Clips(source, range(3), (0.0, 0.5), 64)
     assert len(clips) == 7 + 25 + 4 - 5 and "left out 5 of 36 clips" in caplog.text and "episode 1" in caplog.text
     samples = clips.__getitems__(range(len(clips)))
     assert [sample["index"] for sample in samples if sample["episode"] == 1] == [*range(5), *range(10, 25)]
     for sample in samples:
         first = int(FIRST_ROWS[sample["episode"]] + sample["index"])
-        assert shown(sample["frames"]) == [first, first + 5]
+        assert numbers(sample["frames"]) == [first, first + 5]
     with pytest.raises(ValueError, match="no clip is left without 3 of 3 clips.* episode 1"):
-        Clips(source, [1], (0.0, 0.5), SIZE, frames={1: np.arange(6, 9)})
+        Clips(source, [1], (0.0, 0.5), 64, frames={1: np.arange(6, 9)})
 
 
 def test_the_instruction_is_that_of_the_row_and_an_empty_first_one_empties_no_other(copy, caplog):
@@ -374,7 +330,7 @@ def test_the_instruction_is_that_of_the_row_and_an_empty_first_one_empties_no_ot
     source = LeRobotData(copy)
     assert [source.read(0, [i])["task"] for i in (4, 5, 7)] == ["", "put it down", "put it down"]
     assert instructions([source]) == ["", "put it down"]
-    clips = Clips(source, [0], (0.0, 0.5), SIZE, input_size=SIZE, num_images=3)
+    clips = Clips(source, [0], (0.0, 0.5), 64, input_size=64, num_images=3)
     assert [s["task"] for s in clips.__getitems__([6, 5, 4, 0])] == ["put it down"] * 2 + [""] * 2
     chosen = choose_demonstrations(source, range(3), 1, seed=0)
     assert len(chosen) == 2 and 2 in chosen  # episodes 0 and 1 are of one task
@@ -405,7 +361,7 @@ def test_a_row_that_cannot_be_used_names_file_column_row_and_episode_or_is_skipp
         LeRobotData(copy)
     source = LeRobotData(copy, skip_broken=True)
     assert source.lengths.tolist() == [12, 9] and source.num_skipped == 1
-    assert shown(source.read(1, [0])["frames"]) == [42] and source.actions(1, [8]).tolist() == [[50, -8]]
+    assert numbers(source.read(1, [0])["frames"]) == [42] and source.actions(1, [8]).tolist() == [[50, -8]]
 
 
 def test_columns_that_are_not_needed_may_be_null_and_are_named_once(copy, caplog):

@@ -3,7 +3,26 @@ import math
 import pytest
 import torch
 
-from hlrp.metrics import code_counts, code_health, is_constant, k_means, mutual_information, psnr, r2_per_dim, wilson
+from hlrp import metrics as probes
+from hlrp.metrics import (
+    NUM_FOLDS,
+    PROBES,
+    code_counts,
+    code_features,
+    code_health,
+    episode_split,
+    is_constant,
+    k_means,
+    mutual_information,
+    one_hot_features,
+    probe_features,
+    probe_r2,
+    psnr,
+    r2_per_dim,
+    resampled_r2,
+    ridge_predictions,
+    wilson,
+)
 
 
 def test_d1_usage_equals_bincount_however_often_a_batch_uses_a_code():
@@ -72,3 +91,147 @@ def test_k_means_finds_bins_that_lie_apart():
     x = torch.randn(90, 2, generator=torch.Generator().manual_seed(0)) + 50 * (torch.arange(90) % 3)[:, None]
     bins = k_means(x, 3, seed=1)
     assert [len(bins[k::3].unique()) for k in range(3)] == [1, 1, 1] and len(bins.unique()) == 3
+
+
+def labelled(num_episodes: int = 40, length: int = 25) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+    """Actions (b, 2), the episode of each, and the generator that drew them."""
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.randn(num_episodes * length, 2, generator=generator)
+    return actions, torch.arange(num_episodes).repeat_interleave(length), generator
+
+
+def test_the_true_action_as_latent_scores_above_99_percent():
+    actions, episodes, _ = labelled()
+    assert probe_r2(100 * actions + 7, actions, episodes)["r2"] > 0.99
+
+
+def test_random_latents_score_within_5_percent_of_0():
+    actions, episodes, generator = labelled()
+    for dim in (4, 64, 1500):
+        probe = probe_r2(torch.randn(len(actions), dim, generator=generator), actions, episodes)
+        assert abs(probe["r2"]) < 0.05
+        assert abs(probe["r2_random"]) < 0.05
+
+
+def test_d15_nothing_is_predicted_in_an_episode_that_was_fitted_on(monkeypatch):
+    """Neither in the score nor in the folds that choose the penalty."""
+    fits = []
+
+    def mean_prediction(x_train, y_train, x_test, alphas):
+        fits.append((set(x_train[:, 0].tolist()), set(x_test[:, 0].tolist())))
+        return [y_train.double().mean(dim=0).expand(len(x_test), -1)] * len(alphas)
+
+    monkeypatch.setattr(probes, "ridge_predictions", mean_prediction)
+    actions, episodes, _ = labelled()
+    probe_r2(episodes[:, None].float(), actions, episodes)
+    fitted, scored = fits[NUM_FOLDS]
+    assert len(fitted) == len(scored) == 20
+    assert all(not fit & out for fit, out in fits)
+    assert all(not fit & scored and not out & scored for fit, out in fits[:NUM_FOLDS])
+
+
+def test_d15_a_latent_that_only_tells_episodes_apart_scores_nothing():
+    """Actions that differ between episodes: a split by frame would score near 1."""
+    _, episodes, generator = labelled()
+    actions = torch.randn(40, 2, generator=generator)[episodes]
+    episode_code = torch.randn(40, 64, generator=generator)[episodes]
+    assert probe_r2(episode_code, actions, episodes)["r2"] < 0.1
+    by_frame = torch.arange(len(episodes))  # every frame its own episode
+    assert probe_r2(episode_code, actions, by_frame)["r2"] > 0.9
+
+
+def test_an_episode_on_both_sides_is_an_error_that_names_it():
+    actions, episodes, _ = labelled(num_episodes=4)
+    is_fit = torch.arange(len(episodes)) < 60  # ends within episode 2
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        probe_r2(actions, actions, episodes, is_fit)
+
+
+def test_episode_split_is_seeded_and_leaves_episodes_on_both_sides():
+    episodes = torch.arange(10).repeat_interleave(3)
+    split = episode_split(episodes, share=0.3, seed=1)
+    assert torch.equal(split, episode_split(episodes, share=0.3, seed=1))
+    assert len(episodes[split].unique()) == 3
+    assert not set(episodes[split].tolist()) & set(episodes[~split].tolist())
+    assert episode_split(torch.tensor([4, 9]), share=1.0, seed=0).sum() == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        episode_split(torch.zeros(5), share=0.5, seed=0)
+
+
+def test_constant_action_dimensions_are_counted_and_left_out():
+    actions, episodes, _ = labelled()
+    padded = torch.cat([actions[:, :1], torch.full((len(actions), 1), 0.1), actions[:, 1:]], dim=1)
+    probe = probe_r2(actions, padded, episodes)
+    assert probe["constant_dims"] == 1
+    assert probe["r2_per_dim"][1] is None
+    assert probe["r2"] > 0.99
+    assert probe_r2(actions, torch.zeros_like(actions), episodes)["r2"] is None
+
+
+def test_ridge_solves_its_equation_with_fewer_and_with_more_features_than_samples():
+    generator = torch.Generator().manual_seed(0)
+    for num_features in (5, 50):
+        x = torch.randn(20, num_features, generator=generator, dtype=torch.float64)
+        y = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+        standard = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
+        gram = standard.T @ standard / 20 + 0.1 * torch.eye(num_features)
+        weight = torch.linalg.solve(gram, standard.T @ (y - y.mean(dim=0)) / 20)
+        torch.testing.assert_close(ridge_predictions(x, y, x, [0.1])[0], y.mean(dim=0) + standard @ weight)
+
+
+def test_one_hot_features_read_what_the_order_of_the_codes_hides():
+    """Actions are a random function of the index: no line through them fits, an indicator each does."""
+    _, episodes, generator = labelled()
+    indices = torch.randint(0, 16, (len(episodes), 2), generator=generator)
+    table = torch.randn(16, 2, generator=generator)
+    actions = table[indices[:, 0]]
+    assert one_hot_features(indices, 16).shape == (len(episodes), 32)
+    assert probe_r2(one_hot_features(indices, 16), actions, episodes)["r2"] > 0.99
+    assert probe_r2(code_features(indices[..., None]), actions, episodes)["r2"] < 0.5
+
+
+def test_the_network_reads_what_no_line_fits_and_nothing_where_there_is_nothing():
+    actions, episodes, generator = labelled()
+    is_fit = episode_split(episodes, share=0.5, seed=0)
+    state = torch.get_rng_state()
+
+    def r2(latents, probe):
+        pred = PROBES[probe](latents[is_fit], actions[is_fit], latents[~is_fit], episodes[is_fit])
+        return float(r2_per_dim(pred, actions[~is_fit]).mean())
+
+    angle = torch.atan2(*actions.T)
+    turned = torch.stack([(3 * angle).sin(), (3 * angle).cos(), actions.norm(dim=1), angle], dim=1)
+    assert r2(turned, "mlp") > 0.95 > r2(turned, "ridge") + 0.1
+    assert r2(100 * actions + 7, "mlp") > 0.99
+    assert abs(r2(torch.randn(len(actions), 64, generator=generator), "mlp")) < 0.05
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_intervals_are_over_episodes_and_cover_the_figure():
+    actions, episodes, generator = labelled()
+    noise = torch.randn(40, 2, generator=generator)[episodes]  # the same in all of an episode
+    pred = actions + 0.5 * noise
+    found = r2_per_dim(pred, actions).mean()
+    draws = resampled_r2(pred, actions, episodes, num_draws=500, seed=0).mean(dim=1)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975]).double())
+    assert low < found < high
+    alone = resampled_r2(pred, actions, torch.arange(len(episodes)), 500, seed=0).mean(dim=1)
+    assert draws.std() > 2 * alone.std()  # pairs of one episode are no independent witnesses
+    assert torch.equal(draws, resampled_r2(pred, actions, episodes, 500, seed=0).mean(dim=1))
+
+
+def test_an_interval_is_finite_where_a_dimension_is_constant_in_most_episodes():
+    generator = torch.Generator().manual_seed(0)
+    episodes = torch.arange(10).repeat_interleave(20)
+    target = torch.where(episodes[:, None] < 8, -1.0, torch.randn(200, 1, generator=generator))
+    pred = target + 0.1 * torch.randn(200, 1, generator=generator)
+    draws = resampled_r2(pred, target, episodes, 500, seed=0).flatten()
+    whole = 1 - (pred - target).square().sum() / (target - target.mean()).square().sum()
+    assert 0 < draws.quantile(0.025) < whole < draws.quantile(0.975) < 1
+
+
+def test_many_codes_are_read_by_their_vectors_and_few_by_which_they_are():
+    codes, indices = torch.randn(10, 4, 3), torch.randint(0, 8, (10, 4))
+    assert torch.equal(probe_features(codes, indices, 8), one_hot_features(indices, 8))
+    assert torch.equal(probe_features(codes, indices, 512), code_features(codes))
+    assert torch.equal(probe_features(codes, None, None), code_features(codes))

@@ -15,31 +15,12 @@ from lerobot.datasets.compute_stats import aggregate_stats, get_feature_stats
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from lerobot.policies.rtc import RTCConfig
 from lerobot.utils.import_utils import register_third_party_plugins
-from test_lerobot_data import TOP, WRIST, write
+from toys import CHUNK, META, STATE, TASKS, TOP, WRIST, make_config, make_policy, write_lerobot
 
 from hlrp.metrics import column_statistics, normalisable
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
 from hlrp.vla import VLA, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, VLMConfig
-
-TASKS = ["push the red block", "open the door"]
-META = SimpleNamespace(tasks=SimpleNamespace(index=TASKS), stats=None)
-STATE, CHUNK = 3, 4
-
-
-def make_config(cameras=(TOP,), state=STATE, **settings) -> HLRPConfig:
-    settings = {"chunk_size": CHUNK, "n_action_steps": 2, "expert_dim": 32, "expert_depth": 1} | settings
-    config = HLRPConfig(device="cpu", push_to_hub=False, image_size=32, **settings)
-    config.input_features = {key: PolicyFeature(FeatureType.VISUAL, (3, 40, 40)) for key in cameras}
-    if state:
-        config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (state,))
-    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
-    return config
-
-
-def make_policy(**settings) -> HLRPPolicy:
-    torch.manual_seed(0)
-    return HLRPPolicy(make_config(**settings), dataset_meta=META)
 
 
 def make_batch(policy, rows=4) -> dict:
@@ -424,7 +405,7 @@ def test_statistics_that_are_not_finite_are_named():
 
 
 def test_lerobot_trains_resumes_and_loads_it(tmp_path):
-    dataset = write(tmp_path / "data")
+    dataset = write_lerobot(tmp_path / "data")
     main = "from lerobot.scripts.lerobot_train import main; main()"
     flags = {"policy.type": "hlrp", "policy.device": "cpu", "policy.push_to_hub": "false"}
     flags |= {"policy.chunk_size": 4, "policy.n_action_steps": 2, "dataset.repo_id": "toy/toy"}

@@ -9,7 +9,7 @@ from collections import deque
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from test_policy import META
+from toys import META
 
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
 from hlrp.rollout import Args, main, summary, table

@@ -12,8 +12,7 @@ import torch
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
-from test_lerobot_data import TOP
-from test_policy import CHUNK, make_policy
+from toys import CHUNK, TOP, make_policy
 
 from hlrp.policy import make_hlrp_pre_post_processors
 

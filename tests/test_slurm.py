@@ -13,14 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from toys import FLAGS, WORLD, assert_equal_to_the_bit, one_cpu, rank_of
 
 ROOT = Path(__file__).parents[1]
 SHELL = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch"), ROOT / "slurm/site.env.example"])
-WORLD = "world:default?episodes=12"
-FLAGS = f"""--data {WORLD} --val-samples 16 --batch-size 4 --warmup-steps 2 --num-workers 0 --log-freq 2
-    --eval-freq 1000 --image-size 32 --patch-size 8 --codebook-size 8 --quantizer fsq""".split()
 
 
 def tracked() -> list[Path]:
@@ -228,12 +224,6 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def one_cpu(number: int) -> list[str]:
-    """Runs what stands behind it on one CPU: threads that wait for each other are slow where CPUs are shared."""
-    cpus = sorted(os.sched_getaffinity(0))
-    return ["taskset", "-c", str(cpus[number % len(cpus)])]
-
-
 class Cluster:
     """Two nodes with two GPUs each on this machine, and a copy of the repository to submit from."""
 
@@ -332,15 +322,6 @@ def cluster(tmp_path_factory):
 
 def state(run: Path) -> str:
     return json.loads((run / "run.json").read_text())["state"]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints/last/pretrained_model/model.safetensors")
-
-
-def assert_equal_to_the_bit(run: Path, other: Path) -> None:
-    found, expected = weights(run), weights(other)
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
 @pytest.fixture(scope="module")
@@ -492,16 +473,3 @@ def test_a_killed_rank_ends_the_job_on_both_nodes_with_the_reason(cluster):
     assert time.monotonic() - before < 30
     log = (cluster.root / f"slurm/logs/laq-{job}.log").read_text()
     assert "Signal 9 (SIGKILL) received" in log and "has lost another one" in log
-
-
-def rank_of(run: Path, rank: int) -> int:
-    """The process that trains there as this rank."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        is_script = b"-u" in words and str(run).encode() in words
-        if is_script and f"RANK={rank}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"no rank {rank} of {run}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from safetensors.torch import load_file
+from toys import assert_equal_to_the_bit, weights
 
 import train_laq
 from hlrp.laq import LAQ, LAQConfig
@@ -53,16 +53,6 @@ def command(output_dir, num_processes=None, **settings) -> list[str]:
         for name, value in flags.items()
     ]
     return [sys.executable, *launch, str(SCRIPT), *sum(values, [])]
-
-
-def weights(output_dir) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "checkpoints/last/pretrained_model/model.safetensors")
-
-
-def assert_equal_to_the_bit(output_dir, other_dir):
-    found, expected = weights(output_dir), weights(other_dir)
-    assert found.keys() == expected.keys()
-    assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from toys import weights
 
 import train_laq
 import train_vla
@@ -53,10 +53,6 @@ def laq_folder(tmp_path_factory):
 def train(output_dir, laq_folder, model=None, **settings):
     values = SETTINGS | {"laq": laq_folder, "output_dir": output_dir} | settings
     train_vla.main(train_vla.Args(**values, model=VLAConfig(**model or {}, vlm=VLMConfig())))
-
-
-def weights(output_dir) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "checkpoints/last/pretrained_model/model.safetensors")
 
 
 def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from toys import SIZE, numbers, picture, write_video
 
 from hlrp import videos
 from hlrp.clips import Clips
@@ -19,8 +20,6 @@ from hlrp.data import Mixture
 from hlrp.sources import named_apart, open_source, open_sources
 from hlrp.video_index import probe
 from hlrp.videos import VideoReader, Videos, read_frames
-
-BITS, SIZE = 8, (64, 48)  # bars 8 pixels wide; width, height
 
 DECODERS = [
     "pyav",
@@ -37,46 +36,6 @@ FORMATS = [
     ("ntsc.mov", "libx264", Fraction(30000, 1001), {}),
     ("old.avi", "mpeg4", 30, {"g": "12", "bf": "2"}),
 ]
-
-
-def picture(number):
-    image = np.zeros((SIZE[1], SIZE[0], 3), dtype=np.uint8)
-    for bit in range(BITS):
-        image[:, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
-    return image
-
-
-def numbers(frames):
-    """The numbers that frames (t, c, h, w) show."""
-    bars = frames[:, 0, SIZE[1] // 2, 4 :: SIZE[0] // BITS] > 127
-    return (bars.long() << torch.arange(BITS)).sum(1).tolist()
-
-
-def write(
-    path, codec="libx264", fps=30, options=None, num_frames=50, times=None, cut=0, lost=0, size=SIZE, container=None
-):
-    """times: when each frame is shown [s], at a variable rate; cut: how many frames an edit list hides; lost: how many
-    of the first packets are."""
-    time_base = Fraction(1, 1000) if times is not None else 1 / Fraction(fps)
-    with av.open(str(path), "w", options=container or {}) as out:
-        stream = out.add_stream(codec, rate=fps, options=options or {})
-        stream.width, stream.height = size
-        stream.codec_context.time_base = time_base
-        packets = []
-        for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(picture(number)[: size[1], : size[0]], "rgb24")
-            frame.pts, frame.time_base = number if times is None else round(times[number] * 1000), time_base
-            packets += shifted(stream.encode(frame), cut, fps)
-        for packet in (packets + shifted(stream.encode(), cut, fps))[lost:]:
-            out.mux(packet)
-    return path
-
-
-def shifted(packets, cut, fps):
-    for packet in packets:
-        offset = round(cut / Fraction(fps) / packet.time_base)
-        packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
-    return packets
 
 
 def set_matrix(path, a, b, c, d):
@@ -96,7 +55,7 @@ def quiet(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name, codec, fps, options", FORMATS)
 def test_any_frame_in_any_order_is_the_right_one(tmp_path, name, codec, fps, options, decoder):
-    reader = VideoReader(write(tmp_path / name, codec, fps, options), decoder)
+    reader = VideoReader(write_video(tmp_path / name, codec, fps, options), decoder)
     header = probe(tmp_path / name)
     assert header.fps == pytest.approx(float(fps))
     order = np.random.default_rng(0).permutation(50)
@@ -123,7 +82,7 @@ class Counting:
 
 
 def test_pyav_seeks_only_where_that_leads_nearer(tmp_path):
-    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "20", "x264-params": "scenecut=0"}), "pyav")
+    reader = VideoReader(write_video(tmp_path / "a.mp4", options={"g": "20", "x264-params": "scenecut=0"}), "pyav")
     reader.pyav.container = counting = Counting(reader.pyav.container)
     for wanted, num_seeks in [([1, 2, 5], 1), ([7, 12], 0), ([19, 20, 30], 0), ([47, 31], 1), ([3, 45], 2)]:
         counting.seeks = 0
@@ -132,7 +91,7 @@ def test_pyav_seeks_only_where_that_leads_nearer(tmp_path):
 
 
 def test_pyav_decodes_nothing_behind_a_frame_near_its_key_frame(tmp_path):
-    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "2"}), "pyav")  # as LeRobot writes videos
+    reader = VideoReader(write_video(tmp_path / "a.mp4", options={"g": "2"}), "pyav")  # as LeRobot writes videos
     reader.pyav.container = counting = Counting(reader.pyav.container)
     for wanted, num_packets in [([8], 1), ([3], 2), ([20, 27], 3), ([30, 31, 32, 33], 4), ([40, 41, 43], 4)]:
         counting.packets = 0
@@ -142,7 +101,7 @@ def test_pyav_decodes_nothing_behind_a_frame_near_its_key_frame(tmp_path):
 
 @pytest.mark.skipif(videos.decoder() != "torchcodec", reason="FFmpeg is not installed")
 def test_pyav_takes_over_where_torchcodec_fails_and_says_so(tmp_path, caplog):
-    reader = VideoReader(write(tmp_path / "a.mp4"), "torchcodec")
+    reader = VideoReader(write_video(tmp_path / "a.mp4"), "torchcodec")
     reader.torchcodec.shown_at = reader.torchcodec.shown_at + 0.5  # as if it gave another frame than asked for
     assert numbers(reader.frames([0.5, 1.0])) == [15, 30]
     assert "a.mp4: torchcodec fails, PyAV decodes it: frames [15, 30] decode to" in caplog.text
@@ -154,7 +113,7 @@ def test_a_variable_frame_rate_is_read_on_a_regular_grid(tmp_path, name, decoder
     monkeypatch.setattr(videos, "decoder", lambda: decoder)
     steps = np.random.default_rng(0).choice([0.02, 0.033, 0.1], 59)
     times = np.concatenate([[0], steps.cumsum()])
-    write(tmp_path / name, num_frames=60, times=times)
+    write_video(tmp_path / name, num_frames=60, times=times)
     source = Videos(tmp_path)
     grid = np.arange(source.lengths[0]) / source.fps[0]
     assert times[-1] - 1 / source.fps[0] < grid[-1] < times[-1] + 0.01
@@ -164,7 +123,7 @@ def test_a_variable_frame_rate_is_read_on_a_regular_grid(tmp_path, name, decoder
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_frames_that_an_edit_list_hides_do_not_exist(tmp_path, decoder):
-    write(tmp_path / "cut.mp4", options={"g": "12"}, cut=17, container={"avoid_negative_ts": "disabled"})
+    write_video(tmp_path / "cut.mp4", options={"g": "12"}, cut=17, container={"avoid_negative_ts": "disabled"})
     header, reader = probe(tmp_path / "cut.mp4"), VideoReader(tmp_path / "cut.mp4", decoder)
     times = header.first + np.arange(33) / 30
     assert numbers(reader.frames(times)) == list(range(17, 50))
@@ -174,7 +133,7 @@ def test_frames_that_an_edit_list_hides_do_not_exist(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_video_filmed_upright_stands_upright(tmp_path, decoder):
-    set_matrix(write(tmp_path / "upright.mp4"), 0, 1, -1, 0)
+    set_matrix(write_video(tmp_path / "upright.mp4"), 0, 1, -1, 0)
     frames = VideoReader(tmp_path / "upright.mp4", decoder).frames([5 / 30, 44 / 30])
     assert frames.shape == (2, 3, SIZE[0], SIZE[1])
     assert numbers(frames.rot90(1, (2, 3))) == [5, 44]  # turned clockwise, so back counter-clockwise
@@ -216,7 +175,7 @@ def test_a_frame_has_the_orientation_and_the_shape_in_which_a_player_shows_it(tm
 
 
 def test_a_video_that_is_shown_aslant_is_refused_by_name(tmp_path):
-    set_matrix(write(tmp_path / "a.mp4"), 0.7071, 0.7071, -0.7071, 0.7071)
+    set_matrix(write_video(tmp_path / "a.mp4"), 0.7071, 0.7071, -0.7071, 0.7071)
     with pytest.raises(ValueError, match="a.mp4: not a readable video: .* by 45 degrees; expected 0, 90, 180 or 270"):
         Videos(tmp_path).read(0, [0])
 
@@ -245,7 +204,7 @@ def test_frames_come_in_the_decoders_order_where_no_time_of_showing_is_stored(tm
 
 
 def test_an_mp4_that_has_lost_its_order_is_read_in_the_decoders(tmp_path):
-    write(tmp_path / "b.mkv", options={"g": "12", "bf": "3"})
+    write_video(tmp_path / "b.mkv", options={"g": "12", "bf": "3"})
     with av.open(str(tmp_path / "b.mkv")) as file, av.open(str(tmp_path / "a.mp4"), "w") as out:
         stream = out.add_stream_from_template(file.streams.video[0])
         for number, packet in enumerate(p for p in file.demux(video=0) if p.size):
@@ -262,7 +221,7 @@ def test_an_mp4_that_has_lost_its_order_is_read_in_the_decoders(tmp_path):
     "name, codec, first", [("a.mp4", "libx264", 12), ("a.mkv", "libvpx-vp9", 12), ("b.mp4", "mpeg4", 12)]
 )
 def test_a_recording_that_begins_between_key_frames_has_the_frames_that_can_be_decoded(tmp_path, name, codec, first):
-    write(tmp_path / name, codec, options={"g": "12", "bf": "0", "sc_threshold": "0"}, lost=5)
+    write_video(tmp_path / name, codec, options={"g": "12", "bf": "0", "sc_threshold": "0"}, lost=5)
     source = Videos(tmp_path)
     assert source.lengths.tolist() == [50 - first]
     assert numbers(source.read(0, range(50 - first))["frames"]) == list(range(first, 50))
@@ -272,7 +231,7 @@ def test_a_recording_that_begins_between_key_frames_has_the_frames_that_can_be_d
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
 def test_a_last_picture_that_stays_does_not_change_the_rate_and_is_not_cut_off(tmp_path, name):
     codec = "libvpx-vp9" if name == "a.webm" else "libx264"
-    write(tmp_path / "b.mkv", codec, fps=10, num_frames=30, options={"bf": "0"})
+    write_video(tmp_path / "b.mkv", codec, fps=10, num_frames=30, options={"bf": "0"})
     with av.open(str(tmp_path / "b.mkv")) as file, av.open(str(tmp_path / name), "w") as out:
         stream = out.add_stream_from_template(file.streams.video[0])
         packets = [packet for packet in file.demux(video=0) if packet.size]
@@ -288,7 +247,7 @@ def test_a_last_picture_that_stays_does_not_change_the_rate_and_is_not_cut_off(t
 
 def test_the_rate_of_a_webm_is_that_of_its_times_whatever_its_header_says(tmp_path):
     times = np.concatenate([[0], np.random.default_rng(0).choice([0.02, 0.033, 0.05, 0.1], 59).cumsum()])
-    path = write(tmp_path / "a.webm", "libvpx", num_frames=60, times=times)
+    path = write_video(tmp_path / "a.webm", "libvpx", num_frames=60, times=times)
     for length in (None, 2**27):  # without, and with a wrong duration of frames
         data, at = bytearray(path.read_bytes()), path.read_bytes().find(b"\x23\xe3\x83")
         if at > 0 and length is None:
@@ -301,14 +260,16 @@ def test_the_rate_of_a_webm_is_that_of_its_times_whatever_its_header_says(tmp_pa
 
 def test_frames_whose_times_only_tremble_come_one_after_another(tmp_path):
     times = np.arange(40) / 30 + np.random.default_rng(0).uniform(-0.012, 0.012, 40) + 0.02
-    write(tmp_path / "a.mp4", num_frames=40, times=times)
+    write_video(tmp_path / "a.mp4", num_frames=40, times=times)
     source = Videos(tmp_path)
     assert source.lengths.tolist() == [40]
     assert numbers(source.read(0, range(40))["frames"]) == list(range(40))
 
 
 def test_a_file_whose_pictures_change_their_size_is_named(tmp_path):
-    parts = [write(tmp_path / f"{i}.webm", "libvpx", num_frames=20, size=s) for i, s in enumerate((SIZE, (32, 32)))]
+    parts = [
+        write_video(tmp_path / f"{i}.webm", "libvpx", num_frames=20, size=s) for i, s in enumerate((SIZE, (32, 32)))
+    ]
     with (
         av.open(str(parts[0])) as first,
         av.open(str(parts[1])) as second,
@@ -329,7 +290,7 @@ def test_a_file_whose_pictures_change_their_size_is_named(tmp_path):
 
 
 def test_a_frame_that_no_seek_leads_to_is_decoded_from_the_start(tmp_path, caplog):
-    reader = VideoReader(write(tmp_path / "a.mp4", options={"g": "12"}), "pyav")
+    reader = VideoReader(write_video(tmp_path / "a.mp4", options={"g": "12"}), "pyav")
     reader.pyav._packets_from = lambda key: iter(())  # as if a seek led to the end
     with caplog.at_level(logging.INFO):
         assert [numbers(reader.numbered(np.array([i])))[0] for i in (40, 3, 4, 30)] == [40, 3, 4, 30]
@@ -357,7 +318,7 @@ def test_both_decoders_give_the_same_pixels(tmp_path, pix_fmt, colorspace):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_times_outside_a_video_are_refused(tmp_path, decoder):
-    reader = VideoReader(write(tmp_path / "short.mp4"), decoder)
+    reader = VideoReader(write_video(tmp_path / "short.mp4"), decoder)
     for time in (-0.1, 1.8):
         with pytest.raises(ValueError, match="short.mp4: no frames at .* it lasts from 0.000 to 1.633 s"):
             reader.frames([0.5, time])
@@ -365,8 +326,8 @@ def test_times_outside_a_video_are_refused(tmp_path, decoder):
 
 def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
     (tmp_path / "a" / "deep").mkdir(parents=True)
-    write(tmp_path / "b.webm", "libvpx-vp9", fps=10, num_frames=20)
-    write(tmp_path / "a" / "deep" / "z.MP4", fps=30)
+    write_video(tmp_path / "b.webm", "libvpx-vp9", fps=10, num_frames=20)
+    write_video(tmp_path / "a" / "deep" / "z.MP4", fps=30)
     (tmp_path / "a" / "deep" / "z.txt").write_text("open the door\n")
     (tmp_path / "a" / "._z.mp4").write_bytes(b"what a Mac leaves behind")
     source = open_source(f"videos:{tmp_path}")
@@ -387,7 +348,7 @@ def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
 
 def test_folders_behind_links_are_searched_once_each(tmp_path):
     (tmp_path / "far").mkdir()
-    write(tmp_path / "far" / "a.mp4")
+    write_video(tmp_path / "far" / "a.mp4")
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "back").symlink_to(tmp_path / "near")
@@ -395,7 +356,7 @@ def test_folders_behind_links_are_searched_once_each(tmp_path):
 
 
 def test_an_instruction_is_utf_8_with_or_without_a_mark_or_an_error_that_names_its_file(tmp_path):
-    write(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes("\ufefföffne\r\n".encode())
     assert Videos(tmp_path).read(0, [0])["task"] == "öffne"
     (tmp_path / "a.txt").write_bytes("öffne".encode("latin-1"))
@@ -425,7 +386,7 @@ def test_sound_that_outlasts_the_pictures_is_no_fault(tmp_path):
 def test_sources_of_one_name_are_told_apart_by_what_distinguishes_them(tmp_path):
     for folder in ("alice/videos", "bob/videos"):
         (tmp_path / folder).mkdir(parents=True)
-        write(tmp_path / folder / "a.mp4")
+        write_video(tmp_path / folder / "a.mp4")
     uris = [f"videos:{tmp_path}/{owner}/videos" for owner in ("alice", "bob")]
     for order in (uris, uris[::-1]):
         names = {source.uri: source.name for source in open_sources(order, False, 0)}
@@ -446,10 +407,10 @@ def test_a_folder_without_videos_is_refused(tmp_path):
 
 def test_the_fingerprint_is_of_the_files_and_not_of_the_place(tmp_path):
     (tmp_path / "one").mkdir()
-    write(tmp_path / "one" / "a.mp4")
+    write_video(tmp_path / "one" / "a.mp4")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert Videos(tmp_path / "one").fingerprint == Videos(tmp_path / "two").fingerprint
-    write(tmp_path / "two" / "a.mp4", num_frames=49)
+    write_video(tmp_path / "two" / "a.mp4", num_frames=49)
     assert Videos(tmp_path / "one").fingerprint != Videos(tmp_path / "two").fingerprint
     data = bytearray((tmp_path / "one" / "a.mp4").read_bytes())
     data[data.index(b"mdat") + 400] ^= 1  # of equal size
@@ -458,10 +419,10 @@ def test_the_fingerprint_is_of_the_files_and_not_of_the_place(tmp_path):
 
 
 def broken_files(folder):
-    write(folder / "good.mp4")
-    write(folder / "front.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
-    write(folder / "back.mp4")
-    write(folder / "web.webm", "libvpx-vp9", num_frames=200, options={"g": "16"})
+    write_video(folder / "good.mp4")
+    write_video(folder / "front.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
+    write_video(folder / "back.mp4")
+    write_video(folder / "web.webm", "libvpx-vp9", num_frames=200, options={"g": "16"})
     for name, share in [("front.mp4", 0.6), ("back.mp4", 0.6), ("web.webm", 0.5)]:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: int(len(data) * share)])
@@ -494,14 +455,14 @@ def test_broken_files_are_errors_that_name_them_or_are_skipped_and_counted(tmp_p
 
 def test_a_file_too_coarse_or_too_short_is_left_out_by_its_path_and_counted(tmp_path, caplog):
     for number in range(3):
-        write(tmp_path / f"{number}.mp4", fps=30, num_frames=60)
-    write(tmp_path / "timelapse.mp4", fps=2, num_frames=20)
+        write_video(tmp_path / f"{number}.mp4", fps=30, num_frames=60)
+    write_video(tmp_path / "timelapse.mp4", fps=2, num_frames=20)
     assert len(Clips(Videos(tmp_path), range(4), (0.0, 0.2), 32)) == 162
     (message,) = caplog.messages
     expected = f"1 of 4 episodes, first {tmp_path}/timelapse.mp4: delta=0.2 s is 0.40 frames at its 2 fps"
     assert message.startswith(f"videos:{tmp_path}: left out {expected}")
-    write(tmp_path / "blink.mp4", fps=30, num_frames=4)
-    write(tmp_path / "wink.mp4", fps=30, num_frames=3)
+    write_video(tmp_path / "blink.mp4", fps=30, num_frames=4)
+    write_video(tmp_path / "wink.mp4", fps=30, num_frames=3)
     source = Videos(tmp_path)
     clips = Clips(source, range(6), (0.0, 0.2), 32)
     places = {clips[i]["place"] for i in range(0, 162, 54)}
@@ -519,8 +480,8 @@ def test_a_file_too_coarse_or_too_short_is_left_out_by_its_path_and_counted(tmp_
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_file_that_breaks_after_the_index_was_made_is_named_and_never_replaced(tmp_path, monkeypatch, decoder):
     monkeypatch.setattr(videos, "decoder", lambda: decoder)
-    path = write(tmp_path / "breaks.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
-    write(tmp_path / "good.mp4")
+    path = write_video(tmp_path / "breaks.mp4", container={"movflags": "faststart"}, options={"qp": "0"})
+    write_video(tmp_path / "good.mp4")
     clips = Clips(Videos(tmp_path), [0, 1], (0.0, 0.5), image_size=16)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"videos:{tmp_path}, episode 0: {path}"):
@@ -529,7 +490,7 @@ def test_a_file_that_breaks_after_the_index_was_made_is_named_and_never_replaced
 
 
 def test_a_forked_worker_opens_its_own_files(tmp_path):
-    write(tmp_path / "long.mp4", num_frames=200, options={"g": "10"})
+    write_video(tmp_path / "long.mp4", num_frames=200, options={"g": "10"})
     clips = Clips(Videos(tmp_path), [0], (0.0, 0.1), image_size=64)
     assert numbers(clips[0]["frames"][:, :, 8:56]) == [0, 3]  # open in this process before the fork
     loader = DataLoader(clips, batch_size=16, num_workers=2, multiprocessing_context="fork", collate_fn=list)

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lerobot_data import write
 from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
+from toys import write_lerobot
 
 from hlrp.clips import Clips
 from hlrp.data import collate
@@ -373,7 +373,7 @@ def test_the_last_word_learns_where_the_named_thing_is_from_the_samples_that_kno
 
 @pytest.mark.parametrize("scheme", ["world", "lerobot"])
 def test_poisoned_futures_change_the_labels_and_nothing_that_a_model_sees_or_predicts(saved, scheme, tmp_path):
-    uri = "world:clean?episodes=3" if scheme == "world" else f"lerobot:{write(tmp_path / 'data', codec=None)}"
+    uri = "world:clean?episodes=3" if scheme == "world" else f"lerobot:{write_lerobot(tmp_path / 'data', codec=None)}"
     source = open_source(uri)
     laq = LAQ(LAQConfig(image_size=16, patch_size=8, codebook_size=16)).eval()
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hlrp.laq_validation import alarms, evaluate, partners, scalars
+from hlrp.laq_validation import alarms, evaluate, partners
+from hlrp.training_log import scalars
 
 
 class Brightening(torch.utils.data.Dataset):
