@@ -26,6 +26,7 @@ setup(
         "tyro>=1.0,<2",
         "webdataset>=1.0,<2",
         "google-crc32c>=1.5,<2",
+        "protobuf>=5,<8",
         "einops>=0.8,<0.9",
         "safetensors>=0.5,<1",
         "simplejpeg>=1.8,<2",

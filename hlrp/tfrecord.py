@@ -1,34 +1,53 @@
-"""TFRecord files and the tf.train.Example protos in them, without TensorFlow.
+"""TFRecord files as TensorFlow Datasets writes them, read without TensorFlow.
 
 A file is a row of records, little-endian (tensorflow/core/lib/io/record_writer.h):
-    uint64 length, uint32 masked crc32c of it, `length` bytes of data, uint32 masked crc32c of them
-The data are a proto (tensorflow/core/example/{example,feature}.proto; protobuf.dev/programming-guides/encoding):
-    Example   {Features features = 1}
-    Features  {map<string, Feature> feature = 1}, each entry a message {string key = 1, Feature value = 2}
-    Feature   {oneof: BytesList = 1, FloatList = 2, Int64List = 3}, each a message {repeated value = 1}
-
-The features of a data set that TensorFlow Datasets wrote: their types, from features.json, and their values.
-
-The values of a record lie in a flat tf.train.Example under the paths of their features, such as
-steps/observation/image, those of all steps one after another (tensorflow_datasets/core/example_serializer.py):
-    images     as they are encoded                          bytes_list
-    text       UTF-8                                        bytes_list
-    tensors    float64 as float32, bool and uint8 as int64  float_list, int64_list
-               of encoding zlib or bytes: an array a step   bytes_list
-Sequences within a step, which lie elsewhere, are not read.
+    uint64 length, uint32 masked CRC32C of the length, `length` bytes of data, uint32 masked CRC32C of the data
+The data are a tf.train.Example (tensorflow/core/example/{example,feature}.proto). It is flat: the values of a feature
+lie under its path, such as steps/observation/image, and the values of all steps lie one after another
+(tensorflow_datasets/core/example_serializer.py):
+    images     encoded, as JPEG or PNG                           bytes_list
+    text       UTF-8                                             bytes_list
+    tensors    float64 as float32, bool and uint8 as int64       float_list, int64_list
+               with encoding zlib or bytes: one array a step     bytes_list
+features.json says what type each feature has. Sequences within a step are stored otherwise and are not read.
 """
 
 import math
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError
 
-VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5  # wire types
-BLOCK_SIZE = 1 << 20  # bytes of varints that are decoded at once
+Example = Mapping[str, Any]  # a tf.train.Feature by its path
+NUMBERS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64".split()
+PROTO = """
+name: "example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type_name: "BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type_name: "FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type_name: "Int64List" oneof_index: 0 }
+}
+message_type {
+  name: "Features" field { name: "feature" number: 1 label: LABEL_REPEATED type_name: "FeatureEntry" }
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING } field { name: "value" number: 2 type_name: "Feature" }
+  }
+}
+message_type { name: "Example" field { name: "features" number: 1 type_name: "Features" } }
+"""
+pool = descriptor_pool.DescriptorPool()  # our own, for TensorFlow puts the same names into the default one
+pool.AddSerializedFile(text_format.Parse(PROTO, descriptor_pb2.FileDescriptorProto()).SerializeToString())
+ExampleProto: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
 
 
 class Record(NamedTuple):
@@ -38,18 +57,18 @@ class Record(NamedTuple):
 
     def verified(self) -> bytes:
         if masked_crc32c(self.data) != self.checksum:
-            raise ValueError(f"{self.name}: the checksum of its data is wrong; a damaged file")
+            raise ValueError(f"{self.name}: the checksum of its data is wrong; the file is damaged")
         return self.data
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Rotated right by 15 bits and shifted by a constant, since a checksum of checksums would say little."""
+    """CRC32C, rotated right by 15 bits and shifted by a constant, as TFRecord files store it."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def open_file(path: str):
-    """A local file, or whatever fsspec knows by a URL, from its begin on."""
+    """Opens a local path, or a URL by fsspec, for reading bytes."""
     if "://" not in path:
         return open(path, "rb")
     import fsspec
@@ -58,10 +77,10 @@ def open_file(path: str):
 
 
 def read_records(path: str, num_records: int | None = None) -> Iterator[Record]:
-    """The records of a file, one in memory at a time. Their data are not checked here, but by `Record.verified`.
+    """The records of a file, one in memory at a time. `Record.verified` checks their data.
 
-    Raises ValueError where a length is damaged, behind which no record can be found; where the file ends within a
-    record; and where it does not have `num_records` of them.
+    Raises ValueError where the file cannot be read, a length is damaged (the next record cannot be found then), the
+    file ends within a record, or the number of records differs from `num_records`.
     """
     try:
         file = open_file(path)
@@ -78,18 +97,20 @@ def read_records(path: str, num_records: int | None = None) -> Iterator[Record]:
                 raise ValueError(f"{name}: truncated; the file ends within its header")
             length, checksum = struct.unpack("<QI", header)
             if masked_crc32c(header[:8]) != checksum:
-                raise ValueError(f"{name}: the checksum of its length is wrong; a damaged file, or none of TFRecords")
+                raise ValueError(
+                    f"{name}: the checksum of its length is wrong; the file is damaged or no TFRecord file"
+                )
             data, footer = _read(file, length, name), _read(file, 4, name)
             if len(data) < length or len(footer) < 4:
-                raise ValueError(f"{name}: truncated; {len(data) + len(footer)} of {length + 4} bytes are there")
+                raise ValueError(f"{name}: truncated; expected {length + 4} bytes, got {len(data) + len(footer)}")
             yield Record(name, data, *struct.unpack("<I", footer))
             number += 1
     if num_records is not None and number != num_records:
-        raise ValueError(f"{path}: {number} records, but {num_records} are expected")
+        raise ValueError(f"{path}: expected {num_records} records, got {number}")
 
 
 def _read(file, size: int, name: str) -> bytes:
-    """`size` bytes, or fewer at the end of the file: one read of a remote file may give less than asked for."""
+    """Reads `size` bytes, fewer only at the end of the file: one read of a remote file may return fewer."""
     parts = []
     try:
         while size and (part := file.read(size)):
@@ -100,117 +121,24 @@ def _read(file, size: int, name: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def parse_example(data: bytes) -> dict[str, memoryview]:
-    """The features of an Example by name, each as it is encoded. Raises ValueError where data are none."""
-    features = {}
-    for message in messages(memoryview(data), 1):
-        for entry in messages(message, 1):
-            key, value = (messages(entry, number) or [memoryview(b"")] for number in (1, 2))
-            features[str(key[-1], "utf-8")] = value[-1]  # of a field that comes twice, the last one counts
-    return features
-
-
-def parse_feature(feature: memoryview, dtype: str = "int64") -> list[bytes] | np.ndarray:
-    """Its values: bytes, float32 (n,), or whole numbers as `dtype` (n,); [] where it has none of any kind."""
-    kinds = [(number, body) for number in (1, 2, 3) for body in messages(feature, number)]
-    if not kinds:
-        return []
-    kind, body = kinds[-1]
-    if kind == 1:
-        return [bytes(value) for value in messages(body, 1)]
-    parts = [np.zeros(0, np.float32 if kind == 2 else dtype)]
-    for number, wire_type, value in fields(body):
-        if number != 1:
-            continue
-        if kind == 2 and wire_type in (LENGTH_DELIMITED, FIXED32):  # packed, and one by one
-            parts.append(np.frombuffer(value, "<f4"))
-        elif kind == 3 and wire_type == LENGTH_DELIMITED:
-            parts.append(parse_varints(value, dtype))
-        elif kind == 3 and wire_type == VARINT:
-            parts.append(np.array([value], np.uint64).view(np.int64).astype(dtype))
-        else:
-            raise ValueError(f"a number of wire type {wire_type}; not a proto of tf.train.Example")
-    return np.concatenate(parts)
-
-
-def messages(message: memoryview, wanted: int) -> list[memoryview]:
-    """The values of one field, which are messages, strings or bytes; other fields are skipped."""
-    found = []
-    for number, wire_type, value in fields(message):
-        if number == wanted:
-            if wire_type != LENGTH_DELIMITED:
-                raise ValueError(f"field {number} of wire type {wire_type}; not a proto of tf.train.Example")
-            found.append(value)
-    return found
-
-
-def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Number, wire type and value of each field, in their order."""
-    position = 0
-    while position < len(message):
-        tag, position = parse_varint(message, position)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == VARINT:
-            value, position = parse_varint(message, position)
-            yield number, wire_type, value
-            continue
-        if wire_type == LENGTH_DELIMITED:
-            size, position = parse_varint(message, position)
-        elif wire_type in (FIXED32, FIXED64):
-            size = 4 if wire_type == FIXED32 else 8
-        else:
-            raise ValueError(f"a field of wire type {wire_type}; not a proto of tf.train.Example")
-        if size > len(message) - position:
-            raise ValueError(f"field {number} ends behind its message; not a proto of tf.train.Example")
-        yield number, wire_type, message[position : position + size]
-        position += size
-
-
-def parse_varint(message: memoryview, position: int) -> tuple[int, int]:
-    """An unsigned number of 7 bits a byte, the lowest first, and the position behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position == len(message):
-            break
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, position
-    raise ValueError("a varint that does not end; not a proto of tf.train.Example")
-
-
-def parse_varints(packed: memoryview, dtype: str = "int64") -> np.ndarray:
-    """All varints of a packed field at once; negative ones lie in it as their two's complement, of 10 bytes."""
-    octets = np.frombuffer(packed, np.uint8)
-    parts = [np.zeros(0, dtype)]
-    while len(octets):
-        ends = np.flatnonzero(octets[:BLOCK_SIZE] < 0x80) + 1
-        sizes = np.diff(ends, prepend=0)
-        if not len(ends) or sizes.max() > 10:
-            raise ValueError("a varint that does not end; not a proto of tf.train.Example")
-        block, octets = octets[: ends[-1]], octets[ends[-1] :]
-        starts = ends - sizes
-        shifts = 7 * (np.arange(len(block)) - np.repeat(starts, sizes))
-        bits = (block & 0x7F).astype(np.uint64) << shifts.astype(np.uint64)
-        parts.append(np.add.reduceat(bits, starts).view(np.int64).astype(dtype))
-    return np.concatenate(parts)
-
-
-Example = dict[str, memoryview]  # encoded values by path, see `hlrp.tfrecord.parse_example`
-NUMBERS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64".split()
+def parse_example(data: bytes) -> Example:
+    """The features of a record by their paths. Raises ValueError where the data are no tf.train.Example."""
+    try:
+        return ExampleProto.FromString(data).features.feature
+    except DecodeError as error:
+        raise ValueError(f"not a tf.train.Example: {error}") from error
 
 
 class Feature(NamedTuple):
-    kind: str  # tensor, image, text, classLabel; or another, which is not read
+    kind: str  # tensor, image, text, classLabel; others are not read
     dtype: str
     shape: tuple[int, ...]  # -1 where it varies
-    encoding: str  # of tensors: none, bytes, zlib
-    depth: int  # sequences that it lies in: 0 of an episode, 1 of its steps
+    encoding: str  # of a tensor: none, bytes or zlib
+    depth: int  # how many sequences it lies in: 0 for a value of the episode, 1 for a value of each step
 
 
 def read_features(uri: str, tree: dict) -> dict[str, Feature]:
-    """The features by their paths, from features.json (tensorflow_datasets/core/proto/feature.proto)."""
+    """The features in features.json by their paths (tensorflow_datasets/core/proto/feature.proto)."""
     features = {}
 
     def walk(node: dict, path: str, depth: int) -> None:
@@ -227,40 +155,44 @@ def read_features(uri: str, tree: dict) -> dict[str, Feature]:
             features[path] = Feature(kind, dtype, shape, what.get("encoding", "none").lower(), depth)
 
     if "featuresDict" not in tree:
-        raise ValueError(f"{uri}: features.json of an unknown form; that of tensorflow_datasets 4.5 or later fits")
+        raise ValueError(
+            f"{uri}: expected features.json as tensorflow_datasets 4.5 or later writes it, got keys {sorted(tree)}"
+        )
     walk(tree, "", 0)
     return features
 
 
 def read_strings(example: Example, path: str) -> list[bytes]:
-    """The values of a feature that are bytes: one, or one a step."""
-    values = parse_feature(encoded(example, path))
-    if isinstance(values, np.ndarray):
-        raise ValueError(f"{path} has numbers, but bytes by features.json")
-    return values
+    """The values of a feature of bytes: one, or one a step."""
+    return list(values_of(example, path, "bytes"))
 
 
 def read_tensor(example: Example, path: str, feature: Feature) -> np.ndarray:
-    """The values of a feature that are numbers: (*shape), or (t, *shape) where it lies in the steps."""
-    is_float = "float" in feature.dtype
+    """The values of a feature of numbers: (*shape), or (t, *shape) where it has a value for each step."""
     if feature.encoding == "none":
-        values = parse_feature(encoded(example, path), "int64" if is_float else feature.dtype)
-        if len(values) and (isinstance(values, list) or is_float != (values.dtype == np.float32)):
-            raise ValueError(f"{path} has other values than {feature.dtype}, which it has by features.json")
-        values = np.asarray(values, feature.dtype)
+        kind, dtype = ("float", np.float32) if "float" in feature.dtype else ("int64", np.int64)
+        numbers = values_of(example, path, kind)
+        values = np.fromiter(numbers, dtype, len(numbers)).astype(feature.dtype)
     else:
         unpack = zlib.decompress if feature.encoding == "zlib" else bytes
         try:
             arrays = [unpack(array) for array in read_strings(example, path)]
         except zlib.error as error:
-            raise ValueError(f"{path} is no zlib stream: {error}") from error
+            raise ValueError(f"{path} is not a zlib stream: {error}") from error
         values = np.frombuffer(b"".join(arrays), feature.dtype)
-    if len(values) % math.prod(feature.shape) or not feature.depth and len(values) != math.prod(feature.shape):
-        raise ValueError(f"{path} has {len(values)} numbers, which {list(feature.shape)} does not divide")
+    size = math.prod(feature.shape)
+    if len(values) % size or not feature.depth and len(values) != size:
+        raise ValueError(f"{path} has {len(values)} numbers, expected {list(feature.shape)}{' a step' * feature.depth}")
     return values.reshape((-1, *feature.shape) if feature.depth else feature.shape)
 
 
-def encoded(example: Example, path: str) -> memoryview:
+def values_of(example: Example, path: str, kind: Literal["bytes", "float", "int64"]) -> Sequence:
+    """The list of one kind in a feature; () where it has no list."""
     if path not in example:
         raise ValueError(f"{path} is missing")
-    return example[path]
+    stored = example[path].WhichOneof("kind")
+    if stored is None:
+        return ()
+    if stored != f"{kind}_list":
+        raise ValueError(f"{path} has a {stored}, but features.json says {kind}_list")
+    return getattr(example[path], stored).value
