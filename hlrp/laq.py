@@ -223,9 +223,9 @@ class LAQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
-        """frames uint8 (b, 2, c, h, w) -> codes (b, num_tokens, d), indices int64 (b, m), None if continuous.
+        """frames uint8 (b, 2, c, h, w) -> codes (b, num_tokens, d), indices int64 (b, num_tokens), None if continuous.
 
-        m is num_tokens, times the levels of a residual quantizer. Deterministic in evaluation mode.
+        Deterministic in evaluation mode.
         """
         actions = self.label(frames)
         return self.expand(actions.vectors[:, 0]), None if actions.indices is None else actions.indices[:, 0]
@@ -248,7 +248,7 @@ class LAQ(nn.Module):
     def between(self, first: Tensor, second: Tensor) -> LatentActions:
         """The latent actions (b, ...) between embedded frames (b, n, d)."""
         vectors, indices, _ = self.quantizer.quantize(self.latents(first, second))
-        return LatentActions(vectors, None if indices is None else indices.flatten(1))
+        return LatentActions(vectors, indices)
 
     def expand(self, vectors: Tensor) -> Tensor:
         """Vectors (..., num_tokens, e), as `label` gives them -> codes (..., num_tokens, d), as `decode` reads them."""
@@ -378,6 +378,9 @@ class LAQ(nn.Module):
         frozen features are not those that it was trained with.
         """
         config = load_config(folder, "laq", LAQConfig)
+        if (quantizer := config["laq"]["quantizer"]) in ("simvq", "lfq", "bsq", "residual-vq"):
+            dropped = f"quantizer {quantizer!r} of hlrp 0.1.0 is no longer offered"
+            raise ValueError(f"{folder}: {dropped}; hlrp 0.1.0 reads it")
         model = cls(LAQConfig(**config["laq"]))
         load_weights(folder, model)
         for name, fingerprint in model.fingerprints().items():

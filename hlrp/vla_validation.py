@@ -70,10 +70,9 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
     indices, vectors = predicted
     num_tokens = laq.config.num_tokens
     if vectors is None:
-        per_token = indices.flatten(0, 1).unflatten(1, (num_tokens, -1))  # (b t) n q
-        found = laq.quantizer.lookup(per_token if laq.config.quantizer == "residual-vq" else per_token[..., 0])
-        return indices, found.flatten(1).unflatten(0, indices.shape[:2])
-    if laq.quantizer.codebook_size is None or laq.config.quantizer == "residual-vq":
+        vectors = laq.quantizer.lookup(indices.flatten(0, 1))  # (b t) n e
+        return indices, vectors.flatten(1).unflatten(0, indices.shape[:2])
+    if laq.quantizer.codebook_size is None:
         return None, vectors
     every = torch.arange(laq.quantizer.codebook_size, device=vectors.device)
     codebook = laq.quantizer.lookup(every[:, None])[:, 0]  # k e

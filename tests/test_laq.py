@@ -133,7 +133,7 @@ def test_unlabelled_samples_do_not_touch_the_action_loss():
     assert model.to_action.loss(codes.flatten(1), mixed) == 0
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "vq-ema", "residual-vq", "gaussian"])
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "vq-ema", "gaussian"])
 def test_a_checkpoint_folder_rebuilds_the_model_and_evaluation_is_deterministic(quantizer, tmp_path):
     model = laq(quantizer=quantizer)
     model(batch())
@@ -145,6 +145,17 @@ def test_a_checkpoint_folder_rebuilds_the_model_and_evaluation_is_deterministic(
     assert torch.equal(model.decode(frames[:, 0], codes)["pixels"], again.decode(frames[:, 0], codes)["pixels"])
     assert again.config == model.config
     assert json.loads((tmp_path / "config.json").read_text())["report"] == {"a": 1}
+
+
+@pytest.mark.parametrize("quantizer", ["simvq", "lfq", "bsq", "residual-vq"])
+def test_a_checkpoint_of_a_dropped_quantizer_says_which_version_reads_it(quantizer, tmp_path):
+    laq().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["laq"]["quantizer"] = quantizer
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = f"{tmp_path}: quantizer '{quantizer}' of hlrp 0.1.0 is no longer offered; hlrp 0.1.0 reads it"
+    with pytest.raises(ValueError, match=message):
+        LAQ.from_pretrained(tmp_path)
 
 
 def test_frozen_features_lie_outside_the_checkpoint_and_may_not_change(features_folder, tmp_path):
