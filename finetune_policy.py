@@ -204,7 +204,7 @@ def main(args: Args) -> None:
         run.announce(policy, f"{num_demonstrations} demonstrations of {len(robots)} source(s), ")
         if latents_from:
             run.print(latents_from)
-        for batch in run.batches():
+        for batch in run.batches(optimizer):
             lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
             set_lr(optimizer, lr)
             frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
@@ -217,16 +217,14 @@ def main(args: Args) -> None:
                 run.backward(loss)
                 grad_norm = run.clip_grad_norm(model)
                 optimizer.step()
-                optimizer.zero_grad()
-            if not run.advance(loss, grad_norm, lr, metrics):
-                continue  # below here: once per optimizer step
-            if average is not None:
+            run.advance(loss, grad_norm, lr, metrics)
+            if average is not None and run.has_stepped:
                 average.update_parameters(policy)
             if run.must_validate():
                 validate()
             if run.must_save():
                 run.save(model, optimizer, average, write, data=uris, laq=laq and laq.fingerprint)
-            if args.env_eval_freq and run.step % args.env_eval_freq == 0 and run.step < args.steps:
+            if args.env_eval_freq and run.is_due(args.env_eval_freq) and run.step < args.steps:
                 roll_out()
         if args.env.type and not (args.output_dir / "environment.json").is_file():
             roll_out()  # of what is saved: a fault of the environment costs no step

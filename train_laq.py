@@ -70,7 +70,7 @@ def main(args: Args) -> None:
             pictures.draw(run, laq, partial(encoded, laq))
 
         run.announce(laq, data.mixture)
-        for batch in run.batches():
+        for batch in run.batches(optimizer):
             lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
             set_lr(optimizer, lr)
             with run.accumulate(model):
@@ -78,9 +78,7 @@ def main(args: Args) -> None:
                 run.backward(loss)
                 grad_norm = run.clip_grad_norm(model)
                 optimizer.step()
-                optimizer.zero_grad()
-            if not run.advance(loss, grad_norm, lr, metrics):
-                continue  # below here: once per optimizer step
+            run.advance(loss, grad_norm, lr, metrics)
             if run.must_validate():
                 validate()
             if run.must_save():

@@ -81,31 +81,28 @@ def main(args: Args) -> None:
         run.load(model, optimizer)
 
         @gathered(vla)
-        def validate() -> None:
-            report = evaluate(vla, laq, data.val, data.fit, **run.ranks, num_workers=args.num_workers)
+        def validate(teacher: LAQ) -> None:
+            report = evaluate(vla, teacher, data.val, data.fit, **run.ranks, num_workers=args.num_workers)
             run.log_report(report, alarms(report))
-            pictures.draw(run, laq, partial(predicted_latents, vla, laq))
+            pictures.draw(run, teacher, partial(predicted_latents, vla, teacher))
 
         run.print(latents_from)
         run.announce(vla)
-        for batch in run.batches():
+        for batch in run.batches(optimizer):
             lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
             set_lr(optimizer, lr)
             frames = batch.pop("frames")  # the future leaves the batch: what it did is the label
-            if not cached or config.feature_weight:
-                batch |= label(laq, frames)
+            labels = label(laq, frames) if not cached or config.feature_weight else {}
             if args.shuffle_latents:
-                batch = shuffled(batch)
+                labels = shuffled(batch | labels)
             with run.accumulate(model):
-                loss, metrics = model(batch)
+                loss, metrics = model(batch | labels)
                 run.backward(loss)
                 grad_norm = run.clip_grad_norm(model)
                 optimizer.step()
-                optimizer.zero_grad()
-            if not run.advance(loss, grad_norm, lr, metrics):
-                continue  # below here: once per optimizer step
+            run.advance(loss, grad_norm, lr, metrics)
             if run.must_validate():
-                validate()
+                validate(laq)
             if run.must_save():
                 run.save(model, optimizer, data=uris)
         run.print(summary(args.output_dir, run.report))

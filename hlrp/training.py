@@ -198,6 +198,7 @@ class Run:
         self.check_freq = 1 if self.device.type == "cpu" else 10
         self.watchdog = Watchdog(accelerator.process_index)
         self.step, self.report, self.output = 0, None, None
+        self.has_stepped = False  # since the last batch was given
         self.stop_signal, self.stop_asked, self.must_stop = 0, 0.0, False
         self.handlers = {}
 
@@ -290,11 +291,12 @@ class Run:
                 )
         wait_for_all()  # some disks are slow
 
-    def batches(self) -> Iterator[dict]:
-        """Batches of the mixture on the device, with torch's random numbers set for each, up to the last step.
+    def batches(self, optimizer: Optimizer) -> Iterator[dict]:
+        """Batches of the mixture on the device, up to the last step, with torch's random numbers set for each.
 
-        The time that the training waits for data is measured here. After a signal, and once `must_save` has said so,
-        the run ends here with the exit code that asks for the same command again.
+        Gradients are zero where a step begins. The time that the training waits for data is measured here. After a
+        signal, and once `must_save` has said so, the run ends here with the exit code that asks for the same command
+        again.
         """
         args, accelerator = self.args, self.accelerator
         batches = loader(
@@ -323,6 +325,9 @@ class Run:
                 self.intake.take(batch, self.step + 1)
                 self.clock.samples += len(batch["dataset"])
                 batch = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+                self.has_stepped = False
+                if i == 0:
+                    optimizer.zero_grad()
                 seed_step(args.seed, self.step * self.accumulation + i, accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
 
@@ -364,14 +369,14 @@ class Run:
             return None
         return self.accelerator.clip_grad_norm_(model.parameters(), self.args.grad_clip)
 
-    def advance(self, loss: Tensor, grad_norm: Tensor | None, lr: float, metrics: dict[str, float | Tensor]) -> bool:
-        """Counts an optimizer step and logs it when it is due; False while gradients are still accumulated.
+    def advance(self, loss: Tensor, grad_norm: Tensor | None, lr: float, metrics: dict[str, float | Tensor]) -> None:
+        """Counts an optimizer step and logs it when it is due; does nothing while gradients are still accumulated.
 
         Raises FloatingPointError for a non-finite loss or gradient, naming the step and what the batch was made of.
         """
         if grad_norm is None:
-            return False
-        self.step += 1
+            return
+        self.step, self.has_stepped = self.step + 1, True
         self.watchdog.begins(f"has done step {self.step}, and no other")
         sound = torch.isfinite(loss.detach() + full(grad_norm))
         self.first_fault = torch.where(sound, self.first_fault, self.first_fault.clamp(max=self.step))
@@ -382,7 +387,6 @@ class Run:
         if self.step % self.args.log_freq == 0:
             means = {name: torch.as_tensor(x, device=self.device) for name, x in metrics.items()}
             self.log_training({"loss": loss, **means, "grad_norm": grad_norm, "lr": lr})
-        return True
 
     def refuse_faults(self) -> None:
         first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
@@ -428,11 +432,17 @@ class Run:
         for alarm in alarms:
             self.print(f"ALARM: {alarm}")
 
+    def is_due(self, freq: int) -> bool:
+        """Every `freq` optimizer steps; never between the forward passes of one."""
+        return self.has_stepped and self.step % freq == 0
+
     def must_validate(self) -> bool:
-        return self.step % self.args.eval_freq == 0 or self.step == self.args.steps
+        return self.is_due(self.args.eval_freq) or (self.has_stepped and self.step == self.args.steps)
 
     def must_save(self) -> bool:
         """At `save_freq`, at the last step, and once any rank has been asked to stop. All ranks must call it."""
+        if not self.has_stepped:
+            return False
         if self.step % self.check_freq == 0:
             flag = torch.tensor(self.stop_signal, device=self.device)
             if dist.is_initialized():
