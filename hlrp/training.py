@@ -60,7 +60,7 @@ from hlrp.distributed import (
     wait_for_all,
 )
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.training_log import Clock, Intake, Log, scalars, stragglers
+from hlrp.training_log import Clock, Intake, Log, labelled_counts, scalars, stragglers
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -320,7 +320,7 @@ class Run:
             is_first = False
             self.watchdog.begins(f"computes step {self.step + 1}")
             self.clock.waited += time.monotonic() - before
-            labelled = self.share_of_labelled(group)
+            labelled = self.counts(group)
             for i, batch in enumerate(group):
                 self.intake.take(batch, self.step + 1)
                 self.clock.samples += len(batch["dataset"])
@@ -339,21 +339,11 @@ class Run:
             f"{self.samples_per_step} samples, lr {args.lr:g}, {self.device}"
         )
 
-    def share_of_labelled(self, batches: list[dict]) -> dict[str, Tensor]:
-        """How many samples of a step, on all ranks, have actions, latent actions and a known point: the counts
-        by which `hlrp.transformer.masked_mean` is exact, for each of its batches."""
-        counts = {}
-        if "action_is_pad" in batches[0]:
-            counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
-        if "latent_is_pad" in batches[0]:
-            counts["num_latent"] = sum((~batch["latent_is_pad"]).any(1).sum() for batch in batches)
-        if self.settings.get("point_weight"):  # a batch may have no point at all, and not so on each rank
-            points = [batch["point"] for batch in batches if "point" in batch]
-            counts["num_points"] = torch.cat([torch.zeros(0, 2), *points]).isfinite().all(1).sum()
-        for name, count in counts.items():
-            count = count.to(self.device, torch.float32)
-            counts[name] = self.accelerator.reduce(count, "mean") / len(batches)
-        return counts
+    def counts(self, batches: list[dict]) -> dict[str, Tensor]:
+        """`labelled_counts` of an optimizer step, on all ranks, for each of its batches."""
+        counts = labelled_counts(batches, with_points=bool(self.settings.get("point_weight")))
+        means = {name: count.to(self.device, torch.float32) for name, count in counts.items()}
+        return {name: self.accelerator.reduce(count, "mean") / len(batches) for name, count in means.items()}
 
     def accumulate(self, model: nn.Module):
         """A context in which ranks exchange gradients only in the last forward and backward pass of a step."""

@@ -208,3 +208,17 @@ class Intake:
             dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
             turns = lowest.tolist()
         return dict(zip(names, turns, strict=True))
+
+
+def labelled_counts(batches: list[dict], with_points: bool) -> dict[str, Tensor]:
+    """How many samples of some batches have actions, latent actions and a known point: the counts by which
+    `hlrp.transformer.masked_mean` is exact over accumulated batches and ranks."""
+    counts = {}
+    if "action_is_pad" in batches[0]:
+        counts["num_labelled"] = sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)
+    if "latent_is_pad" in batches[0]:
+        counts["num_latent"] = sum((~batch["latent_is_pad"]).any(1).sum() for batch in batches)
+    if with_points:  # a batch may have no point at all, and not so on each rank
+        points = [batch["point"] for batch in batches if "point" in batch]
+        counts["num_points"] = torch.cat([torch.zeros(0, 2), *points]).isfinite().all(1).sum()
+    return counts
