@@ -151,7 +151,7 @@ def slowed(function, rank, seconds=8):
 
 
 def main(folder: Path, names: list[str]) -> None:
-    step, share_of_labelled, seen = AcceleratedOptimizer.step, Run.share_of_labelled, {}
+    step, counts, seen = AcceleratedOptimizer.step, Run.counts, {}
 
     def observed_step(optimizer, *args):
         step(optimizer, *args)
@@ -163,9 +163,9 @@ def main(folder: Path, names: list[str]) -> None:
 
     def observed_share(run, batches):
         seen["labelled"].append(int(sum((~batch["action_is_pad"]).any(1).sum() for batch in batches)))
-        return share_of_labelled(run, batches)
+        return counts(run, batches)
 
-    AcceleratedOptimizer.step, Run.share_of_labelled = observed_step, observed_share
+    AcceleratedOptimizer.step, Run.counts = observed_step, observed_share
     AcceleratorState.destroy_process_group = lambda _: None  # the store would give a second one the first's addresses
     for name in names:
         seen["labelled"] = []
