@@ -1,18 +1,18 @@
 """VLA: a vision-language model that predicts the latent actions to come from the image and the instruction.
 
 Latent action pretraining of a VLA: LAPA (Ye et al. 2024, arXiv:2410.11758, Sec. 3.2), UniVLA (Bu et al. 2025,
-arXiv:2505.06111). Three heads let the latent out of the model, with one interface:
+arXiv:2505.06111). A head turns hidden states into latent actions; a new one is one class here and one line of `HEADS`.
 
-    tokens    its codes, one after another, each given those before it
-    parallel  its codes, all at once: a query for each stands behind the prompt (OpenVLA-OFT, arXiv:2502.19645)
-    flow      its vector, by flow matching, by an expert that reads the prompt (pi0, arXiv:2410.24164)
+    tokens    codes, one after another, each given the codes before it
+    parallel  codes, all at once: a query for each stands behind the prompt (OpenVLA-OFT, arXiv:2502.19645)
+    flow      vectors, by flow matching: an expert reads the prompt (pi0, arXiv:2410.24164)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,51 +42,6 @@ class LatentSpace:
     fingerprint: str  # of the LAQ
 
 
-@dataclass
-class VLAConfig:
-    head: Literal["tokens", "parallel", "flow"] = "parallel"  # how the latent action leaves the model
-    chunk_size: int = 1  # latent actions predicted, one after another in time
-    # with --head tokens: a softmax over the codes alone, or over all words and codes
-    token_rows: Literal["codes", "vocabulary"] = "codes"
-    # with --head tokens: share of the training samples that predict each code without the codes before it
-    # (word dropout, Bowman et al. 2016, arXiv:1511.06349), so that the model learns earlier to look and to read
-    code_dropout: float = 0.0
-    expert_dim: int = 256  # with --head flow: width of the expert
-    expert_depth: int = 4  # with --head flow: transformer blocks of the expert
-    num_inference_steps: int = 10  # with --head flow: integration steps of a prediction
-    flow_draws: int = 4  # with --head flow: times and noises that each sample trains with in a step
-
-    # weight of the LAQ's features of the image, which the image tokens predict; None: 1 for a tiny vlm, 0 for others
-    feature_weight: float | None = None
-    feature_dim: Suppress[Fixed[int]] = 0  # set from the LAQ when feature_weight > 0
-
-    # weight of the place in the image that the instruction names, where samples have such a `point`; a model from
-    # scratch learns by it which word stands for which thing
-    point_weight: float = 0.0
-
-    action_weight: float = 0.0  # weight of the true actions as a target, where a sample has them
-    # set from the data when action_weight > 0: dimensions of an action, and action spaces, one readout each
-    action_dim: Suppress[Fixed[int]] = 0
-    action_sources: Suppress[Fixed[int]] = 0
-
-    vlm: VLMConfig = field(default_factory=VLMConfig)
-
-    @classmethod
-    def from_dict(cls, values: dict, **changes) -> "VLAConfig":
-        """values: as `asdict` gives them; changes: other settings of the VLM."""
-        return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
-
-    def resolved(self, space: LatentSpace) -> "VLAConfig":
-        """With what follows from stage 1 and from the kind of VLM, where it is not given.
-
-        Raises ValueError for settings that contradict each other."""
-        check(self)
-        is_tiny, weight = self.vlm.vlm == "tiny", self.feature_weight
-        image_size = space.image_size if is_tiny and self.vlm.image_size is None else self.vlm.image_size
-        weight = float(is_tiny) if weight is None else weight
-        return replace(self, vlm=replace(self.vlm, image_size=image_size), feature_weight=weight)
-
-
 class Predicted(NamedTuple):
     """Latent actions (b, chunk_size, ...) that a head predicts: its codes, or its vectors."""
 
@@ -102,14 +57,34 @@ class Scored(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class CodeHead(nn.Module):
-    """A row of its own for each code at each position of a latent action; no other code can be predicted there."""
+class Head(nn.Module):
+    """What a head provides: `forward` scores the true latent actions `latents` (batch[self.target]), `generate` draws
+    latent actions, and `expected` gives their mean. Each calls the VLM by itself, as it needs it."""
 
-    def __init__(self, dim: int, space: LatentSpace, chunk_size: int):
+    target = "latent_indices"  # or "latent_vectors"
+
+    def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
+        """images uint8 (b, v, c, h, w), b tasks, latents (b, t, m) or (b, t, e), is_pad bool (b, t)."""
+        raise NotImplementedError
+
+    def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
+        """See `VLA.generate`."""
+        raise NotImplementedError
+
+    def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
+        """See `VLA.expected`."""
+        raise NotImplementedError
+
+
+class CodeHead(Head):
+    """A row of weights for each code at each position of a latent action; no other code can be predicted there."""
+
+    def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
         super().__init__()
         if not space.num_tokens:
-            raise ValueError("head=tokens and head=parallel predict codes, and this LAQ has none: head=flow fits")
-        self.num_tokens, self.chunk_size, self.length = (space.num_tokens, chunk_size, space.num_tokens * chunk_size)
+            raise ValueError(f"head={config.head} predicts codes, and this LAQ has none; expected head=flow")
+        self.num_tokens, self.chunk_size = space.num_tokens, config.chunk_size
+        self.length = self.num_tokens * self.chunk_size
         self.rows = nn.Parameter(torch.randn(space.num_tokens, space.codebook_size, dim) * dim**-0.5)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -136,8 +111,8 @@ class CodeHead(nn.Module):
 class TokensHead(CodeHead):
     """Autoregressive: loss as of next-token prediction, at the positions of codes alone."""
 
-    def __init__(self, dim: int, space: LatentSpace, config: VLAConfig):
-        super().__init__(dim, space, config.chunk_size)
+    def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
+        super().__init__(dim, space, config)
         self.in_vocabulary, self.code_dropout = config.token_rows == "vocabulary", config.code_dropout
         self.embeddings = nn.Parameter(torch.randn_like(self.rows) * 0.02)  # as wide as word embeddings are
 
@@ -192,8 +167,8 @@ class TokensHead(CodeHead):
 class ParallelHead(CodeHead):
     """One query a code behind the prompt: a single forward pass."""
 
-    def __init__(self, dim: int, space: LatentSpace, chunk_size: int):
-        super().__init__(dim, space, chunk_size)
+    def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
+        super().__init__(dim, space, config)
         self.queries = nn.Parameter(torch.randn(self.length, dim) * 0.02)
 
     def encode(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Encoded:
@@ -213,10 +188,12 @@ class ParallelHead(CodeHead):
         return self.unfold(self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :]).softmax(-1))
 
 
-class FlowHead(nn.Module):
-    """Flow matching on the vectors of latent actions, at zero mean and unit variance over the data."""
+class FlowHead(Head):
+    """Flow matching on the vectors of latent actions, scaled to zero mean and unit variance over the data."""
 
-    def __init__(self, dim: int, space: LatentSpace, config: VLAConfig):
+    target = "latent_vectors"
+
+    def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
         super().__init__()
         self.size, self.num_steps = (config.chunk_size, space.vector_dim), config.num_inference_steps
         self.num_draws = config.flow_draws
@@ -250,6 +227,63 @@ def draw(logits: Tensor, temperature: float) -> Tensor:
     return torch.multinomial(probabilities.flatten(0, 1), 1).view(logits.shape[:-1])
 
 
+# name on the command line -> the head for (width of the VLM, latent space, config)
+HEADS: dict[str, Callable[[int, LatentSpace, "VLAConfig"], Head]] = {
+    "tokens": TokensHead,
+    "parallel": ParallelHead,
+    "flow": FlowHead,
+}
+if TYPE_CHECKING:
+    HeadName = str
+else:
+    HeadName = Literal[*HEADS]  # the choices of --head
+
+
+@dataclass
+class VLAConfig:
+    head: HeadName = "parallel"  # how the latent action leaves the model
+    chunk_size: int = 1  # latent actions predicted, one after another in time
+    # with --head tokens: a softmax over the codes alone, or over all words and codes
+    token_rows: Literal["codes", "vocabulary"] = "codes"
+    # with --head tokens: share of the training samples that predict each code without the codes before it
+    # (word dropout, Bowman et al. 2016, arXiv:1511.06349), so that the model learns earlier to look and to read
+    code_dropout: float = 0.0
+    expert_dim: int = 256  # with --head flow: width of the expert
+    expert_depth: int = 4  # with --head flow: transformer blocks of the expert
+    num_inference_steps: int = 10  # with --head flow: integration steps of a prediction
+    flow_draws: int = 4  # with --head flow: times and noises that each sample trains with in a step
+
+    # weight of the LAQ's features of the image, which the image tokens predict; None: 1 for a tiny vlm, 0 for others
+    feature_weight: float | None = None
+    feature_dim: Suppress[Fixed[int]] = 0  # set from the LAQ when feature_weight > 0
+
+    # weight of the place in the image that the instruction names, where samples have such a `point`; a model from
+    # scratch learns by it which word stands for which thing
+    point_weight: float = 0.0
+
+    action_weight: float = 0.0  # weight of the true actions as a target, where a sample has them
+    # set from the data when action_weight > 0: dimensions of an action, and action spaces, one readout each
+    action_dim: Suppress[Fixed[int]] = 0
+    action_sources: Suppress[Fixed[int]] = 0
+
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict, **changes) -> "VLAConfig":
+        """values: as `asdict` gives them; changes: other settings of the VLM."""
+        return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
+
+    def resolved(self, space: LatentSpace) -> "VLAConfig":
+        """With what follows from stage 1 and from the kind of VLM, where it is not given.
+
+        Raises ValueError for settings that contradict each other."""
+        check(self)
+        is_tiny, weight = self.vlm.vlm == "tiny", self.feature_weight
+        image_size = space.image_size if is_tiny and self.vlm.image_size is None else self.vlm.image_size
+        weight = float(is_tiny) if weight is None else weight
+        return replace(self, vlm=replace(self.vlm, image_size=image_size), feature_weight=weight)
+
+
 class VLA(nn.Module):
     """`forward(batch) -> (loss, metrics)` trains it; `generate(images, tasks)` predicts latent actions."""
 
@@ -257,13 +291,7 @@ class VLA(nn.Module):
         super().__init__()
         check(config)
         self.config, self.space, self.vlm = config, space, vlm
-        match config.head:
-            case "tokens":
-                self.head = TokensHead(vlm.dim, space, config)
-            case "parallel":
-                self.head = ParallelHead(vlm.dim, space, config.chunk_size)
-            case "flow":
-                self.head = FlowHead(vlm.dim, space, config)
+        self.head = HEADS[config.head](vlm.dim, space, config)
         if vlm.lm_head is not None and config.token_rows != "vocabulary":
             vlm.lm_head.requires_grad_(False)  # nothing reads it
         if config.feature_weight:
@@ -325,7 +353,7 @@ class VLA(nn.Module):
         return self.scored(batch).errors
 
     def scored(self, batch: dict) -> Scored:
-        latents = batch["latent_vectors" if self.config.head == "flow" else "latent_indices"]
+        latents = batch[self.head.target]
         is_pad = batch.get("latent_is_pad")
         if is_pad is not None:  # what stands there counts for nothing, but is to be a latent action
             latents = torch.where(is_pad[..., None], latents[:, :1], latents)
@@ -371,9 +399,8 @@ class VLA(nn.Module):
 
 def check(config: VLAConfig) -> None:
     """Raises ValueError for settings that do not fit each other."""
-    heads = ("tokens", "parallel", "flow")
-    if config.head not in heads:
-        raise ValueError(f"head={config.head!r}; expected one of {', '.join(heads)}")
+    if config.head not in HEADS:
+        raise ValueError(f"head={config.head!r}; expected one of {', '.join(HEADS)}")
     if config.token_rows not in ("codes", "vocabulary"):
         raise ValueError(f"token_rows={config.token_rows!r}; expected one of codes, vocabulary")
     if config.token_rows == "vocabulary" and config.head != "tokens":

@@ -32,18 +32,18 @@ class VLMConfig:
     gradient_checkpointing: bool = False  # save memory, for about a third more compute
 
 
-class Family(NamedTuple):
+class VLMFamily(NamedTuple):
     model: str  # class of transformers
     text: str = "language_model"  # where its base model keeps the language model
     vision: str = "visual"  # and the image encoder
     unused: tuple[str, ...] = ()
 
 
-FAMILIES = {
-    "smolvlm": Family("SmolVLMForConditionalGeneration", "text_model", "vision_model"),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration"),
-    "paligemma": Family("PaliGemmaForConditionalGeneration", vision="vision_tower"),
+VLMS = {
+    "smolvlm": VLMFamily("SmolVLMForConditionalGeneration", "text_model", "vision_model"),
+    "qwen2_5_vl": VLMFamily("Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": VLMFamily("Qwen3VLForConditionalGeneration"),
+    "paligemma": VLMFamily("PaliGemmaForConditionalGeneration", vision="vision_tower"),
 }
 
 
@@ -93,7 +93,7 @@ class VLM(nn.Module):
         self.config, self.family = model.config, model.config.model_type
         self.is_qwen, self.is_paligemma = self.family.startswith("qwen"), self.family == "paligemma"
         self.tokenizer, self.processor = tokenizer, processor
-        family = FAMILIES[self.family]
+        family = VLMS[self.family]
 
         use_attention(model)
         self.model = model.model  # without the head
@@ -123,7 +123,7 @@ class VLM(nn.Module):
         """The pretrained model that `config.vlm` names, or `tiny`, whose tokenizer learns from `instructions`."""
         if config.vlm == "tiny":
             return cls(*tiny(64 if config.image_size is None else config.image_size, instructions), config)
-        model, _ = load(config.vlm, FAMILIES)
+        model, _, _ = load(config.vlm, VLMS)
         return cls(model, *read_parts(config.vlm), config)
 
     @classmethod
@@ -133,11 +133,11 @@ class VLM(nn.Module):
         from transformers.initialization import no_init_weights
 
         architecture = read(transformers.AutoConfig, str(folder))
-        if architecture.model_type not in FAMILIES:
+        if architecture.model_type not in VLMS:
             found = f"{folder} is a {architecture.model_type!r} model"
-            raise ValueError(f"{found}; expected one of {', '.join(FAMILIES)}")
+            raise ValueError(f"{found}; expected one of {', '.join(VLMS)}")
         with no_init_weights():
-            model = getattr(transformers, FAMILIES[architecture.model_type].model)(architecture)
+            model = getattr(transformers, VLMS[architecture.model_type].model)(architecture)
         model.tie_weights()
         return cls(model.float(), *read_parts(str(folder)), config)
 

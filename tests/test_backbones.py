@@ -8,7 +8,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchvision.models.optical_flow import raft_small
 
-from hlrp.backbones import FlowTeacher, FrozenEncoder, TextEncoder, flow_loss, flow_to_rgb, mean_flow, resize_flow
+from hlrp.backbones import (
+    VISION_ENCODERS,
+    FlowTeacher,
+    FrozenEncoder,
+    TextEncoder,
+    VisionFamily,
+    flow_loss,
+    flow_to_rgb,
+    mean_flow,
+    resize_flow,
+)
+from hlrp.laq import LAQ, LAQConfig
 from hlrp.vlm import read_parts
 
 TINY = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -88,6 +99,22 @@ def text_model(family):
 
 
 TEXT_FAMILIES = ["t5", "bert", "clip", "siglip"]
+
+
+def test_a_new_family_of_encoders_is_one_class_and_one_line_of_the_table(tmp_path, monkeypatch):
+    class ViT(VisionFamily):
+        def features(self, encoder, pixels):
+            return encoder(pixels).last_hidden_state[:, 1:]  # without the class token
+
+    model = T.ViTModel(T.ViTConfig(**TINY, image_size=28, patch_size=7)).eval()
+    model.save_pretrained(tmp_path)
+    T.ViTImageProcessor(**SQUARE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a 'vit' model; expected one of dinov2, .*, vjepa2"):
+        FrozenEncoder(str(tmp_path))
+    monkeypatch.setitem(VISION_ENCODERS, "vit", ViT("ViTModel"))
+    laq = LAQ(LAQConfig(image_size=28, patch_size=7, features=str(tmp_path), encoder="features", feature_weight=1.0))
+    loss, _ = laq({"frames": torch.randint(256, (2, 2, 3, 28, 28), dtype=torch.uint8), "step": 0})
+    assert laq.grid == (4, 4) and loss.isfinite()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
