@@ -114,7 +114,7 @@ class VLM(nn.Module):
         self.prompts: dict[tuple[str, int], Prompt] = {}
         self.choose_trainable(config)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.is_checkpointing = config.gradient_checkpointing
         self.train()
 

@@ -32,6 +32,11 @@ def make_batch(policy, rows=4) -> dict:
     return batch | {"action_is_pad": torch.zeros(rows, CHUNK, dtype=torch.bool)}
 
 
+def test_a_policy_without_a_device_takes_the_fastest_one_and_warns_of_nothing(caplog):
+    config = HLRPConfig(push_to_hub=False)
+    assert config.device == ("cuda" if torch.cuda.is_available() else "cpu") and not caplog.records
+
+
 def loss_of(policy, batch) -> torch.Tensor:
     torch.manual_seed(2)  # the flow's times and noise
     return policy(batch)[0]

@@ -14,6 +14,9 @@ from hlrp.backbones import PatchProjection
 from hlrp.checkpoints import load_weights, save_pretrained
 from hlrp.vlm import VLM, VLMConfig, tiny_tokenizer
 
+# what transformers calls deprecated is called by its new name
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
