@@ -49,7 +49,7 @@ from hlrp.policy_data import (
     teacher_of,
     to_lerobot,
 )
-from hlrp.rollout import environment, try_policy
+from hlrp.rollout import is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
 from hlrp.training import Run, RunArgs
 from hlrp.vla_validation import label, shuffled
@@ -61,6 +61,9 @@ make_flags(HLRPConfig)
 class EnvArgs:
     type: str | None = None  # environment to try the policy in: hlrp_metaworld, hlrp_world or one of LeRobot's
     task: str | None = None  # tasks of the environment, by commas; None: those it has by default
+    # instruction for the policy; by default that of its demonstrations if they have only one, else the environment's
+    task_text: str | None = None
+    rename_map: dict[str, str] = field(default_factory=dict)  # names of cameras: the environment's, then the policy's
 
 
 @dataclass
@@ -132,7 +135,9 @@ def main(args: Args) -> None:
             config = start_from(args.policy_path, args.policy, args.given, args.state)
         config.device = run.device.type
         if args.env.type:
-            environment(args.env.type, args.env.task)  # there is one of this name
+            from hlrp.envs import env_configs
+
+            env_configs(args.env.type)  # there is one of this name
 
         # demonstrations, and other video
         uris = args.data or data_of(config, args.policy_path)
@@ -143,6 +148,8 @@ def main(args: Args) -> None:
         if args.policy_path is None:
             config.input_features, config.output_features = robot_features(robots, args.state)
         refuse_other_cameras(sources, config)
+        if args.env.type:
+            refuse_environment(args, config)
         stats = statistics(robots, config.robot_state_feature is not None)
 
         # policy
@@ -152,6 +159,7 @@ def main(args: Args) -> None:
         else:
             policy = HLRPPolicy.from_pretrained(args.policy_path, config=config)
         preprocessor, postprocessor = make_hlrp_pre_post_processors(config, stats)
+        policy.instructions = instructions(sources, args.skip_broken, [part.demonstrations for part in parts])
         policy.train()
         laq, space = teacher_of(policy, args.laq)
         times, image_size, cached, latents_from = (0.0,), policy.vlm.image_size, None, ""
@@ -226,7 +234,7 @@ def main(args: Args) -> None:
                 run.save(model, optimizer, average, write, data=uris, laq=laq and laq.fingerprint)
             if args.env_eval_freq and run.is_due(args.env_eval_freq) and run.step < args.steps:
                 roll_out()
-        if args.env.type and not (args.output_dir / "environment.json").is_file():
+        if args.env.type and not is_tried(args):
             roll_out()  # of what is saved: a fault of the environment costs no step
         if run.is_main and config.push_to_hub:
             push_to_hub(policy, args.output_dir / "checkpoints" / "last" / "pretrained_model", uris)

@@ -1,4 +1,9 @@
-"""The MetaWorld of `hlrp.metaworld` as an environment of LeRobot's: `lerobot-eval --env.type=hlrp_metaworld`.
+"""Environments of LeRobot's: found by name, compared with a policy before it runs, and run side by side.
+
+However many run at once, episode k is the one that `lerobot-eval --eval.batch_size=1` counts as k: it has the same
+seed, and the same resets lie before it, which in LIBERO choose the init state.
+
+The MetaWorld of `hlrp.metaworld` as an environment of LeRobot's: `lerobot-eval --env.type=hlrp_metaworld`.
 
 It shows what the rendered data show: the same view, size and light, 20 frames and actions a second, for as long as
 LeRobot's own environment lasts. That one draws 80 frames a second, of 480 pixels with shadows. A seed places the
@@ -9,14 +14,23 @@ The built-in world as an environment of LeRobot's: `lerobot-eval --env.type=hlrp
 It shows what `world:` shows and moves as it does, in scenes that no `world:` source has, and needs no simulator.
 """
 
+import io
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import gymnasium as gym
 import numpy as np
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.envs import EnvConfig
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.envs import EnvConfig, make_env, make_env_config, preprocess_observation
 from lerobot.envs.utils import freeze_after_episode_end
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
+from lerobot.utils.import_utils import register_third_party_plugins
 
 from hlrp.metaworld import CAMERAS, CONTROL_FREQ, MAX_STEPS, lerobot_config, parse_tasks, picture, stage
 from hlrp.world import (
@@ -220,3 +234,217 @@ class MetaWorld(gym.Env):
         if self.env is not None:
             self.renderer.close()
             self.env = self.renderer = None
+
+
+def env_configs(type: str, tasks: Sequence[str] = ()) -> list[EnvConfig]:
+    """LeRobot's configuration of an environment for each of some tasks; by default for its own choice.
+
+    Raises ValueError where no environment, of LeRobot or of an installed plugin, has this name.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo, which reads it when it is imported, draws without a screen
+    register_third_party_plugins()
+    return [make_env_config(type, task=task) for task in tasks] or [make_env_config(type)]
+
+
+def make_envs(configs: Sequence[EnvConfig], num_envs: int, episodes: int) -> dict[str, dict[int, "SideBySide"]]:
+    """The tasks of some configurations, as LeRobot's `eval_policy_all` takes them.
+
+    Raises ValueError where one cannot be made, as for an unknown task.
+    """
+    made: dict[str, dict[int, SideBySide]] = {}
+    for config in configs:
+        try:
+            with no_questions():
+                copies = [make_env(config, n_envs=1) for _ in range(min(num_envs, episodes))]
+        except (gym.error.Error, ImportError, LookupError) as error:
+            raise ValueError(f"env={config.type}, task={config.task} cannot be made: {error}") from error
+        for group, tasks in copies[0].items():
+            known = made.setdefault(group, {})
+            for i in tasks:
+                free = len(known) if i in known else i
+                known[free] = SideBySide([copy[group][i] for copy in copies], config, episodes)
+    return made
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """A question on standard input, such as LIBERO's at its first import, is answered by no."""
+    stdin, sys.stdin = sys.stdin, io.StringIO("n\n" * 100)
+    try:
+        yield
+    finally:
+        sys.stdin = stdin
+
+
+class SideBySide(gym.vector.VectorEnv):
+    """`copies` of the environment that LeRobot makes for one episode at a time. Each runs every len(copies)-th of
+    `episodes` and stands still once its episode has ended.
+
+    `rows` says of each episode: seed, init_state (None where the environment has none), success, return, length.
+    """
+
+    def __init__(self, copies: Sequence[gym.vector.VectorEnv], config: EnvConfig, episodes: int):
+        self.copies, self.num_envs, self.config, self.episodes = list(copies), len(copies), config, episodes
+        self.single_action_space = copies[0].single_action_space
+        self.metadata = copies[0].metadata | {"render_fps": config.fps}  # LIBERO's own is not that of its steps
+        self.task = str(attribute(copies[0], "task") or config.task or config.type)
+        self.task_text: str | None = None  # what the policy is told in place of the environment's own words
+        self.learned: Sequence[str] = ()  # the instructions that the policy knows
+        self.is_compared = False
+        self.rows: list[dict] = []
+        self.passed = [0] * self.num_envs  # episodes that lie behind each copy
+        self.counters: dict[str, object] = {}  # what a reset moves on, and what it was before the first one
+
+    def reset(self, *, seed: list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        first, self.observations, self.running = len(self.rows), [], []
+        self.frames: list[np.ndarray | None] = [None] * self.num_envs
+        for i, copy in enumerate(self.copies[: self.episodes - first]):
+            episode_seed = None if seed is None else seed[i]
+            before = plain_attributes(copy) if first + i == 0 else None
+            self.catch_up(i, first + i, episode_seed, options)
+            row = {"seed": episode_seed, "init_state": init_state(copy), "success": False, "return": 0.0, "length": 0}
+            observation, _ = copy.reset(seed=[episode_seed], options=options)
+            if before is not None:
+                after = plain_attributes(copy)
+                self.counters = {name: x for name, x in before.items() if repr(after.get(name)) != repr(x)}
+            self.passed[i] = first + i + 1
+            self.observations.append(observation)
+            self.running.append(row)
+        self.rows += self.running
+        idle = self.num_envs - len(self.running)  # past the last episode
+        self.observations += self.observations[:1] * idle
+        self.is_done = np.array([False] * len(self.running) + [True] * idle)
+        return stacked(self.observations), {}
+
+    def catch_up(self, i: int, episode: int, seed: int | None, options: dict | None) -> None:
+        """Brings a copy to where it is before `episode` if it has run all those before."""
+        copy, missed = self.copies[i], range(self.passed[i], episode)
+        if not self.counters:
+            return  # a reset leaves nothing behind
+        is_twice = copy.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP  # at the end, too
+        stride = attribute(copy, "_reset_stride")  # LeRobot's: of LIBERO and RoboTwin
+        if stride is not None:
+            for name in {"init_state_id", "episode_index"} & self.counters.keys():
+                value = attribute(copy, name) + len(missed) * stride * (1 + is_twice)
+                copy.set_attr(name, [value])
+            return
+        for other in missed:
+            copy.reset(seed=[None if seed is None else seed + other - episode], options=options)
+            if is_twice:
+                copy.reset(options=options)
+
+    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        rewards, successes = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+        terminated, truncated = np.ones(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
+        for i in np.flatnonzero(~self.is_done):
+            self.observations[i], reward, end, cut, info = self.copies[i].step(actions[i : i + 1])
+            rewards[i], terminated[i], truncated[i] = reward[0], end[0], cut[0]
+            successes[i] = np.ravel(info.get("final_info", info).get("is_success", False))[0]
+            row = self.running[i]
+            row["success"] |= bool(successes[i])
+            row["return"] += float(rewards[i])
+            row["length"] += 1
+        self.is_done |= terminated | truncated
+        return stacked(self.observations), rewards, terminated, truncated, {"is_success": successes}
+
+    def call(self, name: str, *args, **kwargs) -> tuple:
+        if name in ("task", "task_description"):
+            return tuple(self.told(copy) for copy in self.copies)
+        if name == "render":
+            for i in range(len(self.running)):
+                if self.frames[i] is None or not self.is_done[i]:
+                    self.frames[i] = self.copies[i].call("render")[0]
+            return tuple(self.frames[0] if frame is None else frame for frame in self.frames)
+        return tuple(copy.call(name, *args, **kwargs)[0] for copy in self.copies)
+
+    def get_attr(self, name: str) -> tuple:
+        return self.call(name)
+
+    def told(self, copy: gym.vector.VectorEnv) -> str:
+        """The instruction: `task_text`, or the only one that the policy has learned, or the environment's own words."""
+        own = attribute(copy, "task_description")
+        own = attribute(copy, "task") or "" if own is None else own
+        only = self.learned[0] if len(self.learned) == 1 else None
+        text = next(text for text in (self.task_text, only, own) if text is not None)
+        if not self.is_compared and (text != own or self.learned and text not in self.learned):
+            self.is_compared = True
+            examples = ", ".join(map(repr, self.learned[:3])) + (", ..." if len(self.learned) > 3 else "")
+            learned = (
+                f"; its demonstrations have {len(self.learned)} instruction(s), {examples}" if self.learned else ""
+            )
+            advice = "; --task-text gives another" if self.task_text is None else ""
+            print(
+                f"{self.task}: the environment says {own!r}, the policy is told {text!r}{learned}{advice}", flush=True
+            )
+        return text
+
+    def close(self, **kwargs) -> None:
+        if self.rows and not sys.stderr.isatty():  # where no bar shows how far it is
+            successes = sum(row["success"] for row in self.rows)
+            print(f"{self.task}: {successes} of {len(self.rows)} episodes succeed", flush=True)
+        for copy in self.copies:
+            copy.close()
+
+
+def attribute(env: gym.vector.VectorEnv, name: str):
+    """Of the environment in a vector of one; None where it has none such."""
+    try:
+        return env.get_attr(name)[0]
+    except AttributeError:
+        return None
+
+
+def init_state(env: gym.vector.VectorEnv) -> int | None:
+    """Which of LIBERO's init states the next episode begins in."""
+    state, states = attribute(env, "init_state_id"), attribute(env, "_init_states")
+    if state is None or attribute(env, "init_states") is False:
+        return None
+    return int(state) if states is None else int(state) % len(states)
+
+
+def plain_attributes(env: gym.vector.VectorEnv) -> dict[str, object]:
+    """What an environment in a vector of one may count its resets by."""
+    (env,) = getattr(env, "envs", (None,))
+    found = {}
+    while env is not None:
+        kinds = (int, float, str, tuple, list, deque, itertools.count)
+        for name, value in vars(env).items():
+            if isinstance(value, kinds) and not isinstance(value, bool):
+                found.setdefault(name, value if isinstance(value, int) else repr(value))
+        env = env.env if isinstance(env, gym.Wrapper) else None
+    return found
+
+
+def stacked(observations: Sequence):
+    """Observations of one environment each, in nested dictionaries -> of all, along the first axis."""
+    if len(observations) == 1:
+        return observations[0]
+    if isinstance(observations[0], dict):
+        return {key: stacked([observation[key] for observation in observations]) for key in observations[0]}
+    return np.concatenate(observations)
+
+
+def refuse_another_robot(policy: PreTrainedConfig, env: SideBySide, rename_map: dict[str, str]) -> None:
+    """Raises ValueError where a policy has other actions than the environment, or sees what that does not show."""
+    name, actions = env.config.type, int(np.prod(env.single_action_space.shape))
+    if policy.action_feature is not None and policy.action_feature.shape[0] != actions:
+        raise ValueError(f"the policy has {policy.action_feature.shape[0]} actions, {name} {actions}")
+    preprocess, _ = env.config.get_env_processors()
+    shown = preprocess(preprocess_observation(env.copies[0].observation_space.sample()))
+    shown = {key: value for key, value in shown.items() if key.startswith(OBS_STR)}
+    if strangers := sorted(rename_map.keys() - shown.keys()):
+        raise ValueError(f"rename_map has {strangers[0]!r}; {name} shows {', '.join(sorted(shown))}")
+    shown = {rename_map.get(key, key): value for key, value in shown.items()}
+
+    cameras = {key for key in shown if key.startswith(OBS_IMAGE)}
+    missing = sorted(policy.image_features.keys() - cameras)
+    if missing and (policy.type == "hlrp" or cameras - policy.image_features.keys()):
+        free = sorted(cameras - policy.image_features.keys())
+        hint = f"; --rename_map='{json.dumps({free[0]: missing[0]})}' gives one the name of the other" if free else ""
+        found = ", ".join(sorted(cameras)) or "no camera"
+        raise ValueError(f"the policy sees {', '.join(missing)}, {name} shows {found}{hint}")
+    if policy.robot_state_feature is not None:
+        (states,) = policy.robot_state_feature.shape
+        found = shown[OBS_STATE].shape[-1] if OBS_STATE in shown else 0
+        if found != states:
+            raise ValueError(f"the policy reads {states} states, {name} has {found}")

@@ -33,12 +33,14 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
-from hlrp.checkpoints import load_config
+from hlrp.checkpoints import load_config, write_json
 from hlrp.images import fit
 from hlrp.metrics import normalisable
 from hlrp.transformer import masked_mean
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
+
+INSTRUCTIONS = "instructions.json"  # in a checkpoint folder
 
 
 @PreTrainedConfig.register_subclass("hlrp")
@@ -172,6 +174,9 @@ class HLRPPolicy(PreTrainedPolicy):
         config.validate_features()
         if dataset_meta is not None and not instructions:
             instructions = list(dataset_meta.tasks.index)
+        if not instructions and folder is not None and (folder / INSTRUCTIONS).is_file():
+            instructions = json.loads((folder / INSTRUCTIONS).read_text())
+        self.instructions = list(instructions)  # of the demonstrations, which a roll-out tells the policy
         if dataset_meta is not None and dataset_meta.stats is not None:
             # lerobot-train hands these to the normaliser of a checkpoint itself
             dataset_meta.stats = numbers_normalisable(config, dataset_meta.stats)
@@ -338,6 +343,7 @@ class HLRPPolicy(PreTrainedPolicy):
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict)
+        write_json(save_directory / INSTRUCTIONS, self.instructions)
         (save_directory / "vlm").mkdir(exist_ok=True)
         self.vlm.save_parts(save_directory / "vlm")
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+import yaml
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
@@ -215,12 +216,37 @@ def make_flags(policy: type) -> None:
     policy.__annotations__["normalization_mapping"] = Annotated[mapping, arg(constructor=Normalization)]
 
 
+def dicts(argv: list[str]) -> list[str]:
+    """A command line on which each dictionary, --name={"a": "b"}, is the list of its keys and values: --name a b.
+
+    Raises ValueError for what is no dictionary of texts.
+    """
+    found, tokens = [], [*argv]
+    while tokens:
+        token = tokens.pop(0)
+        flag, _, value = token.partition("=") if token.startswith("--") else ("", "", token)
+        if not value.startswith("{"):
+            found.append(token)
+            continue
+        while not value.endswith("}") and tokens:  # which a shell has cut at its spaces
+            value += f" {tokens.pop(0)}"
+        try:
+            pairs = yaml.safe_load(value)
+        except yaml.YAMLError:
+            pairs = None
+        if not isinstance(pairs, dict) or not all(isinstance(x, str) for pair in pairs.items() for x in pair):
+            raise ValueError(f'{flag or found[-1]}={value}; expected a dictionary such as \'{{"a": "b"}}\'')
+        found += [*filter(None, [flag]), *(part for pair in pairs.items() for part in pair)]
+    return found
+
+
 def lerobot_flags(argv: list[str]) -> list[str]:
     """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
 
     Raises ValueError for one of LeRobot's that has no meaning here.
     """
     renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
+    renamed |= {"rename_map": "env.rename-map"}
     renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
     renamed |= {"policy.optimizer_weight_decay": "weight-decay", "policy.optimizer_grad_clip_norm": "grad-clip"}
     renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
@@ -236,7 +262,7 @@ def lerobot_flags(argv: list[str]) -> list[str]:
     }
     fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
     found, dataset = [], {}
-    tokens = [part for token in argv for part in (token.split("=", 1) if token.startswith("--") else [token])]
+    tokens = [part for token in dicts(argv) for part in (token.split("=", 1) if token.startswith("--") else [token])]
     while tokens:
         flag = tokens.pop(0)
         if not flag.startswith("--"):

@@ -175,19 +175,23 @@ def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | 
     return (path.parent if path.suffix == ".tar" else path).parts, sorted(options.items())
 
 
-def instructions(sources: Sequence, skip_broken: bool = False) -> list[str]:
+def instructions(
+    sources: Sequence, skip_broken: bool = False, episodes: Sequence[Sequence[int]] | None = None
+) -> list[str]:
     """The instructions of each source, which a tokenizer from scratch learns from: all of them, but of streams and of
-    sources that decode a frame to know one, those of some episodes."""
+    sources that decode a frame to know one, those of some episodes. `episodes` of each source: of these alone."""
     found = set()
-    for source in sources:
+    for i, source in enumerate(sources):
         if is_stream(source):
+            if episodes is not None:
+                continue  # whose episodes have no numbers
             for _, episode in islice(in_turns(source.num_shards, partial(readable, source)), 256):
                 found.update(episode.instructions(range(len(episode.frames))))
             continue
-        step = 1 if hasattr(source, "instructions") else max(1, len(source.lengths) // 256)
-        for episode in range(0, len(source.lengths), step):
+        chosen = range(len(source.lengths)) if episodes is None else episodes[i]
+        for episode in chosen[:: 1 if hasattr(source, "instructions") else max(1, len(chosen) // 256)]:
             try:
-                found.update(instructions_of(source, episode))
+                found.update(instructions_of(source, int(episode)))
             except ValueError:  # which the training tells
                 if not skip_broken:
                     raise

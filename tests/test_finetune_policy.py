@@ -295,8 +295,17 @@ def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, mo
     (tmp_path / "run/environment.json").unlink()  # as where the environment has failed behind the last step
     train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
     assert [line["step"] for line in lines(tmp_path / "run", "env")] == [2, 4, 4]
-    with pytest.raises(ValueError, match="nowhere"):
-        train(tmp_path / "other", stages, head=None, data=data, env=EnvArgs("nowhere"))
+    env["env"] = EnvArgs("hlrp_metaworld", "reach-v3")  # of which the file tells nothing
+    train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
+    assert set(json.loads((tmp_path / "run/environment.json").read_text())["tasks"]) == {"reach-v3"}
+    for name, task, message in [
+        ("nowhere", None, "nowhere"),
+        ("hlrp_metaworld", "dance-v3", "dance-v3"),
+        ("hlrp_world", None, "the policy has 4 actions, hlrp_world 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "other", stages, head=None, data=data, val_fraction=0.3, env=EnvArgs(name, task))
+    assert not (tmp_path / "other/checkpoints").exists()
 
 
 def test_a_finished_policy_goes_to_the_hub_with_its_card(stages, tmp_path, monkeypatch):
