@@ -6,18 +6,17 @@ import os
 import shutil
 import signal
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from hlrp import distributed as launch
 from hlrp.checkpoints import last_checkpoint, save_tensors, step_of, write_json
-from hlrp.distributed import ends_its_run, set_intervals
-from hlrp.training import Run, seed_step
+from hlrp.training import INTERRUPTED, Run, RunArgs, seed_step
 
 
 def test_random_numbers_are_a_function_of_seed_step_and_rank():
@@ -37,32 +36,21 @@ def test_the_last_checkpoint_is_the_highest_whole_one(tmp_path):
     assert last_checkpoint(tmp_path).name == "001000"
 
 
-def test_pictures_and_videos_of_a_run_reach_wandb_under_names_that_stay_the_same(tmp_path):
-    import wandb
-    from PIL import Image
-
-    files = [tmp_path / "grids" / "left" / "usage_000007.png", tmp_path / "videos" / "step_000007" / "task" / "0.mp4"]
-    for file in files:
-        file.parent.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(files[0])
-    files[1].write_bytes(b"a video")
-    logged = []
-    tracker = SimpleNamespace(name="wandb", tracker=SimpleNamespace(log=lambda *a, **o: logged.append((*a, o))))
-    others = SimpleNamespace(name="tensorboard", tracker=None)
-    run = SimpleNamespace(output_dir=tmp_path, accelerator=SimpleNamespace(trackers=[others, tracker]))
-    Run.show(run, files, step=7)
-    ((media, options),) = logged
-    assert options == {"step": 7} and list(media) == ["grids/left/usage", "videos/task/0"]
-    assert isinstance(media["grids/left/usage"], wandb.Image) and isinstance(media["videos/task/0"], wandb.Video)
-
-
-SETTINGS = {"steps": 9, "seed": 0, "num_workers": 0, "max_broken": 0, "batch_size": 2, "lr": 0.1}
+SETTINGS = {"steps": 9, "num_workers": 0, "max_broken": 0, "batch_size": 2, "lr": 0.1}
 PART = {"name": "videos-a", "uri": "videos:/old/a", "content": "c0", "clips": "k0", "count": 1}
 
 
+def mixture_of(**part):
+    return SimpleNamespace(parts=[PART | part], shares=lambda num_samples: {})
+
+
+@contextmanager
 def begin(output_dir, part=None, **settings):
-    accelerator = Accelerator(cpu=True)
-    return Run(accelerator, output_dir, SETTINGS | settings, [PART | (part or {})])
+    """A run that has started: what a script does up to its model."""
+    args = RunArgs(output_dir=output_dir, **SETTINGS).resolved()
+    with Run(args) as run:
+        run.start(SETTINGS | settings, mixture_of(**part or {}))
+        yield run
 
 
 def record(output_dir) -> dict:
@@ -77,22 +65,35 @@ def save(run, model):
 @pytest.mark.usefixtures("fresh_process")
 @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt(), SystemExit(3)])
 def test_run_json_says_how_a_run_ended_whatever_happened(error, tmp_path):
-    def main():
-        begin(tmp_path / "wrapped")
-        raise error
-
-    with pytest.raises(type(error)):
-        ends_its_run(main)()
-    with pytest.raises(type(error)), begin(tmp_path / "context") as run:
+    with pytest.raises(type(error)), begin(tmp_path) as run:
         run.step = 4
         raise error
-    for name in ("wrapped", "context"):
-        found = record(tmp_path / name)
-        assert found["state"] == "failed" and type(error).__name__ in found["reason"] and str(error) in found["reason"]
+    found = record(tmp_path)
+    assert found["state"] == "failed" and type(error).__name__ in found["reason"] and str(error) in found["reason"]
     assert found["step"] == 4
-    with begin(tmp_path / "context"):
-        assert record(tmp_path / "context")["state"] == "running"
-    assert record(tmp_path / "context")["state"] == "done" and "reason" not in record(tmp_path / "context")
+    with begin(tmp_path):
+        assert record(tmp_path)["state"] == "running"
+    ended = record(tmp_path)
+    assert ended["state"] == "done" and "reason" not in ended
+    with pytest.raises(type(error)), Run(RunArgs(output_dir=tmp_path, **SETTINGS).resolved()):
+        raise error  # before the run has taken the folder: what is in it is another run's
+    assert record(tmp_path) == ended
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_a_run_that_a_signal_stopped_saves_says_so_and_asks_for_the_same_command(tmp_path, monkeypatch):
+    model = nn.Linear(2, 2)
+    with pytest.raises(SystemExit) as stop, begin(tmp_path) as run:
+        run.load(model, torch.optim.AdamW(model.parameters()))
+        monkeypatch.setattr("hlrp.training.loader", lambda *args, **settings: [{"dataset": ["a"], "place": ["1"]}] * 9)
+        for _ in run.batches():
+            run.step += 1
+            if run.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if run.must_save():
+                save(run, model)
+    assert stop.value.code == INTERRUPTED and record(tmp_path)["state"] == "interrupted"
+    assert record(tmp_path)["step"] == 3 and step_of(tmp_path / "checkpoints/last") == 3
 
 
 @pytest.mark.usefixtures("fresh_process")
@@ -101,7 +102,7 @@ def test_ctrl_c_asks_to_save_and_a_second_one_ends_at_once(tmp_path, monkeypatch
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), begin(tmp_path) as run:
         os.kill(os.getpid(), signal.SIGINT)
-        assert run.must_stop() and "saves and stops" in capfd.readouterr().err
+        assert run.must_save() and run.must_stop and "saves and stops" in capfd.readouterr().err
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
         os.kill(os.getpid(), signal.SIGINT)  # the launcher passes the first one on
         monkeypatch.delenv("TORCHELASTIC_RUN_ID")
@@ -115,16 +116,6 @@ def test_a_machine_without_git_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with begin(tmp_path / "run"):
         assert record(tmp_path / "run")["git"] is None
-
-
-@pytest.mark.usefixtures("fresh_process")
-def test_an_eta_above_a_day_counts_the_days(tmp_path, capfd, monkeypatch):
-    with begin(tmp_path) as run:
-        monkeypatch.setattr(
-            run, "speed", lambda step: {"samples_per_s": 1.0, "data_wait": 0.0, "eta_s": 2 * 86400 + 3700.4}
-        )
-        run.log("train", {"loss": torch.tensor(1.0), "lr": 0.1}, 1)
-    assert "eta 2 days, 1:01:40" in capfd.readouterr().err
 
 
 def test_a_launcher_that_is_the_first_process_of_a_container_is_alive(monkeypatch):
@@ -165,11 +156,14 @@ def test_a_folder_in_which_nothing_can_be_renamed_is_refused_before_training(tmp
     monkeypatch.setattr(
         os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Invalid cross-device link"))
     )
-    with pytest.raises(ValueError, match="output_dir=.*no folder can be written and renamed there"):
-        begin(tmp_path)
+    with pytest.raises(ValueError, match="output_dir=.*no folder can be written and renamed there"), begin(tmp_path):
+        pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output_dir=.*file.*expected a folder that can be written"):
-        begin(tmp_path / "file")
+    with (
+        pytest.raises(ValueError, match="output_dir=.*file.*expected a folder that can be written"),
+        begin(tmp_path / "file"),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("fresh_process")
@@ -187,8 +181,11 @@ def test_a_plain_folder_last_is_the_checkpoint_of_its_step_and_one_without_a_sta
             run.step = 3
             save(run, nn.Linear(2, 2))
         assert (tmp_path / name / "checkpoints/last").readlink() == Path("000003")
-    with pytest.raises(ValueError, match="last holds no readable training_state.*so no run can go on"):
-        begin(tmp_path / "model")
+    with (
+        pytest.raises(ValueError, match="last holds no readable training_state.*so no run can go on"),
+        begin(tmp_path / "model"),
+    ):
+        pass
     assert (tmp_path / "model/checkpoints/last/pretrained_model/model.safetensors").is_file()
 
 
@@ -220,13 +217,13 @@ def test_the_same_data_and_weights_at_another_place_resume_and_others_are_named(
         ({"part": {"clips": "k1"}}, "other clips of videos:/old/a"),
         ({"part": {"clips": "k1"}, "lr": 1.0}, r"other settings \(lr was 0.1 and is 1.0\)"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            resume(**settings)
+        with pytest.raises(ValueError, match=message), resume(**settings):
+            pass
     old = record(tmp_path / "run")
     del old["data"]
     write_json(tmp_path / "run/run.json", old)
-    with pytest.raises(ValueError, match="of an older hlrp"):
-        resume()
+    with pytest.raises(ValueError, match="of an older hlrp"), resume():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -256,13 +253,13 @@ def test_what_the_launcher_sets_is_taken_and_recorded_or_refused(flags, variable
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    args = {"mixed_precision": "auto", "grad_accumulation": 1} | flags
-    args = SimpleNamespace(**args, wandb=False, tensorboard=False, output_dir=tmp_path)
+    args = RunArgs(output_dir=tmp_path, batch_size=2, **flags).resolved()
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            launch.make_accelerator(args)
+            Run(args)
         return
-    with Run(launch.make_accelerator(args), tmp_path, SETTINGS | vars(args) | {"output_dir": ""}, [PART]) as run:
+    with Run(args) as run:
+        run.start(args.settings(), mixture_of())
         assert run.samples_per_step == 2 * expected[1]
     settings = record(tmp_path)["settings"]
     assert (settings["mixed_precision"], settings["grad_accumulation"]) == expected
@@ -280,6 +277,7 @@ def test_what_the_launcher_sets_is_taken_and_recorded_or_refused(flags, variable
 )
 def test_intervals_follow_the_number_of_steps_unless_given(steps, given, expected):
     names = ("warmup_steps", "log_freq", "eval_freq", "save_freq")
-    args = SimpleNamespace(steps=steps, **dict.fromkeys(names) | given)
-    set_intervals(args)
-    assert tuple(getattr(args, name) for name in names) == expected
+    args = RunArgs(steps=steps, **given)
+    resolved = args.resolved()
+    assert tuple(getattr(resolved, name) for name in names) == expected
+    assert args == RunArgs(steps=steps, **given)  # nothing is written back

@@ -1,10 +1,12 @@
+import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from hlrp.training_log import Stopwatch, stragglers
+from hlrp.training_log import Log, Stopwatch, stragglers
 
 
 def test_a_stopwatch_adds_up_forward_passes():
@@ -21,3 +23,34 @@ def test_ranks_that_hold_up_the_others_are_named():
     times = torch.tensor([[0.0, 0.3], [0.1, 0.2], [0.9, 0.3], [0.0, 0.31]])
     assert "median 0.30 s: rank 2 1.20 s (0.90 waiting for data)" in stragglers(times)
     assert stragglers(times[[0, 1, 3]]) is None
+
+
+def test_pictures_and_videos_of_a_run_reach_wandb_under_names_that_stay_the_same(tmp_path):
+    import wandb
+    from PIL import Image
+
+    files = [tmp_path / "grids" / "left" / "usage_000007.png", tmp_path / "videos" / "step_000007" / "task" / "0.mp4"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(files[0])
+    files[1].write_bytes(b"a video")
+    logged = []
+    tracker = SimpleNamespace(name="wandb", tracker=SimpleNamespace(log=lambda *a, **o: logged.append((*a, o))))
+    others = SimpleNamespace(name="tensorboard", tracker=None)
+    log = SimpleNamespace(folder=tmp_path, accelerator=SimpleNamespace(trackers=[others, tracker]))
+    Log.show(log, files, step=7)
+    ((media, options),) = logged
+    assert options == {"step": 7} and list(media) == ["grids/left/usage", "videos/task/0"]
+    assert isinstance(media["grids/left/usage"], wandb.Image) and isinstance(media["videos/task/0"], wandb.Video)
+
+
+def test_an_eta_above_a_day_counts_the_days(tmp_path, capfd):
+    logged = []
+    accelerator = SimpleNamespace(is_main_process=True, init_trackers=lambda *args, **settings: None)
+    accelerator.log = lambda values, step: logged.append((values, step))
+    log = Log(accelerator, tmp_path, 0, 9, {}, "run", "hlrp")
+    values = {"loss": 1.0, "samples_per_s": 1.0, "data_wait": 0.0, "lr": 0.1, "eta_s": 2 * 86400 + 3700.4}
+    log.write("train", values, 1)
+    assert "step 1/9  loss 1.0000  1 samples/s  data 0%  lr 1.0e-01  eta 2 days, 1:01:40" in capfd.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "split": "train", **values}
+    assert logged == [({f"train/{name}": value for name, value in values.items()}, 1)]
