@@ -47,7 +47,7 @@ from hlrp.card import (
 )
 from hlrp.card_plots import draw
 from hlrp.clips import Clips
-from hlrp.contract import is_stream, labelled_episodes, split_episodes
+from hlrp.contract import Stream, labelled_episodes, split_episodes
 from hlrp.data import Mixture, action_statistics, choose_clips, collate, loader
 from hlrp.laq import LAQ, LAQConfig, LatentActions
 from hlrp.laq_validation import Share, code_use, encode_all
@@ -153,7 +153,7 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
 
     Raises ValueError for a row that no pair of the source fits.
     """
-    if is_stream(source):
+    if isinstance(source, Stream):
         raise ValueError(f"{source.uri} is a stream, whose episodes have no numbers; an indexed source fits")
     clips = Clips(source, np.arange(len(source.lengths)), (0.0, file.delta), image_size)
     outside = (file.episode < 0) | (file.episode >= len(source.lengths))

@@ -1,4 +1,4 @@
-"""Clips: the samples of a source, frames of one episode at stated times. The contract is in `hlrp.data`."""
+"""Clips: the samples of a source. `hlrp.contract` has a table of what a sample holds."""
 
 import hashlib
 import logging
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hlrp.contract import EncodedSource, too_coarse
 from hlrp.images import decode_clips, fit, fit_all
 
 logger = logging.getLogger(__name__)
-# of a sample, as `hlrp.data` has them; what else a source knows of a frame or an episode has other names
+# of a sample, as `hlrp.contract` has them; what else a source knows of a frame or an episode has other names
 SAMPLE_KEYS = frozenset("frames images task dataset source episode place index fps state action".split()) | {
     "action_is_pad",
     "latent_is_pad",
@@ -91,7 +92,6 @@ class Clips(Dataset):
         if times[0] != 0 or (np.diff(times) <= 0).any():
             raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
-        self.episode_numbers = getattr(source, "episode_numbers", None)  # in a stream
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
         self.min_times = len(times) if min_times is None else min_times
@@ -113,7 +113,7 @@ class Clips(Dataset):
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
-        if any(episode in getattr(source, "uneven", ()) for episode in self.episodes.tolist()):
+        if any(episode in source.uneven for episode in self.episodes.tolist()):
             self.starts = self._evenly_spaced(self.starts or [np.arange(n) for n in num_clips])
         if self.starts is not None:
             num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)
@@ -144,7 +144,7 @@ class Clips(Dataset):
         fps = source.fps[self.episodes]
 
         def those(rows: np.ndarray) -> str:
-            return f"{rows.sum()} of {len(rows)} episodes, first {place_of(source, self.episodes[rows.argmax()])}"
+            return f"{rows.sum()} of {len(rows)} episodes, first {source.place(int(self.episodes[rows.argmax()]))}"
 
         if is_coarse.any():
             row = int(is_coarse.argmax())
@@ -192,7 +192,7 @@ class Clips(Dataset):
         return kept
 
     def _check_labels(self, fps: np.ndarray, offsets: np.ndarray) -> None:
-        source, found = self.source, getattr(self.source, "latent_space", None)
+        source, found = self.source, self.source.latent_space
         if found is None:
             raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
         for name, value in (self.latent_space | {"camera": source.camera}).items():
@@ -259,7 +259,7 @@ class Clips(Dataset):
         if self.input_size is not None:
             seen = np.maximum(first + np.arange(1 - self.num_images, 1), 0)
             wanted = np.concatenate([wanted, seen], axis=1)
-        if hasattr(self.source, "encoded"):
+        if isinstance(self.source, EncodedSource):
             groups = [[i] for i in range(len(rows))]
         else:
             groups = [np.flatnonzero(rows == row).tolist() for row in np.unique(rows)]
@@ -276,23 +276,22 @@ class Clips(Dataset):
     def _read(self, plan: Plan) -> Iterator[dict]:
         """For each request, read() of the source with `frames` fitted to the square, `native` as they are, and of each
         sample `task` and `labels`."""
-        if hasattr(self.source, "encoded"):
-            yield from self._read_encoded(plan)
+        if isinstance(self.source, EncodedSource):
+            yield from self._read_encoded(self.source, plan)
             return
         for request in plan.requests:
             with naming(self.source, request.episode):
                 read = self.source.read(request.episode, request.frames)
-                read |= self._known(plan, request, read["task"])
+                read |= self._known(plan, request)
             yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size)}
 
-    def _read_encoded(self, plan: Plan) -> Iterator[dict]:
-        source, encoded, reads = self.source, [], []
+    def _read_encoded(self, source: EncodedSource, plan: Plan) -> Iterator[dict]:
+        encoded, reads = [], []
         for request in plan.requests:
             _, _, episode, frames, _ = request
             with naming(source, episode):
                 encoded.append(source.encoded(episode, frames))
-                read = source.about(episode, frames)
-                reads.append(read | self._known(plan, request, read["task"]))
+                reads.append(source.about(episode, frames) | self._known(plan, request))
 
         def name(number: int) -> str:
             shown = [(request.episode, frame) for request in plan.requests for frame in request.frames]
@@ -303,11 +302,8 @@ class Clips(Dataset):
         for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size), strict=True):
             yield read | {"native": native, "frames": frames}
 
-    def _known(self, plan: Plan, request: Request, task: str) -> dict:
-        if hasattr(self.source, "instructions"):
-            tasks = self.source.instructions(request.episode, plan.starts[request.samples])
-        else:
-            tasks = [task] * len(request.samples)
+    def _known(self, plan: Plan, request: Request) -> dict:
+        tasks = self.source.instructions(request.episode, plan.starts[request.samples])
         return {"task": tasks, "labels": self._labels(plan, request)}
 
     def _labels(self, plan: Plan, request: Request) -> dict[str, Sequence[Tensor]]:
@@ -328,18 +324,17 @@ class Clips(Dataset):
 
     def _samples(self, plan: Plan, request: Request, read: dict) -> Iterator[dict]:
         source, (samples, _, episode, frames, place) = self.source, request
-        number = episode if self.episode_numbers is None else self.episode_numbers[episode]
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
         native, fitted, labels, tasks = map(read.pop, ("native", "frames", "labels", "task"))
         state, point = read.pop("state", None), read.pop("point", None)
-        pictures, where = {}, place_of(source, episode)
+        pictures, where = {}, source.place(episode)
         if self.input_size is not None:
             viewed = np.array([places[num_shown:] for places in place])
             pictures[source.camera] = native[viewed]  # samples v c h w
-            for camera in getattr(source, "views", ()):
+            for camera, view in source.views.items():
                 there, place_there = distinct(frames[viewed])
                 with naming(source, episode):
-                    pictures[camera] = source.look(camera, episode, there)[np.array(place_there)]
+                    pictures[camera] = view.read(episode, there)["frames"][np.array(place_there)]
         for j, (i, places) in enumerate(zip(samples, place, strict=True)):
             shown = places[:num_shown]
             sample = {
@@ -347,7 +342,7 @@ class Clips(Dataset):
                 "task": tasks[j],
                 "dataset": self.name,
                 "source": self.source_index,
-                "episode": number,
+                "episode": source.number(episode),
                 "place": where,
                 "index": int(plan.starts[i]),
                 "fps": fps,
@@ -391,32 +386,14 @@ def naming(source, episode: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        place = place_of(source, episode)
+        place = source.place(episode)
         is_told = place in str(error) or place == f"episode {episode}"
         raise ValueError(f"{source.uri}, episode {episode}: {error if is_told else f'{place}: {error}'}") from error
-
-
-def place_of(source, episode: int) -> str:
-    """The file of an episode, as its user knows it, and its place there."""
-    return source.place(episode) if hasattr(source, "place") else f"episode {episode}"
 
 
 def short(place: str) -> str:
     """Of a path its folder and its file."""
     return "/".join(place.split("/")[-2:])
-
-
-def too_coarse(fps: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Whether no frame lies within a fifth of each time from 0, bool (episodes, times)."""
-    exact = np.outer(fps, times)
-    return np.abs(np.rint(exact) - exact) > 0.2 * exact + 1e-9
-
-
-def is_suited(source, episodes: np.ndarray, times: Sequence[float]) -> np.ndarray:
-    """Whether episodes have clips of frames at these times, bool (episodes,)."""
-    fps = source.fps[episodes]
-    is_long = source.lengths[episodes] > np.rint(fps * times[-1])
-    return is_long & ~too_coarse(fps, np.asarray(times)).any(axis=1)
 
 
 def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:

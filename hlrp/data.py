@@ -1,49 +1,6 @@
-"""Sources of video, the clips in them, and the endless mixture that training reads.
+"""The endless mixture of clips that training reads, its loader, and the clips that validation reads.
 
-The data contract
------------------
-A source is one plain class a format, made by `hlrp.sources.open_source` from a URI, which may carry a weight:
-`videos:DIR`, `lerobot:REPO_OR_DIR?camera=KEY`, `world:NAME?episodes=N`, `metaworld:TASK,TASK?episodes=N@0.5`,
-`shards:DIR`, `rlds:DIR`. What cannot be read at random is a stream, see `hlrp.streams`.
-    uri, name         str: as the user wrote it, without the weight; and short, for logs and metrics
-    lengths, fps      int64 and float64 (episodes,): frames, and frames per second, of each episode
-    action_dim, state_dim, camera   0, 0 and "" where the source has none
-    fingerprint       str: a hash of what the data are, not of where they lie
-    read(episode, indices) -> dict of what is at these frame indices, in their order:
-        frames uint8 (t, c, h, w) of native size; task str, or "", of the first of these frames;
-        state float32 (t, s) where state_dim > 0;
-        point float32 (t, 2) where the source knows at which place of the image the thing is that the task names: x to
-        the right and y down from the middle, 1 is half the longer side; and whatever else it knows, as tensors
-        (t, ...) or as one value for the episode
-    actions(episode, indices) -> float32 (t, a), taken at these frames; only where action_dim > 0
-    states(episode, indices) -> float32 (t, s), as read() has them, without a frame decoded; only where state_dim > 0
-    instructions(episode, indices) -> list[str], the task at each of these frames, without a frame decoded; only where
-                      a source knows them so, and always where they change within an episode
-    uneven            {episode: float64 (t,)}: when each frame was taken [s], of episodes whose frames are not evenly
-                      spaced in time; only where a source has some
-    place(episode) -> str   the file of an episode, and its place there, which errors and pictures show; only where the
-                      data lie in files
-    encoded(episode, indices) -> list[bytes], about(episode, indices)   only where each frame is encoded alone, as
-                      `hlrp.images` knows it: the frames, and what read() gives without them; the frames of a whole
-                      batch are then decoded into one memory
-    views, look(camera, episode, indices) -> uint8 (t, c, h, w)    further cameras and their frames, only where a source
-                      has some
-    latent_space      dict, only where the source has cached latent actions: whose they are, and of which camera
-    labels(episode, indices) -> these: latent_vectors float32 (t, e), latent_indices int64 (t, m) where discrete
-Constructors index, and decode nothing; decoders open at the first read, in the process that reads.
-
-A sample is a flat dict of one clip, the frames of one episode at stated times in seconds, from t = 0 on:
-    frames uint8 (t, c, h, w), fitted to a square; images uint8 (v, c, h, w), the view at t = 0 that a policy sees,
-    in its own size, where it is asked for; task, dataset, place str; source, episode, index int (frame of t = 0);
-    fps float; state float32 (s,) and point float32 (2,) at t = 0; action float32 (chunk, a) from t = 0 up to, not
-    including, the last time, with action_is_pad bool (chunk,); what else the source knows, at t = 0 and the last time;
-    latent_vectors float32 (t - 1, e), latent_indices int64 (t - 1, m), where cached latent actions are asked for;
-    latent_is_pad bool (t - 1,) where clips may reach past their episode.
-Human video has no state and no action: in a batch `collate` fills in zeros, and action_is_pad says so; a point that
-is not known is nan.
-
-Which episodes' actions are learned, which clips are validated on, and which clip takes the place of an
-unreadable one; and statistics of actions.
+`hlrp.contract` says what a source, a sample and a batch are.
 """
 
 import atexit
@@ -92,7 +49,8 @@ def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
     """`actions` or `states` of all frames of these episodes, (frames, d). Raises ValueError where one is not finite."""
     parts = []
     for episode in map(int, episodes):
-        part = getattr(source, name)(episode, np.arange(source.lengths[episode])).numpy()
+        column = {"actions": source.actions, "states": source.states}[name]
+        part = column(episode, np.arange(source.lengths[episode])).numpy()
         refuse_not_finite(f"{source.uri}, episode {episode}: {name.removesuffix('s')}", part)
         parts.append(part)
     return np.concatenate(parts)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hlrp.clips import place_of, short
-from hlrp.contract import is_stream
+from hlrp.clips import short
+from hlrp.contract import Stream
 from hlrp.images import fit
 
 IMAGE_SIZE = 64  # at which motion is measured [pixel]
@@ -41,7 +41,7 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
     file = cache / f"{source.fingerprint}_{span:g}s_above_least.npz"
     if not file.is_file():
         episodes = tqdm(range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None)
-        found = source.idle_scores(span) if hasattr(source, "idle_scores") else None
+        found = source.idle_scores(span)
         if found is None:
             parts = [episode_scores(source, episode, span) for episode in episodes]
             found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -93,7 +93,7 @@ def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
             raise ValueError(f"idle.{name}={getattr(config, name)}; expected 0 or more")
     if config.span <= 0:
         raise ValueError(f"idle.span={config.span}; expected a time above 0 [s]")
-    if is_stream(source):
+    if isinstance(source, Stream):
         raise ValueError(
             f"{source.uri} is a stream, of which frames cannot be left out; "
             f"python -m hlrp.shards --data '{source.uri}' makes a source that fits"
@@ -130,8 +130,8 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
     for row, episode in enumerate(episodes.tolist()):
         length = int(source.lengths[episode])
         frames = np.linspace(0, length - 1, min(SHOWN_FRAMES, length)).astype(int)
-        read = source.read(episode, frames)
-        pictures = fit(read["frames"], IMAGE_SIZE)
+        pictures = fit(source.read(episode, frames)["frames"], IMAGE_SIZE)
+        task = source.instructions(episode, frames[:1])[0]
         is_busy = np.isin(frames, busy[episode])
         red = torch.tensor([230, 30, 30], dtype=torch.uint8)[:, None, None]
         for picture in (pictures[i] for i in np.flatnonzero(~is_busy)):
@@ -139,9 +139,7 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
         strip, curve = axes[2 * row], axes[2 * row + 1]
         strip.imshow(pictures.permute(2, 0, 3, 1).flatten(1, 2).numpy())
         share = 1 - len(busy[episode]) / length
-        strip.set_title(
-            f"{short(place_of(source, episode))}, {read['task']!r}: {share:.0%} of its frames left out", fontsize=9
-        )
+        strip.set_title(f"{short(source.place(episode))}, {task!r}: {share:.0%} of its frames left out", fontsize=9)
         strip.axis("off")
         for name, colour in (("motion", "tab:blue"), ("action", "tab:orange")):
             if name in found:

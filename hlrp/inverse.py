@@ -10,6 +10,7 @@ inverse.json, which says whose they are and how good on held-out episodes.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tqdm import trange
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
-from hlrp.contract import choose_demonstrations, split_episodes
+from hlrp.contract import Source, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, action_statistics, loader
 from hlrp.images import fit
 from hlrp.laq import standardise
@@ -129,7 +130,7 @@ def main(args: Args) -> None:
     print(f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}")
 
 
-class PseudoLabelled:
+class PseudoLabelled(Source):
     """A source whose episodes have the actions of an inverse model, all but the demonstrations, which keep their own.
 
     Raises ValueError where the folder is of other data or of other demonstrations.
@@ -151,13 +152,30 @@ class PseudoLabelled:
         content = source.fingerprint.encode() + (folder / ACTIONS).read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
-    def __getattr__(self, name: str):
-        return getattr(self.source, name)
+        self.uri, self.name, self.camera, self.views = source.uri, source.name, source.camera, source.views
+        self.lengths, self.fps, self.uneven = source.lengths, source.fps, source.uneven
+        self.action_dim, self.state_dim = source.action_dim, source.state_dim
+        self.latent_space, self.num_skipped = source.latent_space, source.num_skipped
 
-    def actions(self, episode: int, indices) -> Tensor:
+    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         if episode in self.demonstrations:
             return self.source.actions(episode, indices)
         return self.pseudo_actions[episode][torch.as_tensor(np.asarray(indices))]
+
+    def read(self, episode: int, indices: Sequence[int]) -> dict:
+        return self.source.read(episode, indices)
+
+    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+        return self.source.instructions(episode, indices)
+
+    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+        return self.source.states(episode, indices)
+
+    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self.source.labels(episode, indices)
+
+    def place(self, episode: int) -> str:
+        return self.source.place(episode)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import whole_folder, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.clips import Clips, place_of
-from hlrp.contract import is_stream
+from hlrp.clips import Clips
+from hlrp.contract import Stream
 from hlrp.images import fit
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     if scheme == "lerobot":
         find_dataset(location, "*")  # also the cameras that are not labelled
     source = open_source(args.data)
-    if is_stream(source):
+    if isinstance(source, Stream):
         raise ValueError(f"{source.uri} is a stream; python -m hlrp.shards makes a source that fits")
     if is_lerobot and source.latent_space is not None:
         origin = source.latent_space["source"]
@@ -115,7 +115,7 @@ def latent_space(laq: LAQ) -> LatentSpace:
 def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
     """What `hlrp.clips.Clips` takes as latent_space, where all sources have cached latent actions; and where a run has
     its latent actions from, in words."""
-    without = [source.uri for source in sources if not getattr(source, "latent_space", None)]
+    without = [source.uri for source in sources if not source.latent_space]
     if not without:
         return asdict(space), "latent actions are read from the data"
     told = "latent actions are computed along the way"
@@ -231,9 +231,7 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
                 columns[ACTION] = source.actions(episode, indices).numpy()
             if point_dim:
                 columns[POINT] = read["point"].numpy()
-            tasks = [read["task"]] * len(indices)
-            if hasattr(source, "instructions"):
-                tasks = source.instructions(episode, indices)
+            tasks = source.instructions(episode, indices)
             for i in range(len(indices)):
                 while any(queue.full() for queue in queues.values()):  # LeRobot would drop the frame
                     time.sleep(0.001)
@@ -247,7 +245,7 @@ def common_fps(source) -> int:
     """Frames per second of all episodes, as the whole number that LeRobot knows: 29.97 is 30."""
     fps = max(1, round(float(source.fps[0])))
     for episode in np.flatnonzero(np.abs(source.fps - fps) > 0.01 * fps):
-        names = [f"{place_of(source, i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
+        names = [f"{source.place(i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
         raise ValueError(
             f"{source.uri}: frames per second differ, or are no whole number ({', '.join(names)}); "
             "a dataset has one whole number: files of one frame rate fit"
@@ -261,8 +259,8 @@ def common_size(source) -> tuple[int, int]:
     for episode, (height, width) in enumerate(sizes):
         if (height, width) != sizes[0]:
             raise ValueError(
-                f"{source.uri}: {place_of(source, 0)} has frames of {sizes[0][1]} x {sizes[0][0]} pixels and "
-                f"{place_of(source, episode)} of {width} x {height}; --image-size 256 letterboxes them into one size"
+                f"{source.uri}: {source.place(0)} has frames of {sizes[0][1]} x {sizes[0][0]} pixels and "
+                f"{source.place(episode)} of {width} x {height}; --image-size 256 letterboxes them into one size"
             )
     return sizes[0]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
+from hlrp.contract import Source
 from hlrp.lerobot_files import (
     POINT,
     Columns,
@@ -44,7 +45,7 @@ FRAME_KEYS = ("timestamp", "frame_index", "episode_index", "index", "task_index"
 EVEN = 0.05  # of a frame: how far time stamps may lie from evenly spaced ones
 
 
-class LeRobotData:
+class LeRobotData(Source):
     """One camera of a LeRobot dataset: a source, as the data contract has it. Further ones are views for a policy.
 
     camera: features, or the last parts of their names (`top` for observation.images.top), by commas; else the first.
@@ -148,7 +149,7 @@ class LeRobotData:
             at = {key: self.episodes[key][episode] for key in ("data_file", "row_in_file", "first_row")}
             in_file = self.places[rows] - at["first_row"] + at["row_in_file"]
             frames = read_images(self.data_files[at["data_file"]], self.camera, in_file)
-        read = {"frames": frames, "task": self.instructions(episode, indices[:1])[0]}
+        read = {"frames": frames}
         if self.state_dim:
             read["state"] = self.states(episode, indices)
         if POINT in self.numbers:
@@ -192,9 +193,6 @@ class LeRobotData:
         if "task_index" not in self.numbers:
             return [""] * len(indices)
         return [self.tasks[task] for task in self.numbers["task_index"][self._rows(episode, indices)].tolist()]
-
-    def look(self, camera: str, episode: int, indices: Sequence[int]) -> Tensor:
-        return self.views[camera].read(episode, indices)["frames"]
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.numbers[ACTION][self._rows(episode, indices)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from hlrp.images import decode_all
 from hlrp.video_index import unreadable
 
-POINT = "annotation.point"  # column of what `hlrp.data` calls so, nan where it is not known
+POINT = "annotation.point"  # column of what `hlrp.contract` calls so, nan where it is not known
 Columns = dict[str, np.ndarray]
 
 

@@ -20,7 +20,7 @@ from tyro.conf import Fixed, Suppress, arg
 
 from hlrp.action_expert import mean_over_steps
 from hlrp.clips import Clips
-from hlrp.contract import EpisodeRange, choose_demonstrations, is_stream, split_episodes
+from hlrp.contract import EpisodeRange, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, choose_clips, whole_column
 from hlrp.idle import busy_frames
 from hlrp.inverse import PseudoLabelled
@@ -47,7 +47,7 @@ class Part:
     @property
     def video(self) -> np.ndarray | EpisodeRange:
         """The training episodes that show their latent actions alone."""
-        return self.train if is_stream(self.source) else np.setdiff1d(self.train, self.demonstrations)
+        return self.train if isinstance(self.source, Stream) else np.setdiff1d(self.train, self.demonstrations)
 
 
 def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part]:
@@ -138,7 +138,7 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
                 f"{first.action_dim} and {first.state_dim}; the demonstrations of a policy are of one robot"
             )
     shape = tuple(first.read(int(clips[0].episodes[0]), [0])["frames"].shape[1:])
-    cameras = sorted([first.camera or OBS_IMAGE, *getattr(first, "views", ())])
+    cameras = sorted([first.camera or OBS_IMAGE, *first.views])
     inputs = {camera: PolicyFeature(FeatureType.VISUAL, shape) for camera in cameras}
     if with_state and first.state_dim:
         inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (first.state_dim,))
@@ -148,7 +148,7 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
 def refuse_other_cameras(sources: list, config) -> None:
     """Raises ValueError for a source with more or fewer cameras than the policy."""
     for source in sources:
-        found = [source.camera, *getattr(source, "views", ())]
+        found = [source.camera, *source.views]
         if len(found) != len(config.image_features):
             raise ValueError(
                 f"{source.uri} has {len(found)} of the {len(config.image_features)} cameras that the policy sees, "

@@ -36,8 +36,9 @@ import numpy as np
 import torch
 
 from hlrp.checkpoints import contents_hash
+from hlrp.contract import Stream
 from hlrp.images import decode
-from hlrp.streams import Episode
+from hlrp.streams import Episode, LateFrames
 from hlrp.tfrecord import (
     NUMBERS,
     Example,
@@ -73,7 +74,7 @@ class Column(NamedTuple):
     range: slice
 
 
-class RLDS:
+class RLDS(Stream):
     """One camera of an RLDS dataset: a streaming source (see `hlrp.streams`), a shard of which is one file.
 
     What is known of an episode as a whole, one number or text each, is among its facts: episode_metadata/file_path, and
@@ -272,7 +273,7 @@ class RLDS:
         raise ValueError(f"{self.uri}: {setting}={key} is not in features.json; these fit: {fits}")
 
 
-class Encoded(Sequence):
+class Encoded(LateFrames):
     """Frames that lie otherwise than they are to be seen, encoded anew, as PNG, when they are asked for.
 
     frames: encoded, or uint8 (t, h, w, c); is_bgr: whether red and blue are exchanged in them.
@@ -280,13 +281,10 @@ class Encoded(Sequence):
 
     def __init__(self, frames: Sequence[bytes] | np.ndarray, is_bgr: bool, name: str):
         self.frames, self.is_bgr, self.name = frames, is_bgr, name
+        self.nbytes = frames.nbytes if isinstance(frames, np.ndarray) else sum(map(len, frames))
 
     def __len__(self) -> int:
         return len(self.frames)
-
-    @property
-    def nbytes(self) -> int:
-        return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
 
     def __getitem__(self, index: int) -> bytes:
         frame = self.frames[index]

@@ -19,7 +19,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.images import decode_all
+from hlrp.contract import EncodedSource, Stream
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
 from hlrp.tars import Sample, as_column, read_samples, tasks_of, to_array, to_object
@@ -62,7 +62,7 @@ class Members(NamedTuple):
     data: dict[str, bytes]  # by kind
 
 
-class Shards:
+class Shards(EncodedSource):
     """Episodes in TARs with indexes: a source, as the data contract has it.
 
     dataset: the one to read, of several in a folder.
@@ -105,11 +105,6 @@ class Shards:
         digests = b"".join(index.digest for index in self.shards)
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
-        encoded = self.encoded(episode, indices)
-        frames = decode_all(encoded, lambda i: f"{self.place(episode)}, frame {indices[i]}")
-        return {"frames": frames} | self.about(episode, indices)
-
     def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
         """The frames as they lie in the TAR."""
         shard, row = self._locate(episode)
@@ -128,10 +123,8 @@ class Shards:
         """What read() gives, without the frames."""
         place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
-        read = {"task": self.instructions(episode, indices[:1])[0]}
-        for name in self.read_columns:
-            read[name] = self._rows(episode, name, indices)
-        return read | header.get("facts", {})  # which the index was made from, and has been checked
+        columns = {name: self._rows(episode, name, indices) for name in self.read_columns}
+        return columns | header.get("facts", {})  # which the index was made from, and has been checked
 
     def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
         place, members = self._members(episode)
@@ -232,7 +225,7 @@ def check_alike(uri: str, shards: Sequence[Index]) -> None:
         raise ValueError(f"{uri}: data sets that differ: {', '.join(kinds.values())}; ?dataset=NAME picks one")
 
 
-class ShardStream:
+class ShardStream(Stream):
     """Episodes in TARs without indexes, also from pipe:, http(s):, s3:, gs: URLs: a stream, see `hlrp.streams`.
 
     fps: of episodes whose JSON and time stamps do not tell. ignore: extensions of members to leave out, by commas.

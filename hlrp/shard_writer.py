@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
 from hlrp.checkpoints import sync
-from hlrp.contract import is_stream
+from hlrp.contract import EncodedSource, Stream
 from hlrp.idle import episode_scores
 from hlrp.images import JPEG, NPY, PNG, fit
 from hlrp.shard_index import SUFFIX, index_tar
@@ -141,7 +141,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def views(source, job: Job) -> Iterator[tuple[int, View | Exception]]:
     """The episodes of a job by number; an error in place of one that a stream cannot give."""
-    if not is_stream(source):
+    if not isinstance(source, Stream):
         for number in range(job.start, job.stop):
             yield number, view_of(source, number)
         return
@@ -157,15 +157,14 @@ def views(source, job: Job) -> Iterator[tuple[int, View | Exception]]:
 
 
 def view_of(source, number: int) -> View:
-    latent_space = getattr(source, "latent_space", None)
     return View(
         int(source.lengths[number]),
         float(source.fps[number]),
         partial(source.read, number),
         partial(source.actions, number) if source.action_dim else None,
-        partial(source.instructions, number) if hasattr(source, "instructions") else None,
-        partial(source.labels, number) if latent_space is not None else None,
-        partial(source.encoded, number) if hasattr(source, "encoded") else None,
+        partial(source.instructions, number),
+        partial(source.labels, number) if source.latent_space is not None else None,
+        partial(source.encoded, number) if isinstance(source, EncodedSource) else None,
     )
 
 
@@ -182,7 +181,7 @@ def view_passing(episode: Episode) -> View:
 
 def record(source, number: int, view: View, settings: Settings) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
-    if (times := getattr(source, "uneven", {}).get(number)) is not None:
+    if (times := source.uneven.get(number)) is not None:
         away = np.abs((times - times[0]) * view.fps - np.arange(len(times)))
         if away.max() > 0.5:
             raise ValueError(
@@ -210,14 +209,12 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
                 facts.setdefault(name, value)
 
     columns = {name: torch.cat(part) for name, part in parts.items()}
-    header = {"task": facts.pop("task"), "fps": fps, "dataset": source.name, "episode": number}
+    header = changes_of(view.instructions(indices)) | {"fps": fps, "dataset": source.name, "episode": number}
     header |= {"camera": source.camera, "source": source.uri}
     if settings.instruction is not None:
         if settings.instruction not in facts:
             raise ValueError(f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}")
         header["task"] = str(facts[settings.instruction])
-    elif view.instructions:
-        header |= changes_of(view.instructions(indices))
     if view.actions and not settings.drop_actions:
         columns["action"] = view.actions(indices)
     if view.labels and not settings.drop_actions:

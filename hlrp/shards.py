@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import sync, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.contract import is_stream
+from hlrp.contract import Stream
 from hlrp.shard_data import PLAN, find_tars, missing_shards, read_plan
 from hlrp.shard_index import FORMAT, SUFFIX, faults, index_tar, read_index
 from hlrp.shard_writer import Codec, Job, Settings, frame_numbers, naming, opened, view_of, write_shard
@@ -115,9 +115,9 @@ def plan(args: Args, settings: Settings) -> list[Job]:
         if weight != 1:
             raise ValueError(f"{text}: shards have no weight; {uri} fits")
         source = opened(uri, args.skip_broken)
-        if getattr(source, "views", None):
+        if source.views:
             raise ValueError(f"{uri}: shards hold one camera; ?camera={source.camera} fits")
-        if is_stream(source):
+        if isinstance(source, Stream):
             spans += [(uri, number, number + 1) for number in range(source.num_shards)]
             continue
         rates, examples = np.unique(source.fps, return_index=True)
@@ -146,7 +146,7 @@ def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
         "datasets": names,
         "cameras": [source.camera for source in sources],
         "fingerprints": [source.fingerprint for source in sources],
-        "num_broken": [getattr(source, "num_skipped", 0) for source in sources],  # not among their episodes
+        "num_broken": [source.num_skipped for source in sources],  # not among their episodes
         **asdict(settings),
         "frames_per_shard": args.frames_per_shard,
         "shards": [[job.uri, job.start, job.stop] for job in jobs],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from hlrp.contract import instructions_of, is_stream
+from hlrp.contract import Stream
 from hlrp.rlds import MIXTURES, mixture
 from hlrp.streams import in_turns, readable
 
@@ -135,7 +135,7 @@ def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tup
     """
     uris = expand(uris)
     sources = named_apart([open_source(uri, skip_broken) for uri in uris])
-    num_skipped = sum(getattr(source, "num_skipped", 0) for source in sources)
+    num_skipped = sum(source.num_skipped for source in sources)
     if num_skipped > max_broken:
         raise ValueError(
             f"max_broken={max_broken}, but {num_skipped} files or episodes cannot be read; mend the data, or allow more"
@@ -178,21 +178,22 @@ def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | 
 def instructions(
     sources: Sequence, skip_broken: bool = False, episodes: Sequence[Sequence[int]] | None = None
 ) -> list[str]:
-    """The instructions of each source, which a tokenizer from scratch learns from: all of them, but of streams and of
-    sources that decode a frame to know one, those of some episodes. `episodes` of each source: of these alone."""
-    found = set()
+    """The different instructions of all sources, sorted: a tokenizer from scratch learns from them.
+
+    episodes: of each source, the ones to take instructions from, and then none from a stream (default: all episodes,
+    and the first 256 of a stream).
+    """
+    texts = set()
     for i, source in enumerate(sources):
-        if is_stream(source):
-            if episodes is not None:
-                continue  # whose episodes have no numbers
-            for _, episode in islice(in_turns(source.num_shards, partial(readable, source)), 256):
-                found.update(episode.instructions(range(len(episode.frames))))
+        if isinstance(source, Stream):
+            if episodes is None:
+                for _, episode in islice(in_turns(source.num_shards, partial(readable, source)), 256):
+                    texts.update(episode.instructions(range(len(episode.frames))))
             continue
-        chosen = range(len(source.lengths)) if episodes is None else episodes[i]
-        for episode in chosen[:: 1 if hasattr(source, "instructions") else max(1, len(chosen) // 256)]:
+        for episode in range(len(source.lengths)) if episodes is None else episodes[i]:
             try:
-                found.update(instructions_of(source, int(episode)))
+                texts.update(source.instructions(int(episode), range(source.lengths[episode])))
             except ValueError:  # which the training tells
                 if not skip_broken:
                     raise
-    return sorted(found)
+    return sorted(texts)

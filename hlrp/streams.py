@@ -1,6 +1,6 @@
 """Streams: sources that are read from one end to the other, and whose episodes pass by once an epoch.
 
-A streaming source has, in place of lengths and of read(episode, ...) (see `hlrp.data`):
+A streaming source has, in place of lengths and of read(episode, ...) (see `hlrp.contract`):
     num_shards                              int: files, or parts of about equal size
     episodes(shard) -> Iterator[Episode]    in the order in which they lie in it
     fps                                     float: of its episodes
@@ -23,14 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlrp.clips import Clips, Sizes, too_coarse
-from hlrp.contract import EpisodeRange, hash_integers, permute
+from hlrp.clips import Clips, Sizes
+from hlrp.contract import EpisodeRange, Source, hash_integers, permute, too_coarse
 from hlrp.images import decode_all
 
 logger = logging.getLogger(__name__)
 BUFFER_SIZE = 64 * 2**20  # of encoded frames that a reader draws from [byte]
 OPEN_SHARDS = 32  # from which a few episodes are taken in turn
 MAX_EPISODES = 1_000_000  # in a shard; sample["episode"] is shard * this + the place in the shard
+
+
+class LateFrames(Sequence[bytes]):
+    """Encoded frames of an episode that are made when they are asked for; nbytes is their size in memory."""
+
+    nbytes: int
 
 
 @dataclass
@@ -49,19 +55,18 @@ class Episode:
     def __post_init__(self):
         if not self.frames:
             raise ValueError(f"{self.name}: an episode without frames")
-        for key in ("state", "action", "task"):
-            column = getattr(self, key)
+        for key, column in (("state", self.state), ("action", self.action), ("task", self.task)):
             if column is not None and not isinstance(column, str) and len(column) != len(self.frames):
                 raise ValueError(f"{self.name}: {len(self.frames)} frames, but {key} has {len(column)} rows")
 
     @property
     def size(self) -> int:
         """Of its frames [byte]."""
-        return getattr(self.frames, "nbytes", None) or sum(map(len, self.frames))
+        return self.frames.nbytes if isinstance(self.frames, LateFrames) else sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
         frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
-        read = {"frames": frames, "task": self.instructions(indices[:1])[0]}
+        read: dict = {"frames": frames}
         if self.state is not None:
             read["state"] = self.states(indices)
         for name, column in self.columns.items():
@@ -78,7 +83,7 @@ class Episode:
         return torch.from_numpy(self.state[np.asarray(indices)])
 
 
-class Held:
+class Held(Source):
     """Some episodes of a stream in memory: a source as any other."""
 
     def __init__(self, stream, episodes: Sequence[Episode], numbers: Sequence[int]):
@@ -101,6 +106,9 @@ class Held:
 
     def place(self, episode: int) -> str:
         return self.episodes[episode].name
+
+    def number(self, episode: int) -> int:
+        return self.episode_numbers[episode]
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         return self.episodes[episode].actions(indices)

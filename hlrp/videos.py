@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
+from hlrp.contract import Source
 from hlrp.video_index import (
     TOLERANCE,
     UNKNOWN,
@@ -312,7 +313,7 @@ def read_task(path: Path) -> str:
         raise ValueError(f"{path}: not a text in UTF-8: {error}") from error
 
 
-class Videos:
+class Videos(Source):
     """A folder of video files, searched recursively: each file is an episode, in the order of their paths.
 
     There are as many frames as the decoder gives, and fps is the file's mean frame rate. Where a rate varies by more
@@ -325,7 +326,6 @@ class Videos:
     def __init__(self, folder: str | Path, uri: str | None = None, skip_broken: bool = False):
         folder = Path(folder).expanduser().resolve()
         self.uri, self.name = uri or f"videos:{folder}", f"videos-{folder.name}"
-        self.action_dim, self.state_dim, self.camera = 0, 0, ""
         paths = sorted(p for p in files_in(folder) if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not paths:
             raise ValueError(f"{self.uri}: no video in {folder}; a folder of {', '.join(SUFFIXES)} files fits")
@@ -360,4 +360,4 @@ class Videos:
             raise ValueError(f"{path}: it has {len(video.grid)} frames, but had {length} when it was indexed")
         if indices.min() < 0 or indices.max() >= length:
             raise ValueError(f"{path}: frames {indices.min()} to {indices.max()} of {length}")
-        return {"frames": video.numbered(video.grid[indices]), "task": self.tasks[episode]}
+        return {"frames": video.numbered(video.grid[indices])}

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hlrp.contract import Source
+
 IMAGE_SIZE = 64
 BLOCK_HALF_SIZE = 4.5
 LINK = 42.0  # length of each link of the arm
@@ -156,8 +158,8 @@ VARIANTS = {
 }
 
 
-class World:
-    """A data source (see `hlrp.data`) of which all that moves in the image is known.
+class World(Source):
+    """A data source (see `hlrp.contract`) of which all that moves in the image is known.
 
     action: velocity of the tip (x to the right, y down) between a frame and the next; 1 is `MAX_SPEED`.
     state: position of the tip, -1 to 1 across the frame.
@@ -187,7 +189,6 @@ class World:
         self.lengths = np.concatenate([self._simulate(group).length for group in groups])[:episodes]
         self.fps = np.full(episodes, float(FPS))
         self.action_dim = self.state_dim = 2 if self.variant.has_actions else 0
-        self.camera = ""
         self.fingerprint = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
@@ -197,7 +198,7 @@ class World:
         embodiment = embodiments[int(scene.embodiment[i] * len(embodiments))]
 
         tip = scene.tip[i, indices]
-        sample = {"task": scene.task[i], "embodiment": EMBODIMENTS.index(embodiment)}
+        sample = {"embodiment": EMBODIMENTS.index(embodiment)}
         if self.variant.has_actions:
             sample["state"] = normalised(tip)
         shift = np.zeros_like(tip)

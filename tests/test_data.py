@@ -338,7 +338,7 @@ def test_more_broken_files_than_allowed_stop_before_training(tmp_path):
         for _ in range(9):
             out.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
         out.mux(stream.encode())
-    assert len(open_sources([f"videos:{tmp_path}"], True, 2)) == 1
+    assert len(open_sources([f"videos:{tmp_path}"], True, 2)[0]) == 1
     with pytest.raises(ValueError, match="max_broken=1, but 2 files or episodes cannot be read"):
         open_sources([f"videos:{tmp_path}"], True, 1)
 

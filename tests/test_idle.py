@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from hlrp.clips import Clips
+from hlrp.contract import Source
 from hlrp.idle import IdleConfig, activity, busy_frames, save_picture, scores
 
 
-class Waiting:
+class Waiting(Source):
     """Twenty frames at 10 fps: nothing moves from 5 to 12, and from 8 on the robot acts without effect."""
 
     uri, name, fingerprint, camera = "test:waiting", "waiting", "waiting", ""
@@ -21,7 +22,7 @@ class Waiting:
         frames = torch.zeros(len(indices), 3, 64, 64, dtype=torch.uint8)
         for frame, i in zip(frames, np.asarray(indices), strict=True):
             frame[:, :, 4 * place[i] : 4 * place[i] + 4] = 255
-        return {"frames": frames, "task": "wait"}
+        return {"frames": frames}
 
     def actions(self, episode, indices):
         indices = np.asarray(indices)

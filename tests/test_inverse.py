@@ -31,7 +31,7 @@ def test_few_demonstrations_label_the_other_video(folder):
     assert not torch.equal(true, pseudo)
     assert torch.equal(labelled.actions(int(shown[0]), [0, 1]), source.actions(int(shown[0]), [0, 1]))
     assert labelled.fingerprint != source.fingerprint
-    assert labelled.read(other, [0])["task"] == source.read(other, [0])["task"]
+    assert labelled.instructions(other, [0]) == source.instructions(other, [0])
 
 
 def test_labels_of_other_data_or_demonstrations_are_refused(folder):

@@ -118,7 +118,8 @@ def test_the_world_is_labelled_as_its_written_frames_are(world, laq):
     assert written.lengths.tolist() == drawn.lengths.tolist()
     for episode, length in enumerate(written.lengths):
         there, here = (source.read(episode, range(length)) for source in (written, drawn))
-        assert there["task"] == here["task"] and torch.equal(there["state"], here["state"])
+        assert written.instructions(episode, range(length)) == drawn.instructions(episode, range(length))
+        assert torch.equal(there["state"], here["state"])
         assert torch.equal(there["point"], here["point"])
         assert (there["frames"].float() - here["frames"]).abs().mean() < 6
         actions = (source.actions(episode, range(length)) for source in (written, drawn))
@@ -216,7 +217,7 @@ def test_no_frame_of_a_folder_of_videos_is_lost(base, laq, tmp_path, monkeypatch
     frames = source.read(0, range(100))["frames"]
     assert frames.shape[1:] == (3, 32, 48)
     assert (frames.float().mean((1, 2, 3)) - 2 * torch.arange(100)).abs().max() < 4
-    assert [source.read(i, [0])["task"] for i in (0, 1)] == ["", "wave"]
+    assert [source.instructions(i, [0])[0] for i in (0, 1)] == ["", "wave"]
     assert_equal(*batches(f"lerobot:{tmp_path / 'new'}", laq))
 
 
@@ -294,7 +295,10 @@ def test_stage_2_learns_the_same_from_cached_labels(base, world, laq, tmp_path, 
 
 def test_one_source_without_cached_labels_is_named_beside_those_that_have_some():
     space = LatentSpace(0.2, 2, 5, 6, image_size=32, fingerprint="")
-    having, lacking = SimpleNamespace(uri="lerobot:a", latent_space={}), SimpleNamespace(uri="videos:b")
+    having, lacking = (
+        SimpleNamespace(uri="lerobot:a", latent_space={}),
+        SimpleNamespace(uri="videos:b", latent_space=None),
+    )
     having.latent_space["delta"] = 0.2
     assert cached_space([having], space) == (asdict(space), "latent actions are read from the data")
     assert cached_space([lacking], space) == (None, "latent actions are computed along the way")

@@ -77,7 +77,7 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, d
             image = item[WRIST] if item[WRIST].dtype == torch.uint8 else (item[WRIST] * 255).round().byte()
             assert torch.equal(frame, image)
             assert torch.equal(state, item["observation.state"]) and torch.equal(action, item["action"])
-            assert read["task"] == item["task"]
+            assert source.instructions(episode, [i]) == [item["task"]]
         first += length
 
 
@@ -151,7 +151,7 @@ def test_an_episode_that_one_camera_lacks_is_left_out_for_all(copy):
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     source = open_source(f"lerobot:{copy}?camera=top,wrist", skip_broken=True)
     assert source.lengths.tolist() == [12] and source.num_skipped == 2
-    assert numbers(255 - source.look(WRIST, 0, [5])) == numbers(source.read(0, [5])["frames"]) == [5]
+    assert numbers(255 - source.views[WRIST].read(0, [5])["frames"]) == numbers(source.read(0, [5])["frames"]) == [5]
     starts |= {f"videos/{WRIST}/from_timestamp": [9.0, 1.2, 4.2], f"videos/{TOP}/from_timestamp": [0.0, 9.0, 9.0]}
     change(copy / "meta/episodes/chunk-000/file-000.parquet", **starts)
     with pytest.raises(ValueError, match="no episode of which all cameras can be read"):
@@ -328,7 +328,7 @@ def test_the_instruction_is_that_of_the_row_and_an_empty_first_one_empties_no_ot
     change(copy / "meta/tasks.parquet", **{"__index_level_0__" if has_index(copy) else "task": ["", "put it down"]})
     change(copy / DATA, task_index=[0] * 5 + [1] * 37 + [0] * 9)
     source = LeRobotData(copy)
-    assert [source.read(0, [i])["task"] for i in (4, 5, 7)] == ["", "put it down", "put it down"]
+    assert source.instructions(0, [4, 5, 7]) == ["", "put it down", "put it down"]
     assert instructions([source]) == ["", "put it down"]
     clips = Clips(source, [0], (0.0, 0.5), 64, input_size=64, num_images=3)
     assert [s["task"] for s in clips.__getitems__([6, 5, 4, 0])] == ["put it down"] * 2 + [""] * 2

@@ -20,7 +20,7 @@ from torchvision.io import encode_jpeg, encode_png
 
 from hlrp import idle, shard_writer, shards
 from hlrp.clips import Clips
-from hlrp.contract import EpisodeRange
+from hlrp.contract import EpisodeRange, Stream
 from hlrp.data import Mixture, collate
 from hlrp.images import decode, fit
 from hlrp.label import write_dataset
@@ -32,6 +32,7 @@ from hlrp.shards import Args, main
 from hlrp.sources import instructions, open_source
 from hlrp.streams import Episode, Held, clips_of
 from hlrp.tars import END, array_bytes, member_bytes, read_members
+from hlrp.world import World
 
 WORLD = "world:default?episodes=12&seed=3"
 LABELLED = {"num_tokens": 2, "delta": 0.5, "camera": "", "source": "test"}
@@ -161,7 +162,10 @@ def test_webdataset_reads_the_same(tmp_path, codec):
         read = source.read(number, range(len(frames)))
         shown = read["frames"].permute(0, 2, 3, 1).numpy()
         assert np.abs(np.stack(frames).astype(int) - shown).max() <= (1 if codec == "jpeg" else 0)
-        assert sample["json"]["task"] == read["task"] and sample["json"]["dataset"] == "world-default"
+        assert (
+            sample["json"]["task"] == source.instructions(number, [0])[0]
+            and sample["json"]["dataset"] == "world-default"
+        )
         assert np.array_equal(sample["action.npy"], source.actions(number, range(len(frames))))
         assert np.array_equal(sample["state.npy"], read["state"])
         np.testing.assert_allclose(sample["timestamp.npy"], np.arange(len(frames)) / 10)
@@ -183,7 +187,8 @@ def test_what_webdataset_wrote_is_streamed_and_with_indexes_read_at_random(tmp_p
         order = [11, 0, 10, 2]  # by number: "10.jpg" comes after "9.jpg"
         expected = torch.stack([decode(sample[f"{i}.jpg"], "") for i in order])
         for read in (episode.read(order), source.read(number, order)):
-            assert torch.equal(read["frames"], expected) and read["task"] == f"task {number}"
+            assert torch.equal(read["frames"], expected)
+        assert episode.instructions(order) == source.instructions(number, order) == [f"task {number}"] * 4
         actions = torch.from_numpy(sample["action.npy"][order]).float()
         assert torch.equal(episode.actions(order), actions)
         assert torch.equal(source.actions(number, order), actions)
@@ -246,16 +251,15 @@ def test_an_instruction_is_by_json_or_text_and_may_be_missing(tmp_path):
     tasks = [episode.task for episode in ShardStream(tmp_path).episodes(0)]
     main(Args(tmp_path, index=True))
     source = Shards(tmp_path)
-    found = [source.read(e, [0])["task"] for e in range(4)]
+    found = [source.instructions(e, [0])[0] for e in range(4)]
     assert tasks == found == ["open the door", "close it", "", ""]
 
 
 def test_idle_scores_cached_labels_and_facts_stay(tmp_path, world, monkeypatch):
-    class Labelled:
+    class Labelled(World):
         def __init__(self):
             self.__dict__.update(vars(world))
             self.latent_space, self.camera = LABELLED, "top"
-            self.read, self.actions, self.states = world.read, world.actions, world.states
 
         def labels(self, episode, indices):
             vectors = torch.tensor([[episode, i, 0.5] for i in indices], dtype=torch.float32)
@@ -409,7 +413,7 @@ def test_a_full_disk_leaves_no_half_file_and_is_named(tmp_path, monkeypatch, end
     assert main(Args(tmp_path, verify=True)) == 0
 
 
-class Passing:
+class Passing(Stream):
     """A stream of two shards of JPEG episodes, one of them broken."""
 
     uri, name, camera, fingerprint, fps = "test:passing", "passing", "", "passing", 10.0
@@ -437,7 +441,7 @@ def test_the_bytes_of_a_stream_are_copied_where_size_and_codec_stay(tmp_path, pa
     source = Shards(tmp_path / "copied")
     assert [len(index.lengths) for index in source.shards] == [3, 3]
     assert source.encoded(4, range(4)) == passing.episode((1, 1)).frames
-    assert source.read(4, [0])["task"] == "push" and source.read(4, [0])["success"] is True
+    assert source.instructions(4, [0]) == ["push"] and source.read(4, [0])["success"] is True
     write(tmp_path / "small", codec="jpeg", image_size=16)
     assert Shards(tmp_path / "small").read(4, [1])["frames"].shape == (1, 3, 16, 16)
 
@@ -729,7 +733,7 @@ def test_the_task_of_each_frame_survives_shards_streams_and_what_a_labelled_data
     stream = ShardStream(tmp_path / "0.tar")
     main(Args(tmp_path, index=True))
     source = Shards(tmp_path)
-    assert source.instructions(0, [6, 0, 3]) == ["lift", "", "put"] and source.read(0, [4])["task"] == "put"
+    assert source.instructions(0, [6, 0, 3]) == ["lift", "", "put"]
     assert [e.instructions(range(7)) for e in stream.episodes(0)] == [tasks]
     assert instructions([source]) == instructions([stream]) == ["", "lift", "put"]
     for clips in (Clips(held, [0], (0.0, 0.1), 32), Clips(source, [0], (0.0, 0.1), 32, input_size=32, num_images=2)):

@@ -7,13 +7,13 @@ import torch
 from torchvision.io import encode_png
 
 from hlrp import streams
-from hlrp.contract import labelled_share, split_episodes
+from hlrp.contract import Stream, labelled_share, split_episodes
 from hlrp.data import Mixture, action_statistics, choose_clips, loader
 from hlrp.sources import instructions
 from hlrp.streams import MAX_EPISODES, Episode, StreamClips
 
 
-class Passing:
+class Passing(Stream):
     """A stream of shards whose frames show (shard, place of the episode, index)."""
 
     uri, name, camera, fingerprint, fps, skip_broken = "test:passing", "passing", "", "passing", 10.0, False

@@ -334,7 +334,7 @@ def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
     assert source.name == f"videos-{tmp_path.name}"
     assert [path.name for path in source.paths] == ["z.MP4", "b.webm"]
     assert source.lengths.tolist() == [50, 20] and source.fps.tolist() == [30, 10]
-    assert [source.read(e, [3])["task"] for e in (0, 1)] == ["open the door", ""]
+    assert [source.instructions(e, [3])[0] for e in (0, 1)] == ["open the door", ""]
     assert (source.action_dim, source.state_dim, source.num_skipped) == (0, 0, 0)
 
     clips = Clips(source, [0, 1], (0.0, 0.5), image_size=64)
@@ -358,7 +358,7 @@ def test_folders_behind_links_are_searched_once_each(tmp_path):
 def test_an_instruction_is_utf_8_with_or_without_a_mark_or_an_error_that_names_its_file(tmp_path):
     write_video(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes("\ufefföffne\r\n".encode())
-    assert Videos(tmp_path).read(0, [0])["task"] == "öffne"
+    assert Videos(tmp_path).instructions(0, [0])[0] == "öffne"
     (tmp_path / "a.txt").write_bytes("öffne".encode("latin-1"))
     with pytest.raises(ValueError, match="a.txt: not a text in UTF-8"):
         Videos(tmp_path)
@@ -389,12 +389,12 @@ def test_sources_of_one_name_are_told_apart_by_what_distinguishes_them(tmp_path)
         write_video(tmp_path / folder / "a.mp4")
     uris = [f"videos:{tmp_path}/{owner}/videos" for owner in ("alice", "bob")]
     for order in (uris, uris[::-1]):
-        names = {source.uri: source.name for source in open_sources(order, False, 0)}
+        names = {source.uri: source.name for source in open_sources(order, False, 0)[0]}
         assert names == {uris[0]: "videos-videos-alice", uris[1]: "videos-videos-bob"}
-    mixture = Mixture([Clips(source, [0], (0.0, 0.5), 32) for source in open_sources(uris, False, 0)])
+    mixture = Mixture([Clips(source, [0], (0.0, 0.5), 32) for source in open_sources(uris, False, 0)[0]])
     assert {mixture[i]["dataset"] for i in range(8)} == {"videos-videos-alice", "videos-videos-bob"}
     worlds = [f"world:clean?episodes=2&seed={seed}" for seed in (1, 2, 2)]
-    names = [source.name for source in open_sources(worlds, False, 0)]
+    names = [source.name for source in open_sources(worlds, False, 0)[0]]
     assert names == ["world-clean-seed-1", "world-clean-seed-2", "world-clean-seed-2-2"]
     repos = [SimpleNamespace(uri=f"lerobot:{owner}/pick", name="lerobot-pick") for owner in ("alice", "bob")]
     assert [source.name for source in named_apart(repos)] == ["lerobot-pick-alice", "lerobot-pick-bob"]

@@ -31,8 +31,7 @@ def test_frames_depend_on_nothing_but_episode_and_index(variant):
     everything = read_all(shorter, 140)
 
     assert some["frames"].dtype == torch.uint8 and some["frames"].shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE)
-    assert some["task"] == everything["task"]
-    for key in set(some) - {"task", "embodiment"}:
+    for key in set(some) - {"embodiment"}:
         torch.testing.assert_close(some[key], everything[key][[7, 0, 7, 11]], rtol=0, atol=0)
     np.testing.assert_array_equal(world.lengths[:150], shorter.lengths)
     assert not torch.equal(some["frames"], other_seed.read(140, [7, 0, 7, 11])["frames"])
@@ -40,7 +39,7 @@ def test_frames_depend_on_nothing_but_episode_and_index(variant):
 
 def test_a_world_of_some_kinds_of_task_has_no_others():
     world = World("clean", 40, kinds="touch,edge")
-    tasks = {world.read(i, [0])["task"].split()[0] for i in range(40)}
+    tasks = {world.instructions(i, [0])[0].split()[0] for i in range(40)}
     assert tasks == {"touch", "push"} and "kinds=touch,edge" in world.uri
     with pytest.raises(ValueError, match="kinds='touch,grab': 'grab' is none; some of move, touch, edge, block fit"):
         World("clean", 40, kinds="touch,grab")
@@ -96,7 +95,7 @@ def test_the_point_is_where_the_named_block_or_edge_is_in_the_image(variant):
     world, hits = World(variant, 60), []
     for episode in range(60):
         read = world.read(episode, [0, 7])
-        words, point = read["task"].split(), (read["point"] + 1) * IMAGE_SIZE / 2  # t xy
+        words, point = world.instructions(episode, [0])[0].split(), (read["point"] + 1) * IMAGE_SIZE / 2  # t xy
         if words[0] == "move":
             outwards = (point - IMAGE_SIZE / 2) @ torch.tensor(EDGES[words[3]])
             assert point.shape == (2, 2) and (outwards > IMAGE_SIZE / 4).all()
@@ -155,7 +154,8 @@ def test_two_embodiments_look_different_doing_the_same():
     assert {both.read(episode, [0])["embodiment"] for episode in range(50)} == {0, 1}
     arm_read, hand_read = arm.read(0, [0, 9]), hand.read(0, [0, 9])
     assert (arm_read["embodiment"], hand_read["embodiment"]) == (0, 1)
-    assert arm_read["task"] == hand_read["task"] and torch.equal(arm_read["state"], hand_read["state"])
+    assert arm.instructions(0, [0]) == hand.instructions(0, [0])
+    assert torch.equal(arm_read["state"], hand_read["state"])
     assert (arm_read["frames"].int() - hand_read["frames"].int()).abs().float().mean() > 5
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from hlrp.contract import Source
+
 if TYPE_CHECKING:
     from hlrp.policy import HLRPConfig, HLRPPolicy
 
@@ -35,7 +37,7 @@ FLAGS = f"""--data {WORLD} --val-samples 16 --batch-size 4 --warmup-steps 2 --nu
     --eval-freq 1000 --image-size 32 --patch-size 8 --codebook-size 8 --quantizer fsq""".split()
 
 
-class Counting:
+class Counting(Source):
     """Episodes whose frames show their own (episode, index) in the first two channels."""
 
     def __init__(self, lengths, fps=10.0, name="counting", action_dim=0, state_dim=0):
@@ -49,11 +51,14 @@ class Counting:
         self.reads += 1
         frames = torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
         frames[:, 0], frames[:, 1] = episode, torch.as_tensor(indices)[:, None, None]
-        read = {"frames": frames, "task": f"episode {episode}", "embodiment": episode % 2}
+        read = {"frames": frames, "embodiment": episode % 2}
         read["truth"] = torch.as_tensor(indices)[:, None].float()
         if self.state_dim:
             read["state"] = torch.as_tensor(indices).float()[:, None].expand(-1, self.state_dim)
         return read
+
+    def instructions(self, episode, indices):
+        return [f"episode {episode}"] * len(indices)
 
     def actions(self, episode, indices):
         assert min(indices) >= 0 and max(indices) < self.lengths[episode]

@@ -39,6 +39,7 @@ import webdataset as wds
 from torchvision.io import encode_jpeg
 
 from hlrp.clips import Clips
+from hlrp.contract import Source
 from hlrp.data import Mixture, collate
 from hlrp.distributed import keep_freed_memory
 from hlrp.images import decode
@@ -71,7 +72,7 @@ class Args:
     num_shards: int = 1024  # of size
 
 
-class Textures:
+class Textures(Source):
     """Noise that drifts: as large as JPEG as video of a robot is, 23 kB."""
 
     uri, name, camera, action_dim, state_dim = "test:textures", "textures", "", 2, 0
@@ -86,7 +87,7 @@ class Textures:
         image = torch.nn.functional.interpolate(smooth, (SIZE, SIZE), mode="bicubic")[0]
         image += torch.from_numpy(rng.normal(0, 5, (1, SIZE, SIZE)).astype(np.float32))
         image = image.clamp(0, 255).to(torch.uint8)
-        return {"frames": torch.stack([image.roll(2 * int(i), -1) for i in indices]), "task": "drift"}
+        return {"frames": torch.stack([image.roll(2 * int(i), -1) for i in indices])}
 
     def actions(self, episode, indices):
         return torch.tensor([[episode, i] for i in indices], dtype=torch.float32)
