@@ -69,7 +69,7 @@ def main(args: Args) -> None:
             run.log_report(report, alarms(report))
             pictures.draw(run, laq, partial(encoded, laq))
 
-        run.announce(laq, data.mixture)
+        run.announce(laq)
         for batch in run.batches(optimizer):
             lr = cosine_lr(run.step, args.lr, args.warmup_steps, args.steps)
             set_lr(optimizer, lr)
@@ -100,7 +100,7 @@ def summary(output_dir: Path, report: dict) -> str:
         if figures.get("action_r2") is not None:
             r2, random = figures["action_r2"], figures["action_r2_random"]
             lines.append(f"{name}, true actions from the code: R2 {r2:.2f} (random codes {random:.2f})")
-    lines.append(f"next           accelerate launch train_vla.py --laq {folder}")
+    lines.append(f"next           python train_vla.py --laq {folder}")
     return "\n".join(lines)
 
 
