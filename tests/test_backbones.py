@@ -199,7 +199,7 @@ def test_an_encoder_runs_in_the_precision_of_autocast_or_of_its_parameters(tmp_p
         ("layernorm.weight", (5,), r"layernorm.weight is \(5,\), expected \(12,\)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_an_error_and_no_random_weight(tmp_path, key, shape, message):  # D6
+def test_a_checkpoint_that_does_not_fit_is_an_error_and_no_random_weight(tmp_path, key, shape, message):
     save_vision(tmp_path, "dinov2")
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop(key, None)
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_no_random_weight(tmp_pat
         FrozenEncoder(str(tmp_path))
 
 
-def test_a_missing_tensor_of_the_tower_in_use_is_an_error_and_of_the_other_tower_is_none(tmp_path):  # D6
+def test_a_missing_tensor_of_the_tower_in_use_is_an_error_and_of_the_other_tower_is_none(tmp_path):
     save_vision(tmp_path, "siglip")
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["text_model.final_layer_norm.bias"]
@@ -277,7 +277,7 @@ def test_a_text_encoder_without_tokenizer_files_is_an_error_and_no_made_up_token
 
 
 @pytest.mark.parametrize("family", [*TEXT_FAMILIES, "siglip2"])
-def test_a_text_encoder_with_a_missing_tensor_is_an_error(tmp_path, family):  # D6
+def test_a_text_encoder_with_a_missing_tensor_is_an_error(tmp_path, family):
     save_text(tmp_path, text_model(family))
     tensors = load_file(tmp_path / "model.safetensors")
     prefixes = {"t5": "encoder.", "bert": "encoder."}
@@ -407,7 +407,7 @@ def test_the_loss_is_one_number_a_sample_and_zero_at_the_target():
     torch.testing.assert_close(flow_loss(pred[:1], target[:1], 0.1), loss[:1])
 
 
-def test_both_terms_of_the_loss_have_a_gradient():  # D13
+def test_both_terms_of_the_loss_have_a_gradient():
     torch.manual_seed(0)
     target = torch.randn(2, 2, 8, 8)
 

@@ -28,7 +28,7 @@ def test_weights_survive_the_round_trip_to_the_bit(tmp_path):
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
 
 
-def test_d6_missing_unexpected_and_misshapen_tensors_are_named(folder):
+def test_missing_unexpected_and_misshapen_tensors_are_named(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file({"weight": torch.zeros(2, 4), "extra": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing bias.*unexpected extra.*weight is \(2, 4\), expected \(2, 3\)"):

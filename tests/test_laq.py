@@ -62,7 +62,7 @@ def test_the_future_reaches_the_decoder_by_the_codes_alone():
     assert not torch.equal(model.encode(poisoned)[0], codes)
 
 
-def test_d16_the_encoding_of_a_frame_does_not_depend_on_the_frame_after_it():
+def test_the_encoding_of_a_frame_does_not_depend_on_the_frame_after_it():
     model, frames = laq(), batch()["frames"]
     poisoned = frames.clone()
     poisoned[:, 1] = 255 - poisoned[:, 1]
@@ -83,7 +83,7 @@ def test_a_scene_that_stays_has_one_code_whatever_it_shows():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 6, 8])
-def test_d9_any_number_of_tokens_trains(num_tokens):
+def test_any_number_of_tokens_trains(num_tokens):
     model = laq(num_tokens=num_tokens)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
@@ -98,7 +98,7 @@ def test_d9_any_number_of_tokens_trains(num_tokens):
 
 
 @pytest.mark.parametrize("target", ["pixel_weight", "feature_weight", "flow_weight", "action_weight"])
-def test_d13_every_loss_term_moves_parameters(target, features_folder):
+def test_every_loss_term_moves_parameters(target, features_folder):
     weights = {"pixel_weight": 0.0, "feature_weight": 0.0, "flow_weight": 0.0, "action_weight": 0.0}
     if target == "action_weight":  # is no target of the decoder, which needs one
         weights |= {"pixel_weight": 1e-30, "action_dim": 3, "action_sources": 2}

@@ -90,7 +90,7 @@ def test_a_collapsed_codebook_is_a_stop_and_a_small_one_in_full_use_is_not():
     assert alarms({"toy": figures}) == []
 
 
-def test_d1_usage_and_sequences_are_counted_over_the_whole_pass():
+def test_usage_and_sequences_are_counted_over_the_whole_pass():
     figures = evaluate(Oracle(), {"toy": SET}, batch_size=7)["toy"]
     shifts = [int(SET[i]["action"][:2, 0].mean()) for i in range(len(SET))]
     assert figures["usage"] == pytest.approx(len(set(shifts)) / 17)
@@ -107,7 +107,7 @@ def test_the_action_probe_reads_the_mean_over_the_span_and_random_codes_read_not
         assert figures["action_constant_dims"] == 1
 
 
-def test_d15_a_fit_set_that_shares_an_episode_with_the_validation_set_is_an_error():
+def test_a_fit_set_that_shares_an_episode_with_the_validation_set_is_an_error():
     with pytest.raises(ValueError, match=r"episodes \[12\]"):
         evaluate(Oracle(), {"toy": SET}, {"toy": Brightening(12, num_episodes=4)})
 
@@ -168,7 +168,7 @@ def test_evaluation_repeats_itself_and_leaves_mode_weights_and_random_state_alon
     assert laq.state_dict() == weights
 
 
-def test_d14_memory_stays_flat_over_repeated_evaluations():
+def test_memory_stays_flat_over_repeated_evaluations():
     def tensors_alive() -> int:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

@@ -25,7 +25,7 @@ from hlrp.metrics import (
 )
 
 
-def test_d1_usage_equals_bincount_however_often_a_batch_uses_a_code():
+def test_usage_equals_bincount_however_often_a_batch_uses_a_code():
     indices = torch.tensor([[0, 3], [0, 3], [0, 1], [2, 3]])
     assert code_counts(indices, 5).tolist() == [[3, 0, 1, 0, 0], [0, 1, 0, 3, 0]]
 
@@ -113,7 +113,7 @@ def test_random_latents_score_within_5_percent_of_0():
         assert abs(probe["r2_random"]) < 0.05
 
 
-def test_d15_nothing_is_predicted_in_an_episode_that_was_fitted_on(monkeypatch):
+def test_nothing_is_predicted_in_an_episode_that_was_fitted_on(monkeypatch):
     """Neither in the score nor in the folds that choose the penalty."""
     fits = []
 
@@ -130,7 +130,7 @@ def test_d15_nothing_is_predicted_in_an_episode_that_was_fitted_on(monkeypatch):
     assert all(not fit & scored and not out & scored for fit, out in fits[:NUM_FOLDS])
 
 
-def test_d15_a_latent_that_only_tells_episodes_apart_scores_nothing():
+def test_a_latent_that_only_tells_episodes_apart_scores_nothing():
     """Actions that differ between episodes: a split by frame would score near 1."""
     _, episodes, generator = labelled()
     actions = torch.randn(40, 2, generator=generator)[episodes]

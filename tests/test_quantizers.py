@@ -55,7 +55,7 @@ def assert_same_state(a: dict, b: dict):
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_number_of_tokens_trains(name, num_tokens):  # D9
+def test_any_number_of_tokens_trains(name, num_tokens):
     quantizer = make_quantizer(name, dim=16, codebook_size=64, num_tokens=num_tokens)
     codes, indices, loss = quantizer(torch.randn(5, num_tokens, 16))
     (codes.square().mean() + loss).backward()
@@ -201,7 +201,7 @@ def test_fsq_reaches_every_level_and_keeps_zero_at_zero(level):
     assert FSQ((level,))(torch.zeros(1, 1, 1)).codes.item() == 0
 
 
-def test_commitment_weight_is_on_the_pull_of_the_inputs():  # D10
+def test_commitment_weight_is_on_the_pull_of_the_inputs():
     vq = VQ(dim=8, codebook_size=4, commitment_weight=0.25).eval()
     z = torch.randn(1, 1, 8, requires_grad=True)
     _, indices, loss = vq(z)
@@ -242,7 +242,7 @@ def test_gaussian_loss_is_the_kl_divergence():
 # The codebook
 
 
-def test_usage_counts_every_input():  # D1
+def test_usage_counts_every_input():
     codebook = Codebook(dim=4, codebook_size=8, ema=True, decay=0.9)
     codebook.usage.fill_(1)
     _, indices = codebook(torch.randn(16, 3, 4))
@@ -250,7 +250,7 @@ def test_usage_counts_every_input():  # D1
     torch.testing.assert_close(codebook.usage, 0.9 + 0.1 * counts * 8 / 48)
 
 
-def test_the_batch_size_does_not_decide_which_codes_are_dead():  # D2
+def test_the_batch_size_does_not_decide_which_codes_are_dead():
     usage = []
     for repeats in (1, 100):
         codebook = Codebook(dim=4, codebook_size=8, ema=False, decay=0.5)
@@ -264,13 +264,13 @@ def test_the_batch_size_does_not_decide_which_codes_are_dead():  # D2
 
 
 @pytest.mark.parametrize("inputs", [torch.randn(2, 4, 8), torch.ones(2, 4, 8)], ids=["few", "equal"])
-def test_restarted_codes_are_pairwise_distinct(inputs):  # D3
+def test_restarted_codes_are_pairwise_distinct(inputs):
     codebook = Codebook(dim=8, codebook_size=64, ema=False)
     codebook(inputs)
     assert torch.pdist(codebook.codes.detach()).min() > 1e-4
 
 
-def test_dead_codes_restart_at_live_inputs_and_the_others_stay():  # D11
+def test_dead_codes_restart_at_live_inputs_and_the_others_stay():
     codebook = Codebook(dim=8, codebook_size=16, ema=False)
     dead = torch.arange(16) % 3 == 0
     codebook.usage.copy_(torch.where(dead, 0.001, 1.0))
@@ -281,7 +281,7 @@ def test_dead_codes_restart_at_live_inputs_and_the_others_stay():  # D11
     assert distances.max() < 0.02 and len(sources.unique()) == dead.sum()
 
 
-def test_codes_restart_by_steps_without_an_end_of_epoch():  # D11
+def test_codes_restart_by_steps_without_an_end_of_epoch():
     codebook = Codebook(dim=8, codebook_size=16, ema=True, decay=0.9)
     codebook(torch.randn(16, 4, 8))
     placed = codebook.codes.clone()
@@ -332,7 +332,7 @@ def run_rank(rank: int, folder: str):
     dist.destroy_process_group()
 
 
-def test_two_ranks_hold_the_same_codes_to_the_bit(tmp_path):  # D4
+def test_two_ranks_hold_the_same_codes_to_the_bit(tmp_path):
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     for first, second in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
         assert_same_state(first, second)

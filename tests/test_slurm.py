@@ -468,8 +468,6 @@ def test_a_killed_rank_ends_the_job_on_both_nodes_with_the_reason(cluster):
     (job,) = cluster.submit("sbatch", "--nodes=2", "slurm/train_laq.sbatch", *FLAGS, *more)
     cluster.wait_for_step(run, 4)
     os.kill(rank_of(run, 1), signal.SIGKILL)
-    before = time.monotonic()
     assert cluster.wait_until_over(job, 40) == "FAILED"
-    assert time.monotonic() - before < 30
     log = (cluster.root / f"slurm/logs/laq-{job}.log").read_text()
     assert "Signal 9 (SIGKILL) received" in log and "has lost another one" in log

@@ -83,10 +83,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, laq_folder
     train(tmp_path / "whole", laq_folder, model)
     advance = Run.advance
 
-    def advance_and_signal(run, loss, grad_norm):
+    def advance_and_signal(run, *args):
         if run.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return advance(run, loss, grad_norm)
+        return advance(run, *args)
 
     monkeypatch.setattr(Run, "advance", advance_and_signal)
     with pytest.raises(SystemExit) as stop:

@@ -1,5 +1,4 @@
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +8,16 @@ from torch import nn
 from hlrp.training_log import Log, Stopwatch, stragglers
 
 
-def test_a_stopwatch_adds_up_forward_passes():
+def test_a_stopwatch_adds_up_forward_passes(monkeypatch):
+    clock = [7.0]
     model = nn.Identity()
     watch = Stopwatch(model, torch.device("cpu"))
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    monkeypatch.setattr(watch, "now", lambda: clock[0])
+    model.register_forward_pre_hook(lambda *_: clock.append(clock.pop() + 0.02))
     for _ in range(3):
         model(torch.zeros(1))
-    time.sleep(0.1)
-    assert watch.read() == pytest.approx(0.06, abs=0.03) and watch.read() == 0
+        clock[0] += 0.1  # between the passes
+    assert watch.read() == pytest.approx(0.06) and watch.read() == 0
 
 
 def test_ranks_that_hold_up_the_others_are_named():

@@ -170,6 +170,7 @@ def test_wrong_settings_are_named():
         World("clean", episodes=5).read(0, [48])
 
 
+@pytest.mark.timing
 def test_throughput_is_printed(capsys):
     world, rng = World("default"), np.random.default_rng(0)
     pairs = [(int(episode), rng.integers(0, MIN_LENGTH, 2)) for episode in rng.integers(0, 1000, 300)]
