@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.12",
     packages=["hlrp"],
     py_modules=["lerobot_policy_hlrp", "launcher_hlrp"],
-    entry_points={"torch.backends": ["hlrp = launcher_hlrp:be_brief"]},  # see there
+    entry_points={"torch.backends": ["hlrp = hlrp.cli:be_brief"]},  # see there
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",

@@ -1,5 +1,6 @@
 """The command line: what its help says, and how a user's mistake ends."""
 
+import ast
 import importlib
 import os
 import re
@@ -14,10 +15,9 @@ import torch
 import tyro
 
 import finetune_policy
-import launcher_hlrp
 import train_laq
 import train_vla
-from hlrp.cli import LIBRARY, mistake
+from hlrp.cli import LIBRARY, mistake, report_launch
 from hlrp.data import Loader
 from hlrp.metaworld import render
 from hlrp.quantizers import make_quantizer
@@ -129,14 +129,21 @@ def test_under_accelerate_launch_a_mistake_is_one_message_and_no_traceback(tmp_p
         assert process.returncode == 1
 
 
+def test_every_process_that_imports_torch_can_afford_to_import_cli():
+    tree = ast.parse((LIBRARY / "cli.py").read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    assert names and {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
 def test_a_launcher_tells_of_a_process_that_did_not_end_by_itself(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "__excepthook__", lambda *error: told.append(error))
     for code in (1, 2, 75, -9):
         error = subprocess.CalledProcessError(code, ["python", "train_laq.py"])
-        launcher_hlrp.tell(type(error), error, None)
+        report_launch(type(error), error, None)
     failed = type("ChildFailedError", (Exception,), {})()
     failed.failures = {0: SimpleNamespace(exitcode=1), 1: SimpleNamespace(exitcode=-15)}
-    launcher_hlrp.tell(type(failed), failed, None)
-    launcher_hlrp.tell(KeyError, KeyError(), None)
+    report_launch(type(failed), failed, None)
+    report_launch(KeyError, KeyError(), None)
     assert [error[0].__name__ for error in told] == ["CalledProcessError", "ChildFailedError", "KeyError"]
