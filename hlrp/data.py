@@ -112,6 +112,15 @@ def held(clips, num_episodes: int) -> Clips:
     return clips if isinstance(clips, Clips) else clips.hold(num_episodes)
 
 
+class Samples(list[dict]):
+    """What a mixture reads for one batch: samples, and what the training has to know about how they were read."""
+
+    def __init__(self, samples: Sequence[dict], skipped: Sequence[str], turns: Sequence[tuple[str, int, int]]):
+        """skipped: why clips were left out. turns: name, reader and turn of each stream (`StreamClips.turn`)."""
+        super().__init__(samples)
+        self.skipped, self.turns = list(skipped), list(turns)
+
+
 BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 
 
@@ -124,8 +133,7 @@ class Mixture(Dataset):
 
     `StreamClips` among them take turns alike, but what they give, and in what order, is up to their readers.
 
-    With `skip_broken`, a clip that cannot be read gives way to one of another epoch, and `skipped` of the first sample
-    of a list says why.
+    With `skip_broken`, a clip that cannot be read gives way to one of another epoch, and `Samples.skipped` says why.
     """
 
     def __init__(
@@ -230,9 +238,9 @@ class Mixture(Dataset):
     def __getitem__(self, number: int) -> dict:
         return self.__getitems__([number])[0]
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[dict]:
+    def __getitems__(self, numbers: Sequence[int]) -> Samples:
         source, index = self.locate(numbers)
-        samples, skipped = [None] * len(numbers), []
+        samples, skipped = [{}] * len(numbers), []
         for i in np.unique(source):
             wanted, clips = np.flatnonzero(source == i), self.clips[i]
             if clips in self.streams:
@@ -244,11 +252,7 @@ class Mixture(Dataset):
                 skipped += broken
             for position, sample in zip(wanted, found, strict=True):
                 samples[position] = sample
-        if skipped:
-            samples[0]["skipped"] = skipped
-        if self.streams:
-            samples[0]["turns"] = [(c.name, c.reader, c.turn) for c in self.streams]
-        return samples
+        return Samples(samples, skipped, [(c.name, c.reader, c.turn) for c in self.streams])
 
 
 @lru_cache(maxsize=8)
@@ -269,7 +273,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
 
     State and action are filled with zeros up to `sizes` (those of the mixture; by default the largest in the
     batch), also in samples that have none. Where an action is filled in, `action_is_pad` is true. A point that a sample
-    lacks is nan.
+    lacks is nan. What the `Samples` of a mixture tell stands in the batch as `skipped` and `turns`.
     """
     if sizes is None:
         action_shapes = [s["action"].shape for s in samples if "action" in s]
@@ -279,7 +283,7 @@ def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
             chunk=max((chunk_size for chunk_size, _ in action_shapes), default=0),
         )
 
-    batch = {key: samples[0].pop(key) for key in ("skipped", "turns") if key in samples[0]}
+    batch: dict = {"skipped": samples.skipped, "turns": samples.turns} if isinstance(samples, Samples) else {}
     common = set(samples[0]).intersection(*samples[1:]) - {"state", "action", "action_is_pad", "point"}
     for key, value in samples[0].items():
         if key not in common:

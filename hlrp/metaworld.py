@@ -137,6 +137,13 @@ def cached(
     return cache / name
 
 
+def open_metaworld(tasks: str, uri: str, skip_broken: bool, **options):
+    """The dataset of a URI, which is rendered at first."""
+    from hlrp.lerobot_data import LeRobotData
+
+    return LeRobotData(cached(tasks, **options), uri=uri, name=f"metaworld-{tasks}", skip_broken=skip_broken)
+
+
 def parse_tasks(tasks: str) -> list[str]:
     """Task names of a text like "mt10,door-close-v3"; an unknown one is a ValueError with near matches."""
     config = lerobot_config()

@@ -273,6 +273,14 @@ class RLDS(Stream):
         raise ValueError(f"{self.uri}: {setting}={key} is not in features.json; these fit: {fits}")
 
 
+def open_rlds(location: str, uri: str, skip_broken: bool, root: str | None = None, **options) -> RLDS:
+    """The data set of a URI. Raises ValueError for a mixture of several, which `hlrp.sources.expand` takes apart."""
+    if location in MIXTURES or root is not None:
+        parts = [part for part, _ in mixture(location, root)] if location in MIXTURES else [f"rlds:{location}"]
+        raise ValueError(f"{uri}: a mixture of several sources; expected one of them, such as {parts[0]}")
+    return RLDS(location, **options, uri=uri, skip_broken=skip_broken)
+
+
 class Encoded(LateFrames):
     """Frames that lie otherwise than they are to be seen, encoded anew, as PNG, when they are asked for.
 

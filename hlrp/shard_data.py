@@ -179,6 +179,15 @@ class Shards(EncodedSource):
         return torch.from_numpy(array.take(indices, axis=0))
 
 
+def open_shards(location: str, uri: str, skip_broken: bool, **options) -> "Shards | ShardStream":
+    """Shards with indexes as a source, others as a stream. Raises ValueError for an option of the other kind."""
+    kind, known = (Shards, ("dataset",)) if is_indexed(location) else (ShardStream, ("fps", "ignore"))
+    if stray := sorted(set(options) - set(known)):
+        what = "with indexes" if kind is Shards else "without indexes"
+        raise ValueError(f"{uri}: shards {what} take {', '.join(known)}, not {', '.join(stray)}")
+    return kind(location, uri, **options, skip_broken=skip_broken)
+
+
 def open_indexes(tars: Sequence[Path]) -> tuple[list[Index], list[str]]:
     """The indexes beside TARs, and what is wrong with those that have none or a broken one."""
 

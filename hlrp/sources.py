@@ -1,61 +1,59 @@
-"""URIs of data sources: `scheme:location?option=value&option=value@weight`."""
+"""URIs of data sources: `scheme:location?option=value&option=value@weight`, and the formats that they name.
+
+A new format is one class (`hlrp.contract.Source`) and one line in `FORMATS`.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from hlrp.contract import Stream
+from hlrp.contract import Source, Stream
 from hlrp.rlds import MIXTURES, mixture
 from hlrp.streams import in_turns, readable
 
 
-def true_or_false(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
 
 
-OPTIONS = {  # of each scheme, as they stand behind the "?" of a URI
-    "videos": {},
-    "lerobot": {"camera": str},
-    "world": {"episodes": int, "seed": int, "kinds": str},
-    "metaworld": {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str},
-    "shards": {"dataset": str, "fps": float, "ignore": str},
-    "rlds": {"split": str, "camera": str, "instruction": str, "state": str, "action": str, "fps": float}
-    | {"bgr": true_or_false, "root": str},
+class Format(NamedTuple):
+    opener: str  # "module:name" of a class or function, called with (location, uri=, skip_broken=, **options)
+    options: Mapping[str, Callable[[str], str | int | float | bool]] = {}  # name in the URI -> type
+
+
+FORMATS = {
+    "videos": Format("hlrp.videos:Videos"),
+    "lerobot": Format("hlrp.lerobot_data:LeRobotData", {"camera": str}),
+    "world": Format("hlrp.world:open_world", {"episodes": int, "seed": int, "kinds": str}),
+    "metaworld": Format(
+        "hlrp.metaworld:open_metaworld", {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str}
+    ),
+    "shards": Format("hlrp.shard_data:open_shards", {"dataset": str, "fps": float, "ignore": str}),
+    "rlds": Format(
+        "hlrp.rlds:open_rlds",
+        {"split": str, "camera": str, "instruction": str, "state": str, "action": str, "fps": float}
+        | {"bgr": boolean, "root": str},
+    ),
 }
-
-
-def expand(uris: Sequence[str]) -> tuple[str, ...]:
-    """The URIs, with each name of a mixture of Open X-Embodiment (`rlds:octo24?root=DIR`) replaced by its data sets,
-    which share its weight."""
-    expanded = []
-    for text in uris:
-        uri, scheme, location, options, weight = parse_uri(text)
-        if scheme != "rlds" or location not in MIXTURES:
-            expanded.append(text)
-            continue
-        if stray := sorted(set(options) - {"root"}):
-            raise ValueError(f"{uri}: {', '.join(stray)} of a whole mixture; only root fits")
-        parts = mixture(location, options.get("root"))
-        expanded += [f"{part}@{weight * share:g}" for part, share in parts]
-    return tuple(expanded)
 
 
 class SourceURI(NamedTuple):
     uri: str  # without the weight
     scheme: str
     location: str
-    options: dict[str, str | int | float]
+    options: dict[str, str | int | float | bool]
     weight: float
 
 
 def parse_uri(text: str) -> SourceURI:
-    """`scheme:location?option=value&option=value@weight`; raises ValueError naming what would fit."""
+    """Raises ValueError for a scheme, an option, a value or a weight that is unknown, and says what is expected."""
     uri, at, weight_text = text.rpartition("@")
     if not at or "/" in weight_text:  # an "@" inside a path is no weight
         uri, weight_text = text, "1"
@@ -64,74 +62,58 @@ def parse_uri(text: str) -> SourceURI:
     except ValueError:
         weight = float("nan")
     if not 0 < weight < float("inf"):
-        raise ValueError(f"{text}: the weight is {weight_text!r}; a positive number fits, such as @0.5")
+        raise ValueError(f"{text}: expected a weight above 0, such as @0.5, got {weight_text!r}")
 
     address, _, query = uri.partition("?")
     scheme, _, location = address.partition(":")
-    if scheme not in OPTIONS or not location:
-        fits = ", ".join(f"{known}:..." for known in OPTIONS)
-        raise ValueError(f"{text}: not a data source; one of {fits} fits")
+    if scheme not in FORMATS or not location:
+        expected = ", ".join(f"{known}:..." for known in FORMATS)
+        raise ValueError(f"{text}: not a data source; expected one of {expected}")
 
-    options, others = {}, []
+    types, options, others = FORMATS[scheme].options, {}, []
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")
         value = unquote(value)
-        if key not in OPTIONS[scheme]:
-            if "://" in location:  # where a query may be the address's own
+        if key not in types:
+            if "://" in location:  # the query may belong to this address
                 others.append(part)
                 continue
-            known = ", ".join(OPTIONS[scheme]) or "none"
-            raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {known}")
-        to_type = OPTIONS[scheme][key]
+            raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {', '.join(types) or 'none'}")
         try:
-            options[key] = to_type(value)
+            options[key] = types[key](value)
         except ValueError:
-            raise ValueError(f"{text}: {key}={value!r}; a value of type {to_type.__name__} fits") from None
+            raise ValueError(f"{text}: expected {key} of type {types[key].__name__}, got {value!r}") from None
     location += "?" * bool(others) + "&".join(others)
     return SourceURI(uri, scheme, location, options, weight)
 
 
-def open_source(uri: str, skip_broken: bool = False):
-    """The source that a URI names. A broken file is an error, or skipped and counted."""
+def expand(uris: Sequence[str]) -> tuple[str, ...]:
+    """Replaces the name of a mixture of Open X-Embodiment (`rlds:octo24?root=DIR`) by its data sets, which share its
+    weight. Other URIs stay."""
+    expanded = []
+    for text in uris:
+        uri, scheme, location, options, weight = parse_uri(text)
+        if scheme != "rlds" or location not in MIXTURES:
+            expanded.append(text)
+            continue
+        if stray := sorted(set(options) - {"root"}):
+            raise ValueError(f"{uri}: a whole mixture takes the option root, not {', '.join(stray)}")
+        parts = mixture(location, options.get("root"))
+        expanded += [f"{part}@{weight * share:g}" for part, share in parts]
+    return tuple(expanded)
+
+
+def open_source(uri: str, skip_broken: bool = False) -> Source | Stream:
+    """The source that a URI names. A broken file is an error; with `skip_broken` it is left out and counted."""
     uri, scheme, location, options, _ = parse_uri(uri)
-    if scheme == "videos":
-        from hlrp.videos import Videos
-
-        return Videos(location, uri=uri, skip_broken=skip_broken)
-    if scheme == "shards":
-        from hlrp.shard_data import Shards, ShardStream, is_indexed
-
-        kind = Shards if is_indexed(location) else ShardStream
-        fits = {"dataset"} if kind is Shards else {"fps", "ignore"}
-        if stray := sorted(set(options) - fits):
-            what = "with indexes" if kind is Shards else "without indexes"
-            raise ValueError(f"{uri}: shards {what} take no {', '.join(stray)}; {', '.join(sorted(fits))} fits")
-        return kind(location, uri, **options, skip_broken=skip_broken)
-    if scheme == "rlds":
-        from hlrp.rlds import RLDS
-
-        if location in MIXTURES or "root" in options:
-            raise ValueError(f"{uri}: a mixture of several sources; one of them fits, such as {expand([uri])[0]}")
-        return RLDS(location, **options, uri=uri, skip_broken=skip_broken)
-    if scheme == "world":
-        from hlrp.world import World
-
-        return World(location, **options)
-
-    from hlrp.lerobot_data import LeRobotData
-
-    if scheme == "metaworld":
-        from hlrp.metaworld import cached
-
-        folder = cached(location, **options)
-        return LeRobotData(folder, uri=uri, name=f"metaworld-{location}", skip_broken=skip_broken)
-    return LeRobotData(location, **options, uri=uri, skip_broken=skip_broken)
+    module, name = FORMATS[scheme].opener.split(":")
+    return getattr(import_module(module), name)(location, uri=uri, skip_broken=skip_broken, **options)
 
 
-def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tuple[list, list[float]]:
-    """The sources that URIs name, mixtures expanded, under names of their own; and their weights.
+def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tuple[list[Source | Stream], list[float]]:
+    """The sources that URIs name, and their weights. Mixtures are expanded, and no two sources have the same name.
 
-    Raises ValueError where more than `max_broken` files or episodes of them are skipped.
+    Raises ValueError if more than `max_broken` of their files or episodes are left out.
     """
     uris = expand(uris)
     sources = named_apart([open_source(uri, skip_broken) for uri in uris])
@@ -144,8 +126,8 @@ def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tup
 
 
 def named_apart(sources: Sequence) -> list:
-    """The sources, those of one name renamed by what tells their URIs apart: the folder or the owner
-    (`lerobot-pick-bob`), else the options, else a number."""
+    """Renames sources of the same name by what differs in their URIs: the folder or the owner (`lerobot-pick-bob`),
+    or else the options, or else a number."""
     for alike in of_one_name(sources):
         places = [place_parts(source.uri) for source in alike]
         for source, (path, options) in zip(alike, places, strict=True):
@@ -167,10 +149,10 @@ def of_one_name(sources: Sequence) -> list[list]:
 
 
 def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | float]]]:
-    """Of a URI the parts of its path, whose last gives a source its name, and its options."""
+    """The parts of the path in a URI, the last of which names a source, and its options."""
     _, _, location, options, _ = parse_uri(uri)
     path = Path(location).expanduser()
-    if path.exists() or path.parent.is_dir() and path.suffix == ".tar":
+    if path.exists() or (path.parent.is_dir() and path.suffix == ".tar"):
         path = path.absolute()
     return (path.parent if path.suffix == ".tar" else path).parts, sorted(options.items())
 

@@ -183,9 +183,9 @@ class Intake:
 
     def take(self, batch: dict, step: int) -> None:
         """Takes out of a batch what the loader says of it. Raises ValueError where too much was left out."""
-        for name, reader, turn in batch.pop("turns", ()):
+        for name, reader, turn in batch.pop("turns"):
             self.reached.setdefault(name, {})[reader] = turn
-        for message in batch.pop("skipped", ()):
+        for message in batch.pop("skipped"):
             self.num_broken += 1
             logger.warning("skipped %s", message)
             if self.num_broken > self.max_broken:

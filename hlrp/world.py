@@ -245,6 +245,11 @@ class World(Source):
         return indices, *divmod(episode, GROUP_SIZE)
 
 
+def open_world(variant: str, uri: str, skip_broken: bool, **options) -> World:
+    """The world of a URI. It has no files that could be broken, and states its own URI, with the defaults."""
+    return World(variant, **options)
+
+
 def normalised(position: np.ndarray) -> Tensor:
     return torch.from_numpy(position * (2 / IMAGE_SIZE) - 1)
 

@@ -16,10 +16,10 @@ from toys import Counting, write_lerobot, write_video
 import train_laq
 from hlrp import shards
 from hlrp.clips import Clips
-from hlrp.contract import choose_demonstrations, labelled_episodes, labelled_share, split_episodes
+from hlrp.contract import Source, choose_demonstrations, labelled_episodes, labelled_share, split_episodes
 from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader
 from hlrp.laq import LAQConfig
-from hlrp.sources import expand, open_source, open_sources, parse_uri
+from hlrp.sources import FORMATS, Format, expand, instructions, open_source, open_sources, parse_uri
 
 
 def clips_of(source, times=(0.0, 0.5), index=0):
@@ -313,6 +313,8 @@ def test_a_clip_that_cannot_be_read_gives_way_to_another_and_is_told():
     told = sum(len(batch.get("skipped", ())) for batch in found)
     assert told >= sum(episode == 1 for _, episode, _ in ids(expected)) > 5  # what takes the place may be broken
     assert found[0]["skipped"][0].endswith("episode 1: kitchen.mp4: cannot be decoded")
+    samples = mixture.__getitems__(range(8))
+    assert samples.skipped == found[0]["skipped"] and "skipped" not in set().union(*samples)
     pairs = zip(ids(expected), ids(found), strict=True)
     assert all(new == old or old[1] == 1 for old, new in pairs)
     assert all(episode == 0 for _, episode, _ in ids(found))
@@ -422,12 +424,12 @@ def test_uris_carry_options_and_a_weight():
         ("film:/data", "videos:..., lerobot:..."),
         ("/data/kitchen", "not a data source"),
         ("videos:", "not a data source"),
-        ("videos:/data@0", "'0'; a positive number fits"),
-        ("videos:/data@half", "'half'; a positive number fits"),
-        ("videos:/data@nan", "positive number fits"),
+        ("videos:/data@0", "expected a weight above 0, such as @0.5, got '0'"),
+        ("videos:/data@half", "expected a weight above 0, such as @0.5, got 'half'"),
+        ("videos:/data@nan", "expected a weight above 0, such as @0.5, got 'nan'"),
         ("lerobot:x?view=top", "unknown option 'view'; options of lerobot: camera"),
-        ("world:clean?episodes=many", "episodes='many'"),
-        ("rlds:/data?bgr=2", "bgr='2'; a value of type true_or_false fits"),
+        ("world:clean?episodes=many", "expected episodes of type int, got 'many'"),
+        ("rlds:/data?bgr=2", "expected bgr of type boolean, got '2'"),
         ("rlds:octo24", "rlds:octo24: where are its data sets"),
     ],
 )
@@ -436,12 +438,38 @@ def test_a_wrong_uri_says_what_would_fit(text, message):
         open_source(text)
 
 
+class Flat(Source):
+    """No more than the contract demands of a format."""
+
+    def __init__(self, location, uri, skip_broken, length=5):
+        self.uri, self.name, self.fingerprint = uri, location, location
+        self.lengths, self.fps = np.array([length] * 3), np.full(3, 10.0)
+
+    def read(self, episode, indices):
+        return {"frames": torch.full((len(indices), 3, 8, 8), episode, dtype=torch.uint8)}
+
+
+def test_a_new_format_is_one_class_and_one_line_of_the_table(monkeypatch):
+    monkeypatch.setitem(FORMATS, "flat", Format(f"{__name__}:Flat", {"length": int}))
+    with pytest.raises(ValueError, match="expected length of type int, got 'long'"):
+        open_source("flat:grey?length=long")
+    [source], weights = open_sources(["flat:grey?length=20@2"], False, 0)
+    assert weights == [2] and len(choose_demonstrations(source, range(3), 1, seed=0)) == 0
+    train, val = split_episodes(source, 0.3, seed=0)
+    assert len(train) == 2 and len(val) == 1 and instructions([source]) == [""]
+    batch = next(iter(loader(Mixture([clips_of(source)]), 4)))
+    assert batch["frames"].shape == (4, 2, 3, 8, 8) and batch["task"] == [""] * 4 and "action" not in batch
+    assert batch["place"] == [f"episode {episode}" for episode in batch["episode"].tolist()]
+    with pytest.raises(NotImplementedError, match=r"flat:grey\?length=20: Flat has action_dim=0, but no actions"):
+        source.actions(0, [0])
+
+
 def test_a_mixture_of_open_x_becomes_its_data_sets_which_share_its_weight():
     every = [parse_uri(uri) for uri in expand(["world:clean@3", "rlds:octo24?root=/data@2"])]
     assert every[0].uri == "world:clean" and len(every) == 25
     assert sum(uri.weight for uri in every[1:]) == pytest.approx(2, rel=1e-4)
     assert "rlds:/data/bc_z" in [uri.uri for uri in every]
-    with pytest.raises(ValueError, match="camera of a whole mixture; only root fits"):
+    with pytest.raises(ValueError, match="a whole mixture takes the option root, not camera"):
         expand(["rlds:octo24?root=/data&camera=image"])
 
 
