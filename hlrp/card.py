@@ -1,12 +1,10 @@
-"""The probe card: what the latent actions of a model are worth, every figure beside its control.
+"""The figures of a probe card: what the latent actions of a model are worth, every figure beside its control.
 
-The protocol gathers those of LAOM (Nikulin et al. 2025, arXiv:2502.00379), CoMo (Yang et al. 2025, arXiv:2505.17006)
-and Genie (Bruce et al. 2024, arXiv:2402.15391). Probes are fitted on some episodes and scored on others; intervals
-cover 95 % of sets of scored episodes drawn with replacement.
+The protocol gathers LAOM's (Nikulin et al. 2025, arXiv:2502.00379), CoMo's (Yang et al. 2025, arXiv:2505.17006) and
+Genie's (Bruce et al. 2024, arXiv:2402.15391). Probes are fitted on some episodes and scored on others. An interval
+covers 95 % of the sets of scored episodes that are drawn with replacement.
 
-Invariance and algebra of the latent actions of a LAQ: what actions obey, and latent actions should.
-
-z(a, b) is the latent action from frame a to frame b, measured from the mean of z(a, a), that of no change.
+In `algebra`, z(a, b) is the latent action from frame a to frame b, minus the mean of z(a, a), where nothing changes.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
-from hlrp.clips import SAMPLE_KEYS
+from hlrp.clips import SAMPLE_KEYS, Clips
 from hlrp.images import resize
 from hlrp.laq import LAQ, LatentActions
 from hlrp.laq_validation import Share, partners
@@ -41,12 +39,15 @@ from hlrp.transformer import mean_action
 
 OBSERVED_SIZE = 32  # side of the frames that observation controls see [pixel]
 MAX_COMPONENTS = 256  # of them
+MIN_COMPONENTS = 32  # of the observation, however few dimensions a latent action has
+MIN_MISSING = 0.02  # R2 that an observation misses, below which nobody can add to it
 NUM_DRAWS = 1000  # of the bootstrap
 NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # of k-means; of the codes against the actions, for the null
 MIN_TRANSFERRED = 0.05  # R2 within an embodiment, below which a ratio to it means nothing
 MAX_EPISODES = 50  # told apart by their latent actions
 
 Z, OBSERVATION, BOTH, CHANGE = "z", "observation", "observation + z", "change of pixels"
+CEILING = "observation + true change"  # of the state
 RANDOM, SHUFFLED, LABELS = "random encoder", "shuffled futures", "labels only"
 
 
@@ -61,9 +62,10 @@ class Pairs(NamedTuple):
     facts: dict[str, Tensor]  # float64 (b, f): what no action is
     embodiments: Tensor | None  # int64 (b,)
     latents: dict[str, LatentActions]  # vectors (b, n, e), indices (b, m)
+    state_change: Tensor | None = None  # float64 (b, s), from the first frame to the second
 
 
-def read_pairs(sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
+def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
     """Reads two sets, of the episodes to fit on and of those to score, once, and encodes them by every model."""
     rows, latents, num_fit = [], {name: [] for name in encoders}, len(sets[0])
     for side, dataset in enumerate(sets):
@@ -79,6 +81,7 @@ def read_pairs(sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], L
             rows.append(row)
             for name, encode in encoders.items():
                 latents[name].append(encode(batch["frames"]))
+    changes = [state_change(dataset.dataset, i) for dataset in sets for i in dataset.indices if "state" in batch]
 
     def column(name: str) -> Tensor | None:
         return torch.cat([row[name] for row in rows]).cpu() if name in rows[0] else None
@@ -92,7 +95,15 @@ def read_pairs(sets: Sequence[Dataset], encoders: dict[str, Callable[[Tensor], L
         {name: torch.cat([row["facts"][name] for row in rows]).cpu() for name in rows[0]["facts"]},
         column("embodiments"),
         {name: joined(parts) for name, parts in latents.items()},
+        torch.stack(changes) if changes else None,
     )
+
+
+def state_change(clips: Clips, index: int) -> Tensor:
+    """The state at the last frame of a clip minus the state at its first: float64 (s,)."""
+    ((episode, frames),) = clips.frames_of([index]).items()
+    first, last = clips.source.states(episode, [min(frames), max(frames)]).double()
+    return last - first
 
 
 def joined(parts: Sequence[LatentActions]) -> LatentActions:
@@ -156,20 +167,28 @@ def varying(y: Tensor, is_fit: Tensor) -> Tensor:
 
 
 def inputs_of(pairs: Pairs, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What probes read: z, its controls at z's number of dimensions, and the latent actions of other models."""
+    """What probes read: z, its controls, the ceiling where the source has states, and the latents of other models.
+
+    The change of pixels has as many dimensions as z. The observation has at least `MIN_COMPONENTS`: against fewer, a
+    copy of the state would seem to add to what an observation shows.
+    """
     dim, z = min(features[Z].shape[1], MAX_COMPONENTS), features[Z]
     first, second = flat(pairs.first), flat(pairs.second)
-    observation = principal_components(first, pairs.is_fit, dim)
-    spreads = ((x, x[pairs.is_fit].double()) for x in (observation, z.float()))
-    scaled = (x / torch.where(is_constant(fit), 1.0, fit.std(dim=0)).float() for x, fit in spreads)
-    others = {name: x for name, x in features.items() if name != Z}
-    return {
+    observation = principal_components(first, pairs.is_fit, max(dim, MIN_COMPONENTS))
+
+    def beside_observation(x: Tensor) -> Tensor:
+        spreads = ((x, x[pairs.is_fit].double()) for x in (observation, x.float()))
+        return torch.cat([x / torch.where(is_constant(fit), 1.0, fit.std(dim=0)).float() for x, fit in spreads], dim=1)
+
+    inputs = {
         Z: z,
         OBSERVATION: observation,
-        BOTH: torch.cat([*scaled], dim=1),
+        BOTH: beside_observation(z),
         CHANGE: principal_components(second - first, pairs.is_fit, dim),
-        **others,
     }
+    if pairs.state_change is not None:
+        inputs[CEILING] = beside_observation(pairs.state_change)
+    return inputs | {name: x for name, x in features.items() if name != Z}
 
 
 def information(
@@ -179,7 +198,9 @@ def information(
 
     probes: by input and probe r2, interval, r2_per_dim, error_per_dim (over that of the mean of the fitted actions)
     and groups of dimensions. gains: r2 of the better probe of z beyond that of each control; "increment": of
-    observation + z beyond the observation. A constant dimension is None, and in no mean.
+    observation + z beyond the observation. share: the increment over the R2 that the observation misses; None where
+    it misses less than `MIN_MISSING`. ceiling: the input that tells the most, and its r2: the observation and the true
+    change of the state, or else the best control. A constant dimension is None, and in no mean.
     """
     which = varying(pairs.actions, pairs.is_fit)
     if not which.any():
@@ -215,25 +236,39 @@ def information(
             "groups": in_groups,
         }
 
-    z = best(scores[Z])
-    gains = {name: gain(z, best(s)) for name, s in scores.items() if name not in (Z, BOTH)}
-    gains["increment"] = gain(best(scores[BOTH]), best(scores[OBSERVATION]))
+    z, both, observation = (best(scores[name]) for name in (Z, BOTH, OBSERVATION))
+    gains = {name: gain(z, best(s)) for name, s in scores.items() if name not in (Z, BOTH, CEILING)}
+    gains["increment"] = gain(both, observation)
+    share, missing = None, float(1 - observation.r2.mean())
+    if missing >= MIN_MISSING:
+        increments = (both.resampled - observation.resampled).mean(dim=1)
+        shares = increments / (1 - observation.resampled.mean(dim=1)).clamp(min=1e-6)
+        share = {"r2": gains["increment"]["r2"] / missing, "interval": interval(shares)}
+    tops = [CEILING] if CEILING in scores else [name for name in scores if name not in (Z, BOTH)]
+    ceiling = max(tops, key=lambda name: float(best(scores[name]).r2.mean()))
     return {
         "dims": len(which),
         "constant_dims": int((~which).sum()),
-        "matched_dims": inputs[OBSERVATION].shape[1],
+        "matched_dims": inputs[CHANGE].shape[1],
         "r2": float(z.r2.mean()),
         "interval": interval(z.resampled.mean(dim=1)),
         "mean": float(r2_per_dim(fitted_mean.expand_as(scored), scored).mean()),
         "probes": {name: {k: figures(s) for k, s in of.items()} for name, of in scores.items()},
         "gains": gains,
+        "share": share,
+        "ceiling": {"name": ceiling, "r2": float(best(scores[ceiling]).r2.mean())},
     }, z
 
 
 def leakage(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict:
-    """What z tells of what is no action: r2 with its interval, and of the true action and of the random encoder,
-    whose excuse is that these go together."""
-    inputs = {Z: features[Z]}
+    """What z tells of what is no action: r2 with its interval.
+
+    Beside it, what the true action, the random encoder, and as many principal components of the change of pixels as z
+    has dimensions tell of it: whoever describes a change in so many numbers tells so much.
+    """
+    dim = min(features[Z].shape[1], MAX_COMPONENTS)
+    change = principal_components(flat(pairs.second) - flat(pairs.first), pairs.is_fit, dim)
+    inputs = {Z: features[Z], CHANGE: change}
     if pairs.actions is not None:
         inputs["true action"] = pairs.actions
     if RANDOM in features:
@@ -245,7 +280,7 @@ def leakage(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict:
             continue
         figures[name] = {}
         for source, x in inputs.items():
-            s = best(score(x, target, pairs, [*PROBES] if source == Z else ["ridge"], seed))
+            s = best(score(x, target, pairs, [*PROBES] if source in (Z, CHANGE) else ["ridge"], seed))
             figures[name][source] = {"r2": float(s.r2.mean()), "interval": interval(s.resampled.mean(dim=1))}
     return figures
 

@@ -57,8 +57,8 @@ def of_information(figures: dict) -> Iterator[Row]:
     for i, (value, error) in enumerate(zip(better["r2_per_dim"], better["error_per_dim"], strict=True)):
         shown = ("constant", "") if value is None else (f"{value:z.2f}", f"normalised MSE {error:z.2f}")
         yield Row(section, f"R2 of dimension {i}", *shown)
-    for name in probes:
-        if name not in (Z, BOTH):
+    for name in figures["gains"]:
+        if name in probes:
             gain = f"z reads {r2(figures['gains'][name])} more"
             yield Row(section, f"R2 of the actions, {name}", f"{best_of(figures, name):z.2f}", gain)
     yield Row(
@@ -67,6 +67,10 @@ def of_information(figures: dict) -> Iterator[Row]:
         r2(figures["gains"]["increment"]),
         f"from {best_of(figures, OBSERVATION):z.2f} to {best_of(figures, BOTH):z.2f}",
     )
+    if share := figures.get("share"):
+        yield Row(section, "share of what the observation misses", r2(share), "true action 1, nothing new 0")
+    if top := figures.get("ceiling"):
+        yield Row(section, "R2 of the actions, ceiling", f"{top['r2']:z.2f}", top["name"])
 
 
 def of_dependence(figures: dict) -> Iterator[Row]:

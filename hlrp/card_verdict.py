@@ -1,7 +1,8 @@
 """What a probe card's figures say: what is good, what is alarming, what fails, each against its control."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ from hlrp.laq_validation import HEALTHY_FROM, alarms
 
 CARD = "probe.json"  # in a checkpoint's folder, beside config.json
 
-MIN_INCREMENT = 0.05  # of R2 that z adds to the observation
+MIN_R2 = 0.05  # of the actions, which latent actions alone must tell
+MIN_SHARE, GOOD_SHARE = 0.02, 0.5  # of the R2 that an observation misses, which latent actions must add to it
+MIN_GAP = 0.05  # of R2, from which on the card names what is missing
 MAX_ZERO_TRANSITION, MAX_CAMERA_SHIFT = 0.1, 0.3
-MAX_LEAKAGE = 0.2  # of R2, beyond what the true action tells
-MAX_OF_SHUFFLED = 0.95  # error of a rule of algebra, over that with others' latent actions
+MAX_LEAKAGE = 0.2  # of R2, beyond what the true action or the change of pixels tells
+MAX_OF_SHUFFLED = 0.95  # error of a rule of algebra, over the error with others' latent actions
 MIN_TRANSFER = 0.5  # of R2 within an embodiment
-WORTHLESS = {  # controls that z must beat
+CONTROLS = {
     OBSERVATION: "an observation alone",
     RANDOM: "an encoder that has learned nothing",
     SHUFFLED: "a model trained on shuffled futures",
@@ -35,7 +38,7 @@ def r2(figures: dict) -> str:
 
 def verdict(name: str, card: dict) -> list[Line]:
     """One line a finding, failures first. A card passes without any of these."""
-    lines = [*of_information(card.get("information")), *of_use(name, card), *of_algebra(card.get("algebra"))]
+    lines = [*of_information(card), *of_use(name, card), *of_algebra(card.get("algebra"))]
     lines += [*of_leakage(card), *of_transfer(card)]
     order = ("fail", "alarm", "good", "note")
     return sorted(lines, key=lambda line: order.index(line.level))
@@ -45,51 +48,93 @@ def passed(lines: list[Line]) -> bool:
     return not any(line.level == "fail" for line in lines)
 
 
-def of_information(figures: dict | None) -> Iterator[Line]:
+def worth(figures: dict) -> str:
+    """One word for what latent actions tell of the actions. The first rule that holds decides:
+
+    useless    they add nothing to the observation, and alone they tell no more than the mean action or a control does
+    unknown    the observation foretells the actions: nothing can be added to it
+    good       they add `GOOD_SHARE` of what the observation misses, and alone beat the models that learned nothing
+    weak       they add less, or are no better than such a model
+
+    In data of one expert an observation alone foretells most of the action, so that it alone condemns nobody.
+    """
+    share = figures["share"]
+    if figures["interval"][0] <= MIN_R2 and (share is None or share["interval"][0] <= MIN_SHARE):
+        return "useless"
+    if share is None:
+        return "unknown"
+    if share["interval"][0] <= MIN_SHARE and unbeaten(figures, CONTROLS):
+        return "useless"
+    return "good" if share["r2"] >= GOOD_SHARE and not unbeaten(figures, (RANDOM, SHUFFLED)) else "weak"
+
+
+def unbeaten(figures: dict, controls: Iterable[str]) -> list[str]:
+    """The controls that tell the actions as well as the latent actions alone."""
+    gains = figures["gains"]
+    return [name for name in controls if name in gains and gains[name]["interval"][0] <= 0]
+
+
+def of_information(card: dict) -> Iterator[Line]:
+    figures = card.get("information")
     if figures is None:
         yield Line("note", "The source has no actions: whether the latent actions tell them is not known here.")
         return
-    gains, found = figures["gains"], f"R2 {r2(figures)}"
-    worthless = [words for name, words in WORTHLESS.items() if name in gains and gains[name]["interval"][0] <= 0]
-    if figures["interval"][0] <= MIN_INCREMENT:
-        yield Line("fail", f"The latent actions are useless: they tell the actions with {found}, their mean with 0.")
-    elif worthless:
+    word, gains, alone = worth(figures), figures["gains"], f"they tell the actions with R2 {r2(figures)}"
+    observation, both = best_of(figures, OBSERVATION), best_of(figures, BOTH)
+    increase = f"to the observation's R2 {observation:z.2f} they add {r2(gains['increment'])}"
+    if word == "useless":
+        names = [] if figures["interval"][0] <= MIN_R2 else unbeaten(figures, CONTROLS)
+        rival = f"no better than {CONTROLS[names[0]]}" if names else "their mean with 0"
+        yield Line("fail", f"The latent actions are useless: {alone}, {rival}, and add nothing: {increase}.")
+    elif word == "unknown":
         yield Line(
-            "fail",
-            f"The latent actions are useless: they tell the actions with {found}, no better than {worthless[0]}.",
+            "alarm",
+            f"The observation alone foretells the actions with R2 {observation:z.2f}: what latent actions add to it, "
+            f"only data with noise on the actions, or of play, can show. Alone {alone}.",
         )
     else:
-        beaten = ", ".join(
-            f"{words} {best_of(figures, name):z.2f}" for name, words in WORTHLESS.items() if name in gains
+        rivals = ", ".join(
+            f"{words} {best_of(figures, name):z.2f}" for name, words in CONTROLS.items() if name in gains
         )
-        yield Line("good", f"The latent actions tell the actions with {found}; {beaten}.")
-    increment = gains["increment"]
-    if increment["interval"][0] <= MIN_INCREMENT:
         yield Line(
-            "fail",
-            f"The latent actions add nothing to the observation: R2 grows by {r2(increment)} where a probe reads both.",
+            "good" if word == "good" else "alarm",
+            f"The latent actions are {word}: {increase}, {figures['share']['r2']:.0%} of what it misses. "
+            f"Alone {alone}; {rivals}.",
         )
-    else:
-        yield Line(
-            "good",
-            f"They tell what the observation does not: from both, R2 is {best_of(figures, BOTH):z.2f}, from the "
-            f"observation alone, at {figures['matched_dims']} dimensions, {best_of(figures, OBSERVATION):z.2f}.",
-        )
+    if word == "weak" and (names := unbeaten(figures, (RANDOM, SHUFFLED))):
+        yield Line("alarm", f"Alone they tell the actions no better than {CONTROLS[names[0]]}.")
     if LABELS in gains and gains[LABELS]["interval"][0] <= 0:
         yield Line(
             "alarm",
             f"A model of the labels alone, without other video, tells the actions as well: R2 "
             f"{best_of(figures, LABELS):z.2f}.",
         )
-    if gains[CHANGE]["interval"][0] <= 0 and best_of(figures, CHANGE) > MIN_INCREMENT:
+    if gains[CHANGE]["interval"][0] <= 0 and best_of(figures, CHANGE) > MIN_R2:
         yield Line(
             "alarm",
             f"The principal components of the change of pixels, without any training, tell the actions as well: R2 "
             f"{best_of(figures, CHANGE):z.2f} at {figures['matched_dims']} dimensions.",
         )
+    top, missing = figures["ceiling"], missing_of(figures, card.get("health", {}))
+    yield Line(
+        "note",
+        f"The ceiling here is R2 {top['r2']:z.2f} ({top['name']}); the observation and the latent actions reach "
+        f"{both:z.2f}." + (f" Missing: {'; '.join(missing)}." if missing else ""),
+    )
+
+
+def missing_of(figures: dict, health: dict) -> list[str]:
+    """What lies between latent actions and the ceiling, each in words."""
+    alone, both, missing = figures["r2"], best_of(figures, BOTH), []
     linear, mlp = (figures["probes"][Z][probe]["r2"] for probe in ("ridge", "mlp"))
-    if mlp - linear > 0.1:
-        yield Line("note", f"A linear probe reads only {linear:z.2f} of it, a small network {mlp:z.2f}.")
+    if figures["ceiling"]["r2"] - both > MIN_GAP:
+        bits = f"bits (the codes of a pair carry {sum(health['entropy']) / log(2):.1f})" if "entropy" in health else ""
+        missing.append(bits or "part of the motion")
+    if both - alone > MIN_GAP:
+        missing.append(f"the first frame (who decodes the latent actions without it reads {alone:z.2f})")
+    if mlp - linear > 2 * MIN_GAP:
+        missing.append(f"labels (a linear probe reads only {linear:z.2f} of them, a small network {mlp:z.2f})")
+    return missing
 
 
 def best_of(figures: dict, name: str) -> float:
@@ -152,12 +197,13 @@ def of_algebra(figures: dict | None) -> Iterator[Line]:
 
 def of_leakage(card: dict) -> Iterator[Line]:
     for name, figures in card.get("leakage", {}).items():
-        excuse = max(0.0, figures["true action"]["r2"]) if "true action" in figures else 0.0
-        if figures[Z]["interval"][0] > excuse + MAX_LEAKAGE:
+        excuses = {source: figures[source]["r2"] for source in ("true action", CHANGE) if source in figures}
+        source, excuse = max(excuses.items(), key=lambda item: item[1], default=("mean", 0.0))
+        if figures[Z]["interval"][0] > max(0.0, excuse) + MAX_LEAKAGE:
             yield Line(
                 "alarm",
-                f"The latent actions also tell the {name}, which is no action: R2 {r2(figures[Z])}; "
-                f"the true action tells it with {excuse:z.2f}.",
+                f"The latent actions also tell the {name}, which is no action: R2 {r2(figures[Z])}; the {source}, at "
+                f"no more dimensions, tells it with {excuse:z.2f}.",
             )
 
 

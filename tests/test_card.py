@@ -6,6 +6,8 @@ from torch import nn
 
 from hlrp.card import (
     BOTH,
+    CEILING,
+    CHANGE,
     OBSERVATION,
     RANDOM,
     Pairs,
@@ -21,7 +23,7 @@ from hlrp.card import (
     transfer,
 )
 from hlrp.card_plots import transfer_matrix
-from hlrp.card_verdict import passed, verdict
+from hlrp.card_verdict import passed, verdict, worth
 from hlrp.laq import LatentActions
 from hlrp.metrics import episode_split
 
@@ -82,7 +84,7 @@ def test_a_copy_of_the_observation_adds_nothing_beyond_the_observation_control(p
     assert card["probes"][Z]["ridge"]["r2"] > 0.8
     assert abs(card["gains"]["increment"]["r2"]) < 0.02
     lines = verdict("toy", SIZE | {"information": card})
-    assert any("add nothing to the observation" in line.text for line in lines if line.level == "fail")
+    assert any("add nothing: to the observation's R2" in line.text for line in lines if line.level == "fail")
 
     card, lines = judged(tilted, tilted.actions)
     assert card["gains"]["increment"]["r2"] > 0.1
@@ -94,13 +96,92 @@ def best(card, name):
     return max(probe["r2"] for probe in card["probes"][name].values())
 
 
-def test_an_encoder_that_has_learned_no_more_than_a_random_one_is_called_useless(pairs):
+@pytest.fixture(scope="module")
+def expert():
+    """Pairs of an expert whose action is told by the place of a dot, but for a sixth of its variance."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    episodes = torch.arange(120).repeat_interleave(8)
+    place = 2 * torch.rand(960, 2, generator=generator, dtype=torch.float64) - 1
+    action = 0.5 * torch.sin(3 * place) + 0.16 * random(960, 2)
+
+    def frame(place):
+        axis = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64)
+        x, y = (torch.exp(-((axis - p[:, None]) ** 2) / 0.3) for p in place.unbind(1))
+        picture = y[:, None, :, None] * x[:, None, None, :]
+        return (255 * picture).expand(-1, 3, -1, -1).to(torch.uint8)
+
+    first, second = frame(place), frame(place + 0.4 * action)
+    split, facts = episode_split(episodes, 0.6, seed=0), {"state": place}
+    return Pairs(episodes, split, first, second, action, facts, None, {}, state_change=0.4 * action)
+
+
+def unlearned(pairs, seed, dim=2):
+    """What a random network of one layer makes of both frames."""
+    frames = torch.cat([pairs.first.flatten(1), pairs.second.flatten(1)], dim=1).float() / 255
+    weight = torch.randn(frames.shape[1], dim, generator=torch.Generator().manual_seed(seed))
+    return torch.tanh(frames @ weight / frames.shape[1] ** 0.5)
+
+
+def noisy(pairs, r2):
+    """Actions with so much noise that they tell the true ones with `r2`."""
+    noise = torch.randn(pairs.actions.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return pairs.actions + noise * pairs.actions.std(dim=0) * (1 / r2 - 1) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("latents", "word"),
+    [
+        (lambda pairs: pairs.actions, "good"),
+        (lambda pairs: noisy(pairs, 0.9), "good"),
+        (lambda pairs: noisy(pairs, 0.6), "weak"),
+        (lambda pairs: noisy(pairs, 0.3), "weak"),
+        (lambda pairs: unlearned(pairs, seed=0), "useless"),
+        (lambda pairs: pairs.actions[torch.randperm(960, generator=torch.Generator().manual_seed(0))], "useless"),
+        (lambda pairs: pairs.facts["state"], "useless"),
+        (lambda pairs: torch.ones(960, 4), "useless"),
+    ],
+    ids=["true", "R2 .9", "R2 .6", "R2 .3", "random encoder", "shuffled", "state", "constant"],
+)
+def test_latents_of_known_worth_get_the_word_that_they_deserve_though_the_observation_foretells_an_expert(
+    expert, latents, word, monkeypatch
+):
+    monkeypatch.setattr("hlrp.metrics.MLP_STEPS", 120)
+    z = latents(expert).float()
+    card, _ = information(expert, {Z: z, RANDOM: unlearned(expert, seed=9)}, {}, seed=0)
+    assert 0.75 < best(card, OBSERVATION) < 0.9 and card["ceiling"]["name"] == CEILING
+    assert worth(card) == word
+    lines = verdict("toy", SIZE | {"information": card})
+    assert passed(lines) == (word != "useless")
+    assert any(f"latent actions are {word}" in line.text for line in lines)
+    assert any(f"ceiling here is R2 {card['ceiling']['r2']:.2f}" in line.text for line in lines)
+
+
+def test_a_model_no_better_than_an_unlearned_one_is_weak_where_it_adds_and_the_card_names_the_rival(pairs):
     noisy = pairs.actions + torch.randn(800, 3, generator=torch.Generator().manual_seed(2))
     card, lines = judged(pairs, noisy, **{RANDOM: noisy})
     assert card["probes"][Z]["ridge"]["r2"] > 0.3
-    assert not passed(lines) and "no better than an encoder that has learned nothing" in lines[0].text
-    _, lines = judged(pairs, noisy, **{RANDOM: torch.zeros(800, 2)})
-    assert passed(lines)
+    assert worth(card) == "weak" and passed(lines)
+    assert any("no better than an encoder that has learned nothing" in line.text for line in lines)
+
+
+def test_where_the_observation_foretells_everything_the_worth_is_unknown_and_nobody_fails(expert):
+    blind = expert._replace(actions=expert.facts["state"].sin(), state_change=None)
+    card, _ = information(blind, {Z: blind.actions.float()}, {}, seed=0)
+    assert card["share"] is None and worth(card) == "unknown" and card["ceiling"]["name"] in (OBSERVATION, CHANGE)
+    lines = verdict("toy", SIZE | {"information": card})
+    assert passed(lines) and "The observation alone foretells the actions" in lines[0].text
+
+
+def test_a_change_described_in_as_many_numbers_excuses_what_z_leaks_and_a_copy_of_the_state_has_no_excuse(expert):
+    copy = leakage(expert, {Z: expert.facts["state"].float()}, seed=0)["state"]
+    assert copy[Z]["r2"] > 0.99 and copy[CHANGE]["r2"] < 0.7
+    assert any("also tell the state" in line.text for line in verdict("toy", SIZE | {"leakage": {"state": copy}}))
+    same = {Z: copy[CHANGE], CHANGE: copy[CHANGE]}
+    assert not any("also tell" in line.text for line in verdict("toy", SIZE | {"leakage": {"state": same}}))
 
 
 def test_leakage_is_what_z_tells_of_a_ball_and_the_true_action_does_not(pairs):
