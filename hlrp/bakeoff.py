@@ -14,8 +14,8 @@ import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
-from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -27,6 +27,7 @@ from hlrp.checkpoints import write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.distributed import keep_freed_memory
 from hlrp.quantizers import QuantizerName
+from hlrp.runs import markdown_table
 
 Variant = Literal["default", "clean", "distractors", "shake", "arm", "hand"]
 LABELS_ONLY = "labels only"
@@ -233,31 +234,27 @@ def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
 
 def table(args: Args, results: dict[Cell, dict]) -> str:
     """Markdown: a row is the mean over seeds; an interval reaches from the lowest to the highest of their 95 % ones."""
+    import pandas as pd
+
     leaks = list(dict.fromkeys(name for result in results.values() for name in result["leakage"]))
     head = ["world", "labels", "tokens", "quantizer", "R2 of the actions", "ridge", "MLP"]
     head += [f"R2 of {name}" for name in leaks] + ["error / copy", "shuffled / true", "usage", "perplexity"]
-    rows, groups = [], {}
-    for cell, result in results.items():
-        groups.setdefault(cell._replace(seed=0), []).append(result)
-    for cell, found in groups.items():
-
-        def mean(*path: str, found=found) -> str:
-            values = []
-            for value in found:
-                for key in path:
-                    value = value.get(key, {})
-                values.append(value)
-            return f"{fmean(values):z.2f}" if all(isinstance(x, float) for x in values) else "-"
-
-        low, high = min(r["interval"][0] for r in found), max(r["interval"][1] for r in found)
-        tokens = str(cell.num_tokens or "-")
-        row = [cell.variant, f"{cell.label_fraction:g}", tokens, cell.quantizer]
-        row += [f"{mean('r2')} ({low:z.2f} to {high:z.2f})", mean("ridge", "r2"), mean("mlp", "r2")]
-        row += [mean("leakage", name) for name in leaks] + [mean("true_over_copy"), mean("shuffled_over_true")]
-        rows.append(row + [mean("health", "usage"), mean("health", "perplexity")])
+    figures = ["ridge.r2", "mlp.r2", *(f"leakage.{name}" for name in leaks), "true_over_copy", "shuffled_over_true"]
+    figures = ["r2", *figures, "health.usage", "health.perplexity"]
+    records = [
+        cell._asdict() | result | dict(zip(("low", "high"), result["interval"], strict=True))
+        for cell, result in results.items()
+    ]
+    frame, rows = pd.json_normalize(records), []
+    frame = frame.reindex(columns=[*frame, *(name for name in figures if name not in frame)])
+    groups = frame.groupby(["variant", "label_fraction", "num_tokens", "quantizer"], sort=False)
+    for (variant, share, tokens, quantizer), group in groups:
+        means = group[figures].mean(skipna=False)
+        r2, *others = ("-" if isnan(mean) else f"{mean:z.2f}" for mean in means)
+        r2 = f"{r2} ({group['low'].min():z.2f} to {group['high'].max():z.2f})"
+        rows.append([variant, f"{share:g}", str(tokens or "-"), quantizer, r2, *others])
     facts = f"{args.steps} steps of {args.batch_size} pairs, {len(args.seeds)} seeds, codebooks of {args.codebook_size}"
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return f"{facts}\n\n" + "\n".join(lines) + "\n"
+    return f"{facts}\n\n{markdown_table([head, *rows])}\n"
 
 
 if __name__ == "__main__":

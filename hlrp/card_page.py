@@ -1,6 +1,5 @@
-"""A probe card as one HTML page that needs no other file and no network.
-
-The figures of probe cards as rows of a table, for the terminal, the page, and side by side.
+"""A probe card to read: as text for the terminal, as one HTML page that needs no other file and no network, and beside
+other cards.
 """
 
 import base64
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from hlrp.card import BOTH, OBSERVATION, Z
 from hlrp.card_verdict import best_of, r2
+from hlrp.runs import text_table
 
 MARKS = {"good": "ok   ", "alarm": "ALARM", "fail": "FAIL ", "note": "     "}
 
@@ -133,14 +133,6 @@ def of_health(figures: dict) -> Iterator[Row]:
     yield Row(section, "entropy of each token [nat]", entropies)
 
 
-def text_table(columns: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, aligned."""
-    widths = [max(len(row[i]) for row in columns) for i in range(len(columns[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns
-    )
-
-
 def text(document: dict) -> str:
     """A card for the terminal."""
     parts = []
@@ -212,7 +204,7 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     ),
     "Leakage": (
         "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
-        "as goes together with the true action is no leak.",
+        "as goes together with the true action, or as the change of pixels tells in as many numbers, is no leak.",
         {"leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."},
     ),
     "Use by the decoder": (

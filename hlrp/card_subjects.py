@@ -1,16 +1,14 @@
-"""A probe card's subjects: a checkpoint, which is asked, and a file, which says what it has.
+"""What a probe card judges: the checkpoint of a LAQ, or the latent actions of any model in a file.
 
-Latent actions of any model in a file, and the pairs of frames that they are of.
-
-`.npz` arrays or parquet columns, one row a pair:
-    episode            int: its number in the source
-    time or index      of the first frame in it: [s], or int
-    vector             float (e,): the latent action, and / or
-    codes              int (m,): its discrete tokens
+A file has `.npz` arrays or parquet columns, one row a pair of frames:
+    episode            int: the number of the episode in the source
+    time or index      of the first frame in the episode: [s], or int
+    vector             float (e,): the latent action
+    codes              int (m,): its discrete tokens; a file has vector, codes or both
     delta              [s], from the first frame to the second: one number
 
-What latent actions are compared with: observations alone, an encoder that has learned nothing, one that has learned
-from shuffled futures, and a model of the labels alone.
+The models that a checkpoint is compared with are made here too: an encoder that has learned nothing, one that has
+learned from shuffled futures, and one that has learned from the labels alone.
 """
 
 import hashlib

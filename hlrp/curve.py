@@ -31,6 +31,7 @@ import tyro
 from hlrp.checkpoints import hold, load_config, write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
+from hlrp.runs import markdown_table
 
 Method = Literal["hlrp", "bc", "idm", "random", "shuffled"]
 ROOT = Path(__file__).parents[1]
@@ -200,10 +201,9 @@ def pooled(results: dict[Cell, dict], method: str, demonstrations: int) -> tuple
 
 def table(args: Args, results: dict[Cell, dict]) -> str:
     """Markdown: success over all seeds and tasks, its 95 % Wilson interval, and the number of episodes."""
-    lines = ["| demonstrations of each task | " + " | ".join(args.methods) + " |"]
-    lines += ["|---|" + "---|" * len(args.methods)]
+    rows = [["demonstrations of each task", *args.methods]]
     for k in args.demonstrations:
-        row = []
+        row = [str(k)]
         for method in args.methods:
             successes, episodes = pooled(results, method, k)
             if not episodes:
@@ -211,8 +211,8 @@ def table(args: Args, results: dict[Cell, dict]) -> str:
                 continue
             low, high = wilson(successes, episodes)
             row.append(f"{successes / episodes:.2f} ({low:.2f} to {high:.2f}; {episodes})")
-        lines.append(f"| {k} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(row)
+    return markdown_table(rows) + "\n"
 
 
 def plot(args: Args, results: dict[Cell, dict]) -> None:

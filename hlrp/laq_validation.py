@@ -1,5 +1,5 @@
 """Validation of a LAQ on held-out episodes: does the decoder use the code, is the codebook in use, and what
-do the codes say about the actions? Every figure stands beside its control.
+do the codes tell about the actions? Every figure stands beside its control.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ HEALTHY_FROM = 1.2  # and from which it uses it
 COLLAPSED_UP_TO = 8  # unique sequences in a whole pass
 
 
-class Latents(NamedTuple):
+class EncodedSet(NamedTuple):
     """The latent actions of a whole set, in its order."""
 
     codes: Tensor  # (b, n, d)
@@ -119,16 +119,16 @@ def evaluate(
     return report
 
 
-def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> Latents:
+def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> EncodedSet:
     """Encodes this rank's share of a set and gathers all of them."""
     parts = []
     for _, batch in share.batches(dataset):
         actions = has_action = None
         if "action" in batch:
             actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
-        parts.append(Latents(*laq.encode(batch["frames"]), batch["episode"], actions, has_action))
+        parts.append(EncodedSet(*laq.encode(batch["frames"]), batch["episode"], actions, has_action))
     columns = zip(*parts, strict=True)
-    return Latents(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
+    return EncodedSet(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
 
 
 def partners(groups: Tensor, seed: int) -> Tensor:
@@ -147,7 +147,7 @@ def partners(groups: Tensor, seed: int) -> Tensor:
     return result
 
 
-def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: int) -> dict:
+def code_use(laq: LAQ, dataset: Dataset, latents: EncodedSet, share: Share, seed: int) -> dict:
     """Errors of the decoder with true, zeroed and shuffled codes, and of copying the first frame."""
     codes = latents.codes
     across = partners(torch.zeros_like(latents.episodes), seed)
@@ -184,17 +184,31 @@ def code_use(laq: LAQ, dataset: Dataset, latents: Latents, share: Share, seed: i
     }
 
 
-def action_probe(latents: Latents, fit: Latents | None, codebook_size: int | None, seed: int) -> dict:
+def probe_rows(scored, fit) -> tuple[list, Tensor, Tensor, Tensor] | None:
+    """What a probe of the actions is fitted and scored on: the sets, and for each of their samples that has an action,
+    whether the probe is fitted on it, bool (b,), its action (b, a), and its episode, int64 (b,).
+
+    fit: the set to fit on; None: a part of `scored`. Both have `actions`, `has_action` and `episodes`. Returns None
+    where there are too few episodes.
+    """
+    sides = [scored] if fit is None else [fit, scored]
+    is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
+    actions = torch.cat([side.actions[side.has_action] for side in sides])
+    episodes = torch.cat([side.episodes[side.has_action] for side in sides])
+    num_fitted, num_scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
+    if num_scored < MIN_EPISODES if fit is None else num_fitted < MIN_EPISODES - 1 or num_scored < 1:
+        return None
+    return sides, is_fit, actions, episodes
+
+
+def action_probe(latents: EncodedSet, fit: EncodedSet | None, codebook_size: int | None, seed: int) -> dict:
     """Ridge probe from the codes to the mean action, scored on the validation episodes."""
-    sides = [(latents, False)] if fit is None else [(fit, True), (latents, False)]
-    features = [probe_features(side.codes, side.indices, codebook_size) for side, _ in sides]
-    x = torch.cat([f[side.has_action] for f, (side, _) in zip(features, sides, strict=True)])
-    actions = torch.cat([side.actions[side.has_action] for side, _ in sides])
-    episodes = torch.cat([side.episodes[side.has_action] for side, _ in sides])
-    is_fit = torch.cat([side.has_action[side.has_action] & is_fit for side, is_fit in sides])
-    fitted, scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
-    if scored < MIN_EPISODES if fit is None else fitted < MIN_EPISODES - 1 or scored < 1:
+    rows = probe_rows(latents, fit)
+    if rows is None:
         return {"action_r2": None, "action_r2_random": None}
+    sides, is_fit, actions, episodes = rows
+    features = [probe_features(side.codes, side.indices, codebook_size)[side.has_action] for side in sides]
+    x = torch.cat(features)
     probe = probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
     return {
         "action_r2": probe["r2"],

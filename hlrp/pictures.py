@@ -1,16 +1,14 @@
-"""Pictures during training: which strategies are drawn, of which buckets of samples, and how often.
+"""Pictures during training: which strategies are drawn, for which buckets of samples, and how often.
 
-Buckets: named sets of validation samples, by what is known of a sample.
+A bucket is a named set of validation samples. It is a line `NAME: CONDITION and CONDITION ...`, where a condition is
 
-A bucket is a line `NAME: CONDITION and CONDITION ...`, a condition one of
+    dataset=bridge          the field has this text
+    dataset!=bridge         the field has another text
+    dataset in ego4d,ssv2   the field has one of these texts
+    task~left               the field contains this text, in capitals or not
 
-    dataset=bridge          equal, as text
-    dataset!=bridge         different
-    dataset in ego4d,ssv2   one of several
-    task~left               holds the text, in capitals or not
-
-of the fields that a sample has: dataset, task, episode, index (its first frame), fps, and what its source adds
-(`embodiment` in the built-in world). The bucket `all` is always there.
+The fields of a sample are dataset, task, episode, index (its first frame), fps, and what its source adds
+(`embodiment` in the built-in world). The bucket `all` always exists.
 """
 
 import logging
@@ -23,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from hlrp import plots as charts
 from hlrp.laq import LAQ
+from hlrp.plots import STYLE
 from hlrp.strategies import STRATEGIES, Latents, Shown, Skip
 
 EVERYTHING = "all"
@@ -222,7 +220,7 @@ def draw_pictures(
             title = f"{strategy.replace('-', ' ').capitalize()}" + ("" if step is None else f", step {step}")
             title += f". {bucket.name}: {len(samples)} held-out samples" if bucket.conditions else ""
             try:
-                with matplotlib.rc_context(charts.STYLE):
+                with matplotlib.rc_context(STYLE):
                     found = STRATEGIES[strategy](shown, place / f"{strategy}{end}.png", title)
             except Skip as reason:
                 skipped.append(f"{strategy} of bucket {bucket.name}: {reason}")

@@ -1,6 +1,5 @@
-"""Sheets of pictures: pairs of frames, one code on many frames, many codes on one frame.
-
-Charts of latent actions: how often codes are used, where latent actions lie, what they say of actions and motion.
+"""Drawing: sheets of frames (pairs, one code on many frames, many codes on one frame) and charts of latent actions (how
+often each code is used, where latent actions lie, what they say about actions and motion).
 """
 
 import io

@@ -175,8 +175,9 @@ def read_card(path: Path) -> dict:
 
 def compare(paths: tuple[Path, ...], output_dir: Path) -> None:
     """Prints cards side by side, and writes compare.html."""
-    from hlrp.card_page import compare_page, side_by_side, text_table
+    from hlrp.card_page import compare_page, side_by_side
     from hlrp.checkpoints import write_text
+    from hlrp.runs import text_table
 
     documents = {str(path): read_card(path) for path in paths}
     output_dir.mkdir(parents=True, exist_ok=True)

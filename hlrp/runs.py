@@ -9,10 +9,11 @@ processes: GPU-hours where the device is one.
 """
 
 import csv
-import io
 import json
 import operator
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,18 +56,23 @@ class Args:
 def main(args: Args) -> None:
     runs = [read_run(path.parent, args.metrics) for folder in args.folders for path in sorted(folder.rglob("run.json"))]
     if not runs:
-        raise ValueError(f"no run.json in or below {', '.join(map(str, args.folders))}; a run's --output-dir fits")
+        raise ValueError(
+            f"no run.json in or below {', '.join(map(str, args.folders))}; expected the --output-dir of a run"
+        )
     for condition in args.where:
-        runs = [run for run in runs if fits(condition, run)]
+        runs = [run for run in runs if meets(condition, run)]
     columns = columns_of(runs, args.settings)
     if args.sort:
         runs = in_order(runs, args.sort)
-    table = [columns, *([shown(run.get(column)) for column in columns] for run in runs)]
-    print({"text": text, "markdown": markdown, "csv": comma_separated}[args.format](table))
+    table = [columns, *([cell_text(run.get(column)) for column in columns] for run in runs)]
+    if args.format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table)
+    else:
+        print({"text": text_table, "markdown": markdown_table}[args.format](table))
 
 
 def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
-    """A run as one flat row: run, its settings, state, step, hours, and the metrics that fit."""
+    """A run as one flat row: run, its settings, state, step, hours, and the last value of each of these metrics."""
     record = json.loads((folder / "run.json").read_text())
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -98,8 +104,8 @@ def hours(settings: dict, logged: list[dict]) -> float:
 
 
 def columns_of(runs: list[dict], more: tuple[str, ...]) -> list[str]:
-    """run, the settings that differ among the runs that have them, and those asked for; what was measured, what it
-    took, and how it stands.
+    """run; the settings that were asked for, and those in which the runs differ; what was measured; what it took and
+    how each run stands.
 
     Raises ValueError for a setting that no run has.
     """
@@ -118,11 +124,11 @@ def columns_of(runs: list[dict], more: tuple[str, ...]) -> list[str]:
     return ["run", *dict.fromkeys([*more, *differ]), *measured, "hours", "device", "step", "state"]
 
 
-def fits(condition: str, run: dict) -> bool:
+def meets(condition: str, run: dict) -> bool:
     """Whether a run meets `column=value` or another comparison; one that lacks the column does not."""
     found = re.fullmatch(r"(.+?)(<=|>=|!=|=|<|>)(.*)", condition)
     if found is None:
-        raise ValueError(f"where: {condition!r}; a comparison fits, such as lr=1e-4 or 'steps>=1000'")
+        raise ValueError(f"where: {condition!r}; expected a comparison, such as lr=1e-4 or 'steps>=1000'")
     column, comparison, text = found.groups()
     value = run.get(column)
     if value is None:
@@ -131,10 +137,10 @@ def fits(condition: str, run: dict) -> bool:
         try:
             return COMPARISONS[comparison](value, float(text))
         except ValueError:
-            raise ValueError(f"where: {condition!r}, but {column} is {value}; a number fits") from None
+            raise ValueError(f"where: {condition!r}, but {column} is {value}; expected a number") from None
     if comparison not in ("=", "!="):
-        raise ValueError(f"where: {condition!r}, but {column} is {value!r}; = and != fit")
-    return COMPARISONS[comparison](shown(value), text)
+        raise ValueError(f"where: {condition!r}, but {column} is {value!r}; expected = or !=")
+    return COMPARISONS[comparison](cell_text(value), text)
 
 
 def in_order(runs: list[dict], column: str) -> list[dict]:
@@ -145,36 +151,32 @@ def in_order(runs: list[dict], column: str) -> list[dict]:
         names = sorted({name for run in runs for name in run if name != "settings"})
         raise ValueError(f"sort: no run has {column!r}; they have {', '.join(names)}")
     numeric = all(isinstance(run[column], int | float) for run in having)
-    having.sort(key=lambda run: run[column] if numeric else shown(run[column]), reverse=descending)
+    having.sort(key=lambda run: run[column] if numeric else cell_text(run[column]), reverse=descending)
     return having + [run for run in runs if run.get(column) is None]
 
 
-def shown(value) -> str:
+def cell_text(value) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return " ".join(map(shown, value))
+        return " ".join(map(cell_text, value))
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
 
 
-def text(table: list[list[str]]) -> str:
+def text_table(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
     )
 
 
-def markdown(table: list[list[str]]) -> str:
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first."""
     head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def comma_separated(table: list[list[str]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(table)
-    return file.getvalue().rstrip("\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Strategies: pictures of the latent actions of some samples, and the figures that go with them.
+"""Strategies: each draws one picture of the latent actions of some samples, and returns the figures that go with it.
 
-The same for stage 1, whose latent actions are of pairs of frames, and stage 2, which predicts them from the first frame
-and the text. One that has nothing to show raises `Skip` with the reason. `hlrp.pictures` draws them.
-
-What pictures show: samples of a bucket, their latent actions, and the LAQ that decodes these.
+Stages 1 and 2 share them: stage 1 encodes the latent action of each pair of frames, stage 2 predicts it from the first
+frame and the text. A strategy that has nothing to show raises `Skip` with the reason. `hlrp.pictures` calls them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +13,31 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hlrp import plots as charts
 from hlrp.backbones import farneback, mean_flow
 from hlrp.clips import short
 from hlrp.data import collate
 from hlrp.laq import LAQ
 from hlrp.laq_validation import partners
 from hlrp.metrics import code_counts, explained_variance, is_constant, k_means, psnr
-from hlrp.plots import GAIN, Row, codes_grid, difference, frequent, moving, pairs_grid, picture, sheet, transfer_grid
+from hlrp.plots import (
+    GAIN,
+    Row,
+    Scatter,
+    codes_grid,
+    compasses,
+    difference,
+    frequent,
+    heat_map,
+    latent_map,
+    moving,
+    pairs_grid,
+    picture,
+    scatters,
+    sequences_chart,
+    sheet,
+    transfer_grid,
+    usage_chart,
+)
 from hlrp.transformer import mean_action
 
 NUM_ROWS = 6  # pairs shown
@@ -42,7 +57,7 @@ class Latents(NamedTuple):
 
 
 def encoded(laq: LAQ, batch: dict) -> Latents:
-    """Those of the pairs of frames of a batch."""
+    """The latent action of each pair of frames of a batch."""
     device = next(laq.parameters()).device
     parts = [laq.encode(frames.to(device)) for frames in batch["frames"][:, :2].split(64)]
     return Latents(*(None if xs[0] is None else torch.cat(xs).cpu() for xs in zip(*parts, strict=True)))
@@ -232,14 +247,14 @@ def many_codes(shown: Shown, path: Path, title: str) -> dict[str, float]:
 def usage(shown: Shown, path: Path, title: str) -> dict[str, float]:
     """How often each code is used at each token position."""
     shown.sequences()
-    save(charts.usage_chart(shown.indices[:, :MAX_TOKENS], shown.laq.quantizer.codebook_size), path, title)
+    save(usage_chart(shown.indices[:, :MAX_TOKENS], shown.laq.quantizer.codebook_size), path, title)
     return {}
 
 
 def sequences(shown: Shown, path: Path, title: str) -> dict[str, float]:
     """How often each whole sequence of codes occurs. `most_frequent`: share of the samples that have that one."""
     names, counts, _ = shown.sequences()
-    save(charts.sequences_chart(names, counts.tolist()), path, title)
+    save(sequences_chart(names, counts.tolist()), path, title)
     return {"different": float(len(names)), "most_frequent": float(counts[0] / counts.sum())}
 
 
@@ -266,7 +281,7 @@ def embedding(shown: Shown, path: Path, title: str) -> dict[str, float]:
     if len(shown.codes) < 3:
         raise Skip(f"it has {len(shown.codes)} samples, fewer than 3")
     actions = shown.action if shown.action is not None and shown.has_action.all() else None
-    save(charts.latent_map(shown.codes.flatten(1), actions), path, title)
+    save(latent_map(shown.codes.flatten(1), actions), path, title)
     return {}
 
 
@@ -302,13 +317,11 @@ def scattered(shown: Shown, values: Tensor, has_value: Tensor, word: str, path: 
         name = shown.datasets[int(mine.nonzero()[0])]
         what = f"token {token}" if shown.indices is not None else "k-means"
         parts.append(
-            charts.Scatter(
-                f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}", pair, labels[:, token], names
-            )
+            Scatter(f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}", pair, labels[:, token], names)
         )
     if not parts:
         raise Skip(f"no source has more than {NUM_GROUPS} samples whose {word}s vary")
-    save(charts.scatters(parts[:6]), path, title)
+    save(scatters(parts[:6]), path, title)
     return {"explained": sum(explained) / len(explained)}
 
 
@@ -337,7 +350,7 @@ def compass(shown: Shown, path: Path, title: str) -> dict[str, float]:
                     cosines.append(float(F.cosine_similarity(some[code], others[code], dim=0)))
     if cosines:
         figures["consistency"] = sum(cosines) / len(cosines)
-    save(charts.compasses(rows), path, title)
+    save(compasses(rows), path, title)
     return figures
 
 
@@ -358,7 +371,7 @@ def sources(shown: Shown, path: Path, title: str) -> dict[str, float]:
     counts = [code_counts(shown.indices[shown.source == i], codebook_size) for i in numbers]
     shares = torch.stack([count / count.sum(dim=1, keepdim=True) for count in counts], dim=-1)  # m k s
     names = [shown.datasets[int((shown.source == i).nonzero()[0])] for i in numbers]
-    save(charts.heat_map(shares[:MAX_TOKENS], names), path, title)
+    save(heat_map(shares[:MAX_TOKENS], names), path, title)
     i, j = torch.triu_indices(len(numbers), len(numbers), offset=1)
     return {"apart": float((shares[..., i] - shares[..., j]).abs().sum(dim=1).mean() / 2)}
 

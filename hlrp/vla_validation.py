@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from hlrp.images import regrid
 from hlrp.laq import LAQ
-from hlrp.laq_validation import COLLAPSED_UP_TO, Share
-from hlrp.metrics import MIN_EPISODES, code_health, episode_split, one_hot_features, probe_r2
+from hlrp.laq_validation import COLLAPSED_UP_TO, Share, probe_rows
+from hlrp.metrics import code_health, episode_split, one_hot_features, probe_r2
 from hlrp.quantizers import nearest
 from hlrp.strategies import Latents
 from hlrp.transformer import mean_action
@@ -214,13 +214,10 @@ def action_probes(found: Predictions, fit: Predictions | None, codebook_size: in
     They are fitted on true latent actions, and read predicted ones by the same weights: of codes how likely each is,
     of a flow the mean of its vectors. A probe fitted on predictions would also find what is no latent action in them.
     """
-    sides = [found] if fit is None else [fit, found]
-    is_fit = torch.cat([torch.full_like(side.has_action, side is fit)[side.has_action] for side in sides])
-    actions = torch.cat([side.actions[side.has_action] for side in sides])
-    episodes = torch.cat([side.episodes[side.has_action] for side in sides])
-    fitted, scored = (len(episodes[side].unique()) for side in (is_fit, ~is_fit))
-    if scored < MIN_EPISODES if fit is None else fitted < MIN_EPISODES - 1 or scored < 1:
+    rows = probe_rows(found, fit)
+    if rows is None:
         return {"action_r2": None, "action_r2_random": None, "action_r2_true": None}
+    sides, is_fit, actions, episodes = rows
     if fit is None:
         is_fit = episode_split(episodes, share=0.5, seed=seed)
 

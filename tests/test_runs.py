@@ -89,9 +89,9 @@ def test_metrics_are_chosen_by_pattern_and_formats_hold_the_same(folder, capsys)
     ("args", "message"),
     [
         ({"sort": "speed"}, "no run has 'speed'; they have .*quantizer"),
-        ({"where": ("lr",)}, "'lr'; a comparison fits"),
-        ({"where": ("lr=fast",)}, "lr is 0.001; a number fits"),
-        ({"where": ("quantizer<vq",)}, "= and != fit"),
+        ({"where": ("lr",)}, "'lr'; expected a comparison"),
+        ({"where": ("lr=fast",)}, "lr is 0.001; expected a number"),
+        ({"where": ("quantizer<vq",)}, "expected = or !="),
         ({"settings": ("speed",)}, "no run has 'speed'"),
     ],
 )
