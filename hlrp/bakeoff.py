@@ -69,7 +69,7 @@ class Cell(NamedTuple):
 
 
 class Cached(Dataset):
-    """Clips that are drawn once, and then read from memory; of episodes past the labelled ones, without actions."""
+    """Clips that are read once and then kept in memory; those of unlabelled episodes come without actions."""
 
     def __init__(self, clips, labelled: set[int], samples: dict[int, dict]):
         self.clips, self.labelled, self.samples = clips, labelled, samples
@@ -118,7 +118,7 @@ def cells_of(args: Args) -> list[Cell]:
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={values}; expected one or more different values")
     if not all(0 <= share <= 1 for share in args.label_fractions):
-        raise ValueError(f"label_fractions={args.label_fractions}; shares from 0 to 1 fit")
+        raise ValueError(f"label_fractions={args.label_fractions}; expected shares from 0 to 1")
     if args.steps < 1 or args.batch_size < 1 or (args.num_processes or 1) < 1:
         raise ValueError(
             f"steps={args.steps}, batch_size={args.batch_size}, num_processes={args.num_processes}; expected 1 or more"
@@ -133,7 +133,7 @@ def cells_of(args: Args) -> list[Cell]:
 
 
 def settings_of(args: Args) -> dict:
-    """What a cell's result also follows from."""
+    """The settings beside the cell that a result depends on."""
     return {name: getattr(args, name) for name in ("codebook_size", "delta", "steps", "batch_size", "lr")}
 
 

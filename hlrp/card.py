@@ -38,13 +38,13 @@ from hlrp.metrics import (
 from hlrp.transformer import mean_action
 
 OBSERVED_SIZE = 32  # side of the frames that observation controls see [pixel]
-MAX_COMPONENTS = 256  # of them
-MIN_COMPONENTS = 32  # of the observation, however few dimensions a latent action has
+MAX_COMPONENTS = 256  # principal components of frames that a control has, at most
+MIN_COMPONENTS = 32  # principal components of the observation, however few dimensions a latent action has
 MIN_MISSING = 0.02  # R2 that an observation misses, below which nobody can add to it
 NUM_DRAWS = 1000  # of the bootstrap
-NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # of k-means; of the codes against the actions, for the null
+NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # clusters of actions; shifts of the codes against them, for the null
 MIN_TRANSFERRED = 0.05  # R2 within an embodiment, below which a ratio to it means nothing
-MAX_EPISODES = 50  # told apart by their latent actions
+MAX_EPISODES = 50  # that a probe tries to tell apart by their latent actions
 
 Z, OBSERVATION, BOTH, CHANGE = "z", "observation", "observation + z", "change of pixels"
 CEILING = "observation + true change"  # of the state
@@ -52,21 +52,21 @@ RANDOM, SHUFFLED, LABELS = "random encoder", "shuffled futures", "labels only"
 
 
 class Pairs(NamedTuple):
-    """Pairs of frames, what is known of them, and their latent actions by several models."""
+    """Pairs of frames, what their source knows about them, and their latent actions by several models."""
 
     episodes: Tensor  # int64 (b,)
     is_fit: Tensor  # bool (b,)
     first: Tensor  # uint8 (b, c, h, w), small
     second: Tensor
     actions: Tensor | None  # float64 (b, a), mean over the span
-    facts: dict[str, Tensor]  # float64 (b, f): what no action is
+    facts: dict[str, Tensor]  # float64 (b, f): what the source knows that is not an action
     embodiments: Tensor | None  # int64 (b,)
     latents: dict[str, LatentActions]  # vectors (b, n, e), indices (b, m)
     state_change: Tensor | None = None  # float64 (b, s), from the first frame to the second
 
 
 def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
-    """Reads two sets, of the episodes to fit on and of those to score, once, and encodes them by every model."""
+    """Reads two sets once, of the episodes to fit on and of the episodes to score, and encodes them by every model."""
     rows, latents, num_fit = [], {name: [] for name in encoders}, len(sets[0])
     for side, dataset in enumerate(sets):
         for _, batch in share.batches(dataset):
@@ -111,9 +111,8 @@ def joined(parts: Sequence[LatentActions]) -> LatentActions:
 
 
 def facts_of(batch: dict) -> dict[str, Tensor]:
-    """What a source knows beside the actions, as numbers: how what moves has moved, and what an episode is.
-
-    The mean colour of the first frame and the state in it, the place of things, are known everywhere or often.
+    """What a source knows beside the actions, as numbers: the mean colour of the first frame, the state in it, the
+    motion of whatever else moves, and what an episode is.
     """
     facts = {"colour of the frame": batch["frames"][:, 0].double().mean(dim=(2, 3)) / 255}
     if "state" in batch:
@@ -156,7 +155,7 @@ def interval(values: Tensor) -> list[float]:
 
 
 def gain(over: Score, under: Score) -> dict:
-    """By how much a probe reads more than another, on the same draws of episodes."""
+    """How much more one probe reads than another, on the same draws of episodes."""
     difference = (over.resampled - under.resampled).mean(dim=1)
     return {"r2": float(over.r2.mean() - under.r2.mean()), "interval": interval(difference)}
 
@@ -382,7 +381,7 @@ def neighbours(vectors: Tensor, episodes: Tensor, rows: Sequence[int], count: in
 
 
 def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
-    """What probes read of latent actions (b, d); of codes that come without vectors, indicators, however many."""
+    """What probes read of latent actions (b, d): one indicator per code where codes come without vectors."""
     if not actions.vectors.numel():
         return one_hot_features(actions.indices, codebook_size)
     return probe_features(actions.vectors, actions.indices, codebook_size)

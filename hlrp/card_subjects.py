@@ -81,7 +81,7 @@ class LatentFile(NamedTuple):
 
 
 def read_latents(path: Path, delta: float | None = None) -> LatentFile:
-    """Reads a file. delta: where it has none. Raises ValueError for what is missing or does not fit."""
+    """Reads a file. delta: of a file that does not say it [s]. Raises ValueError for a missing or a bad column."""
     columns = read_columns(path)
     if "episode" not in columns or not columns.keys() & {"time", "index"}:
         raise ValueError(f"{path} has {', '.join(columns) or 'nothing'}; episode, and time or index, are needed")
@@ -90,16 +90,16 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
     length = len(columns["episode"])
     for name, column in columns.items():
         if name != "delta" and len(column) != length:
-            raise ValueError(f"{path}: {name} has {len(column)} rows, episode {length}; one row a pair fits")
+            raise ValueError(f"{path}: {name} has {len(column)} rows, episode {length}; expected one row a pair")
     if "delta" in columns:
         found = np.unique(columns["delta"])
         if len(found) != 1 or (delta is not None and not np.isclose(found[0], delta)):
-            raise ValueError(f"{path}: delta is {found[:4].tolist()} s, --delta {delta}; one number fits")
+            raise ValueError(f"{path}: delta is {found[:4].tolist()} s, --delta {delta}; expected one number")
         delta = float(found[0])
     if delta is None:
         raise ValueError(f"{path} has no delta: say by --delta how many seconds lie between the two frames")
     if not length:
-        raise ValueError(f"{path} has no rows; some thousand pairs fit")
+        raise ValueError(f"{path} has no rows; expected some thousand pairs")
 
     vectors, indices = torch.zeros(length, 0, 0), None
     if "vector" in columns:
@@ -110,7 +110,7 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
     if "codes" in columns:
         indices = torch.from_numpy(integers(path, "codes", columns["codes"]).reshape(length, -1))
         if indices.min() < 0:
-            raise ValueError(f"{path}: a code is {indices.min()}; numbers from 0 on fit")
+            raise ValueError(f"{path}: a code is {indices.min()}; expected 0 or more")
     index = integers(path, "index", columns["index"]) if "index" in columns else None
     time = columns["time"].astype(np.float64) if index is None else None
     return LatentFile(path, delta, integers(path, "episode", columns["episode"]), time, index, vectors, indices)
@@ -118,12 +118,12 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits")
+        raise ValueError(f"{path}: no such file; expected a checkpoint's pretrained_model folder, .npz or .parquet")
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.atleast_1d(arrays[name]) for name in COLUMNS if name in arrays}
     if path.suffix != ".parquet":
-        raise ValueError(f"{path}: {path.suffix or 'no suffix'}; .npz or .parquet fits")
+        raise ValueError(f"{path}: {path.suffix or 'no suffix'}; expected .npz or .parquet")
     import pyarrow.parquet as pq
 
     known = [name for name in COLUMNS if name in pq.read_schema(path).names]
@@ -133,7 +133,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         values = table[name].to_pylist()
         sizes = {np.shape(value) for value in values}
         if len(sizes) > 1:
-            raise ValueError(f"{path}: rows of {name} have the sizes {sorted(sizes)}; one size fits")
+            raise ValueError(f"{path}: rows of {name} have the sizes {sorted(sizes)}; expected one size")
         columns[name] = np.array(values)
     return columns
 
@@ -142,17 +142,17 @@ def integers(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     """Raises ValueError where the values are no whole numbers."""
     rounded = np.rint(values).astype(np.int64)
     if (rounded != values).any():
-        raise ValueError(f"{path}: {name} has {values[rounded != values].flat[0]}; whole numbers fit")
+        raise ValueError(f"{path}: {name} has {values[rounded != values].flat[0]}; expected whole numbers")
     return rounded
 
 
 def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
     """The pairs of frames that the rows are of, in their order.
 
-    Raises ValueError for a row that no pair of the source fits.
+    Raises ValueError for a row whose pair the source does not have.
     """
     if isinstance(source, Stream):
-        raise ValueError(f"{source.uri} is a stream, whose episodes have no numbers; an indexed source fits")
+        raise ValueError(f"{source.uri} is a stream, whose episodes have no numbers; expected an indexed source")
     clips = Clips(source, np.arange(len(source.lengths)), (0.0, file.delta), image_size)
     outside = (file.episode < 0) | (file.episode >= len(source.lengths))
     if outside.any():
@@ -164,7 +164,9 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
     index = file.index if file.time is None else np.rint(file.time * fps).astype(np.int64)
     if file.time is not None and (aside := np.abs(file.time * fps - index) > 0.25).any():
         row = aside.nonzero()[0][0]
-        raise ValueError(f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; k / fps fits")
+        raise ValueError(
+            f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; expected k / fps"
+        )
     last = (clips.ends - clips.firsts)[file.episode] - 1
     if (beyond := (index < 0) | (index > last)).any():
         row = beyond.nonzero()[0][0]
@@ -192,7 +194,7 @@ def train(
     num_workers: int = 0,
     edit: Callable[[dict], dict] = lambda batch: batch,
 ) -> nn.Module:
-    """Trains a model on batches of the clips, as `edit` gives them to it, and returns it in evaluation mode."""
+    """Trains a model on batches of the clips, each changed by `edit`, and returns it in evaluation mode."""
     device = next(model.parameters()).device
     optimizer = make_optimizer("muon", model, {Block}, lr, weight_decay=0.05)
     mixture = Mixture(clips, seed=seed)
@@ -218,7 +220,7 @@ def with_shuffled_futures(batch: dict) -> dict:
 
 
 def trained_on_shuffled_futures(config: LAQConfig, clips: list, steps: int, device, **settings) -> LAQ:
-    """A LAQ of the same architecture for which there is nothing to learn about actions."""
+    """Trains a LAQ of the same architecture where there is nothing to learn about actions."""
     config = replace(config, action_weight=0.0)
     laq = untrained(config, settings.get("seed", 0)).to(device)
     return train(laq, clips, steps, edit=with_shuffled_futures, **settings)
@@ -229,7 +231,7 @@ def with_mean_action(batch: dict) -> dict:
 
 
 def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **settings) -> nn.Module:
-    """A model from two frames to the mean action between them, of the labelled clips alone."""
+    """Trains a model from two frames to the mean action between them, on the labelled clips alone."""
     from hlrp.inverse import InverseModel  # which loads LeRobot
 
     with torch.random.fork_rng(devices=[]):
@@ -256,7 +258,7 @@ PICTURE_SIZE = 96  # side of the frames that a file's card shows [pixel]
 def judged(
     pairs: Pairs, codebook_sizes: dict[str, int | None], groups: dict[str, list[int]], seed: int
 ) -> tuple[dict, Tensor | None]:
-    """What a card says of pairs whoever encoded them, and the predicted actions of the scored ones."""
+    """The figures that need no decoder, and the actions that the better probe reads on the scored pairs."""
     features = {name: features_of(x, codebook_sizes[name]) for name, x in pairs.latents.items()}
     if RANDOM in features:
         features[RANDOM] = principal_components(features[RANDOM], pairs.is_fit, features[Z].shape[1])
@@ -288,7 +290,7 @@ def judged(
 
 
 class File:
-    """The latent actions of another model."""
+    """Judges the latent actions of another model, from a file."""
 
     def __init__(self, file: LatentFile, max_pairs: int, seed: int):
         self.file, self.max_pairs, self.seed = file, max_pairs, seed
@@ -311,7 +313,7 @@ class File:
 
 
 class Checkpoint:
-    """A LAQ."""
+    """Judges a LAQ, from its checkpoint."""
 
     def __init__(self, laq: LAQ, args):
         self.laq, self.args, config = laq, args, laq.config
@@ -326,7 +328,9 @@ class Checkpoint:
             for name in ("delta", "image_size"):
                 found, expected = getattr(self.shuffled.config, name), getattr(config, name)
                 if found != expected:
-                    raise ValueError(f"shuffled={args.shuffled} has {name}={found}; {expected} fits {args.latents}")
+                    raise ValueError(
+                        f"shuffled={args.shuffled} has {name}={found}; expected {expected}, as {args.latents} has"
+                    )
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
         laq, args, seed = self.laq, self.args, self.args.seed
@@ -372,7 +376,7 @@ class Checkpoint:
         return card, pictures
 
     def add_transfer(self, card: dict, source, pairs: Pairs, share: Share) -> None:
-        """The sources of --transfer-to as further embodiments."""
+        """Scores the probes on the sources of --transfer-to too, each as a further embodiment."""
         every, groups = [pairs], [torch.zeros_like(pairs.episodes)]
         others = [open_source(parse_uri(uri).uri) for uri in self.args.transfer_to]
         own = source.name  # under which the card is kept
@@ -382,7 +386,7 @@ class Checkpoint:
             if other.action_dim != source.action_dim:
                 raise ValueError(
                     f"transfer_to={uri} has actions of {other.action_dim} dimensions, {source.uri} of "
-                    f"{source.action_dim}; the same action space fits"
+                    f"{source.action_dim}; expected the same action space"
                 )
             split = self.split(other)
             config, count = self.laq.config, self.args.pairs // 2
@@ -423,7 +427,7 @@ class Checkpoint:
         return json.loads(file.read_text())["settings"] if file.is_file() else {}
 
     def setting(self, name: str, given: float | None, default: float | None = None) -> float:
-        """One that the LAQ was trained with: the given one, or that of its run.json, or the default with a warning."""
+        """A setting that the LAQ was trained with: as given, or from its run.json, or the default with a warning."""
         if given is None and (found := self.record()):
             return found[name]
         record = self.run_file()
@@ -431,18 +435,21 @@ class Checkpoint:
             raise ValueError(f"{record} is missing, which has it: give --{name.replace('_', '-')}")
         if given is None:
             logger.warning(
-                "%s is missing: %s=%s is taken, by which episodes may be scored that it has seen", record, name, default
+                "%s is missing: %s=%s is assumed, so the LAQ may have seen episodes that are scored",
+                record,
+                name,
+                default,
             )
         return default if given is None else given
 
     def split(self, source):
-        """The episodes that the LAQ has learned from, and those held out."""
+        """The episodes that the LAQ has learned from, and the held-out ones."""
         fraction = self.setting("val_fraction", self.args.val_fraction, 0.1)
         seed, times = self.setting("seed", self.args.split_seed, 0), (0.0, self.laq.config.delta)
         return split_episodes(source, fraction, seed, times)
 
     def labelled(self, source, train):
-        """Those of the training episodes whose actions the LAQ has learned."""
+        """The training episodes whose actions the LAQ has learned."""
         given, seed = self.args.label_fraction, self.setting("seed", self.args.split_seed, 0)
         demonstrations = None if given is not None else self.record().get("demonstrations")
         share = 1.0 if demonstrations is not None else self.setting("label_fraction", given)
@@ -468,5 +475,5 @@ def encode(laq: LAQ, frames: Tensor) -> LatentActions:
 
 @torch.no_grad()
 def encode_unquantized(laq: LAQ, frames: Tensor) -> LatentActions:
-    """What an encoder that has not learned knows, before its quantizer throws most of it away: the stronger control."""
+    """The encoder's output before the quantizer, which throws most of it away: the stronger control."""
     return LatentActions(laq.latents(*laq.embed(laq.observe(frames)).unbind(1)), None)

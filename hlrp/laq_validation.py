@@ -32,7 +32,7 @@ class EncodedSet(NamedTuple):
 
 
 class Share(NamedTuple):
-    """This process's part of the work, and how it reads it."""
+    """Which part of each set this process reads, and how."""
 
     rank: int
     num_ranks: int
@@ -41,7 +41,7 @@ class Share(NamedTuple):
     device: torch.device
 
     def batches(self, dataset: Dataset) -> Iterator[tuple[slice, dict]]:
-        """Batches of a contiguous part of a set, each with its place in it; the next rank's part follows."""
+        """The batches of this rank's part of a set, a contiguous one, each with its place in the set."""
         first, end = (len(dataset) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
         part = Subset(dataset, range(first, end))
         loader = Loader(part, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
@@ -83,14 +83,14 @@ def evaluate(
     and all return the same report. The same weights give the same report, and neither the model's mode nor a
     global random state is changed.
 
-    Plain JSON; what a source does not have (continuous codes, no actions, a single pair) is left out or None:
+    Plain JSON. A figure that a source cannot have (continuous codes, no actions, a single pair) is missing or None:
         pairs, episodes
-        pairs_alone               in their episode, so that there is no shuffle within it
+        pairs_alone               pairs that are the only one of their episode, which no other pair can be swapped with
         error, copy_error         by target, mean squared: with the true code; of the first frame shown again
         true_over_copy, zero_over_true, shuffled_over_true, shuffled_in_episode_over_true
                                   by target, ratios of errors; shuffled: with the code of another pair
         usage, perplexity, entropy, unique_sequences, possible_sequences
-                                  the last: no pass of this size can have more
+                                  the last: the most that a pass of this size can have
         action_r2, action_r2_random, action_r2_per_dim, action_constant_dims
                                   ridge probe of the mean action over the span; random: from noise
     Raises ValueError where a set has fewer pairs than ranks, or shares an episode with its fit set.

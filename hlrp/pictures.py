@@ -26,7 +26,7 @@ from hlrp.plots import STYLE
 from hlrp.strategies import STRATEGIES, Latents, Shown, Skip
 
 EVERYTHING = "all"
-EXAMPLE = "'left: task~left' fits, or a file of such lines"
+EXAMPLE = "expected a bucket such as 'left: task~left', or a file of such lines"
 
 
 class Condition(NamedTuple):
@@ -53,11 +53,11 @@ class Bucket(NamedTuple):
         return " and ".join(f"{field} {test} {','.join(values)}" for field, test, values in self.conditions)
 
     def holds(self, sample: dict) -> bool:
-        """Whether it holds a sample; one without the field in question is in no bucket that asks for it."""
+        """Whether a sample is in this bucket. A sample without the field of a condition is not."""
         return all(c.field in sample and c.holds(plain(sample[c.field])) for c in self.conditions)
 
     def may_hold(self, dataset: str) -> bool:
-        """False where no sample of that data set can be in it."""
+        """False where no sample of this data set can be in this bucket."""
         return all(c.holds(dataset) for c in self.conditions if c.field == "dataset")
 
 
@@ -66,7 +66,7 @@ def plain(value: object) -> object:
 
 
 def read_buckets(given: Sequence[str]) -> list[Bucket]:
-    """`all`, and those that the lines, and the files of lines, in `given` name. Raises ValueError naming a bad one."""
+    """The bucket `all`, and the buckets of `given`, each a line or a file of lines. Raises ValueError for a bad one."""
     lines = []
     for text in given:
         if ":" in text and not Path(text).is_file():
@@ -75,33 +75,37 @@ def read_buckets(given: Sequence[str]) -> list[Bucket]:
             every = (line.partition("#")[0].strip() for line in Path(text).read_text().splitlines())
             lines += [line for line in every if line]
         else:
-            raise ValueError(f"buckets={text!r} is no file, and no bucket: {EXAMPLE}")
+            raise ValueError(f"buckets={text!r} is neither a file nor a bucket; {EXAMPLE}")
     buckets = [Bucket(EVERYTHING), *map(parse_bucket, lines)]
     names = [bucket.name for bucket in buckets]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"buckets: {name!r} is there twice; {EVERYTHING!r} always is")
+            raise ValueError(
+                f"buckets: two are named {name!r}; expected different names ({EVERYTHING!r} always exists)"
+            )
     return buckets
 
 
 def parse_bucket(line: str) -> Bucket:
     name, _, rule = (part.strip() for part in line.partition(":"))
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"bucket {line!r}: its name is {name!r}; letters, digits, _ and - fit")
+        raise ValueError(f"bucket {line!r}: its name is {name!r}; expected letters, digits, _ and -")
     return Bucket(name, tuple(parse_condition(text, line) for text in re.split(r"\s+and\s+", rule)))
 
 
 def parse_condition(text: str, line: str) -> Condition:
     found = re.fullmatch(r"([\w.]+)\s*(!=|=|~|\sin\s)\s*(.+)", text.strip())
     if found is None:
-        raise ValueError(f"bucket {line!r}: {text!r} is no condition; FIELD=VALUE, !=, in A,B or ~TEXT fit")
+        raise ValueError(
+            f"bucket {line!r}: {text!r} is no condition; expected FIELD=VALUE, FIELD!=VALUE, FIELD in A,B or FIELD~TEXT"
+        )
     field, test, value = (part.strip() for part in found.groups())
     values = tuple(part.strip() for part in value.split(",")) if test == "in" else (value,)
     return Condition(field, test, values)
 
 
 def check_fields(buckets: Sequence[Bucket], sets: dict[str, Dataset]) -> None:
-    """Raises ValueError for a field that no sample has, told by the first sample of each set."""
+    """Raises ValueError for a field that the first sample of no set has."""
     if not any(bucket.conditions for bucket in buckets):
         return
     known = {
@@ -122,9 +126,9 @@ def check_fields(buckets: Sequence[Bucket], sets: dict[str, Dataset]) -> None:
 def fill(
     buckets: Sequence[Bucket], sets: dict[str, Dataset], limit: int, seed: int
 ) -> dict[str, tuple[list[dict], Tensor]]:
-    """At most `limit` random samples of each bucket, and the number of the set of each one, int64 (b,).
+    """At most `limit` random samples of each bucket, and for each sample the number of its set, int64 (b,).
 
-    All sets contribute alike while they last. They are read in turns, as far as it takes to fill the buckets.
+    All sets give the same number of samples while they last. They are read in turns until the buckets are full.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(dataset), generator=generator).tolist() for dataset in sets.values()]
@@ -147,12 +151,12 @@ def fill(
 
 log = logging.getLogger(__name__)
 
-MAX_SAMPLES = 512  # of a bucket, encoded and counted
-EVERY = "every"  # strategy
+MAX_SAMPLES = 512  # of each bucket
+EVERY = "every"  # in place of a strategy: all of them
 
 
 class Binding(NamedTuple):
-    """A strategy, the buckets that it is drawn of, and every how many steps."""
+    """A strategy, the buckets to draw it for, and how often, in steps."""
 
     strategy: str
     buckets: tuple[str, ...]
@@ -163,17 +167,17 @@ class Binding(NamedTuple):
 
 
 def bindings_of(pictures: Sequence[str], buckets: Sequence[Bucket], eval_freq: int = 1) -> list[Binding]:
-    """Those that `STRATEGY`, `STRATEGY:BUCKET,BUCKET` and `STRATEGY@STEPS` ask for; of all buckets at every validation,
-    else. `every` is every strategy. Raises ValueError naming what does not fit."""
+    """What `STRATEGY`, `STRATEGY:BUCKET,BUCKET` and `STRATEGY@STEPS` ask for. The default is all buckets, at every
+    validation; `every` stands for all strategies. Raises ValueError for an unknown strategy or bucket and bad steps."""
     names, bindings = [bucket.name for bucket in buckets], []
     for text in pictures:
         rest, _, freq = text.partition("@")
         strategy, _, chosen = rest.partition(":")
         if strategy not in (EVERY, *STRATEGIES):
-            fits = ", ".join((EVERY, *STRATEGIES))
-            raise ValueError(f"pictures={text!r}: no strategy {strategy!r}; {fits} fit")
+            known = ", ".join((EVERY, *STRATEGIES))
+            raise ValueError(f"pictures={text!r}: no strategy {strategy!r}; expected one of {known}")
         if freq and (not freq.isdecimal() or int(freq) < 1 or int(freq) % eval_freq):
-            raise ValueError(f"pictures={text!r}: a multiple of eval_freq={eval_freq} fits behind @")
+            raise ValueError(f"pictures={text!r}: expected a multiple of eval_freq={eval_freq} behind @")
         wanted = chosen.split(",") if chosen else names
         for name in wanted:
             if name not in names:
@@ -195,11 +199,11 @@ def draw_pictures(
     last: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Draws what is due at a step, and returns figures by "bucket/strategy/figure".
+    """Draws the pictures that are due at a step, and returns figures by "bucket/strategy/figure".
 
-    latents_of: of a batch of samples of `sets`; last: the step at which everything is due. Files are named after their
-    strategies, and the step where there is one; those of buckets other than `all` lie in folders of their names. The
-    samples are a seeded choice, the same at every step. What is skipped is named in the log, with the reason.
+    latents_of: gives the latent actions of a batch of samples of `sets`; last: the step at which everything is due.
+    A file is named STRATEGY.png, or STRATEGY_STEP.png where there is a step; a bucket other than `all` has a folder of
+    its name. A seed chooses the samples, the same at every step. The log names what is skipped, with the reason.
     """
     import matplotlib
 

@@ -1,13 +1,12 @@
-"""The probe card: what latent actions are worth, those of a LAQ or of any other model, with the controls that make the
-figures believable.
+"""The probe card: what the latent actions of a LAQ, or of any other model, are worth, every figure beside its control.
 
     python -m hlrp.probe --latents outputs/laq/checkpoints/last/pretrained_model    # on the data it learned from
     python -m hlrp.probe --latents latents.npz --data lerobot:REPO --delta 0.2  # of another model
     python -m hlrp.probe --compare outputs/probe outputs/other_probe
 
 Prints a table and a verdict, and writes OUTPUT_DIR/card.json and the page OUTPUT_DIR/card.html, one file that needs no
-network. A checkpoint keeps a card on the data that it learned from as probe.json beside config.json, and stage 2
-refuses one that failed.
+network. The card of a checkpoint on the data that it learned from is also kept as probe.json beside its config.json;
+stage 2 refuses a LAQ whose card failed.
 """
 
 import json
@@ -23,23 +22,22 @@ from hlrp.cli import tell_mistakes
 
 @dataclass
 class Args:
-    latents: Path | None = (
-        None  # what to judge: pretrained_model folder of a LAQ, or .npz or .parquet (hlrp.card_subjects)
-    )
-    data: tuple[str, ...] = ()  # sources, as for train_laq.py; by default those that the LAQ learned from
+    # what to judge: pretrained_model folder of a LAQ, or .npz or .parquet (hlrp.card_subjects)
+    latents: Path | None = None
+    data: tuple[str, ...] = ()  # sources, as for train_laq.py; default: the sources that the LAQ learned from
     compare: tuple[Path, ...] = ()  # put these cards side by side: folders, or card.json files
 
     pairs: int = 5000  # pairs of frames of each source: three fifths to fit probes on, the rest to score them
-    val_fraction: float | None = None  # share of the episodes that is scored, as of train_laq.py; None: run.json's
-    split_seed: int | None = None  # --seed of train_laq.py, by which episodes were held out; None: run.json's
-    seed: int = 0  # of the pairs that are drawn
-    delta: float | None = None  # time that a latent spans [s]; for a file that does not say it
-    groups: tuple[str, ...] = ()  # groups of action dimensions with figures of their own: position=0-2 gripper=6
-    transfer_to: tuple[str, ...] = ()  # sources of other embodiments, on which the probes are also scored
+    val_fraction: float | None = None  # share of the episodes that are scored, as in train_laq.py; None: from run.json
+    split_seed: int | None = None  # --seed of train_laq.py, which chose the held-out episodes; None: from run.json
+    seed: int = 0  # chooses the pairs of frames
+    delta: float | None = None  # time between the two frames [s], for a file that does not say it
+    groups: tuple[str, ...] = ()  # groups of action dimensions to report apart: position=0-2 gripper=6
+    transfer_to: tuple[str, ...] = ()  # sources of other embodiments to score the probes on too
 
-    shuffled: Path | None = None  # a control: LAQ that was trained on shuffled futures
-    train_shuffled: int = 0  # train this control for so many steps, into OUTPUT_DIR; 1000 are enough
-    # share of the training episodes whose actions the LAQ used, as of train_laq.py; None: run.json's
+    shuffled: Path | None = None  # a LAQ trained on shuffled futures, as a control
+    train_shuffled: int = 0  # train this control into OUTPUT_DIR for this many steps; 1000 are enough
+    # share of the training episodes whose actions the LAQ used, as in train_laq.py; None: from run.json
     label_fraction: float | None = None
     label_steps: int = 600  # optimizer steps of the rival that learns from these labels alone
 
@@ -112,7 +110,7 @@ def parse_groups(texts: tuple[str, ...]) -> dict[str, list[int]]:
         except ValueError:
             groups[name] = []
         if not name or not groups[name]:
-            raise ValueError(f"groups: {text!r}; a name and dimensions fit, such as position=0-2 or gripper=6,7")
+            raise ValueError(f"groups: {text!r}; expected a name and dimensions, such as position=0-2 or gripper=6,7")
     return groups
 
 

@@ -23,7 +23,7 @@ CONDITIONS = ("", "_shuffled_text", "_blank_image")
 
 
 class Predictions(NamedTuple):
-    """What a VLA predicts of a whole set, in its order; one row a condition where there is an axis c."""
+    """What a VLA predicts for a whole set, in its order. The axis c is the condition (`CONDITIONS`)."""
 
     true_indices: Tensor | None  # int64 (b, t, m)
     true_vectors: Tensor  # (b, t, e)
@@ -38,8 +38,8 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
-    """The part of a VLA's batch that follows from frames (b, t + 1, c, h, w), of which each is embedded once:
-    the latent actions between them, and features (b, n, d) of the first, at zero mean and unit variance."""
+    """What a VLA learns from frames (b, t + 1, c, h, w): the latent actions between them, and the features (b, n, d) of
+    the first, at zero mean and unit variance. Each frame is embedded once."""
     embedded = laq.embed(laq.observe(frames))
     labels = {"features": F.layer_norm(embedded[:, 0], embedded.shape[-1:])}
     if frames.shape[1] == 1:
@@ -50,14 +50,14 @@ def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
 
 
 def feature_dim(laq: LAQ, vlm: VLM) -> int:
-    """Numbers of the LAQ's features that one image token of the VLM tells."""
+    """How many numbers of the LAQ's features one image token of the VLM predicts."""
     size = laq.config.image_size
     blank = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8, device=laq.queries.device)
     return regrid(label(laq, blank)["features"], vlm.num_image_tokens).shape[-1]
 
 
 def shuffled(batch: dict) -> dict:
-    """The batch with the latent actions of another sample each: the control that says what their content is worth."""
+    """The batch with each sample's latent actions replaced by another's: the control for what they say."""
     names = [name for name in batch if name in ("latent_vectors", "latent_indices", "latent_is_pad")]
     return batch | {name: batch[name].roll(1, dims=0) for name in names}
 
@@ -109,11 +109,11 @@ def evaluate(
     num_workers: int = 0,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """The report of each source, as `hlrp.laq_validation.evaluate` makes that of a LAQ, and called alike.
+    """The report of each source; the arguments are as in `hlrp.laq_validation.evaluate`.
 
-    Plain JSON; what a source does not have is left out or None:
+    Plain JSON. A figure that a source cannot have is missing or None:
         samples, episodes, tasks
-        loss, loss_shuffled_text, loss_blank_image     the head's: negative log-likelihood of a code, or flow error
+        loss, loss_shuffled_text, loss_blank_image     of the head: negative log-likelihood of a code, or flow error
         accuracy, accuracy_shuffled_text, accuracy_blank_image, accuracy_by_position    of predicted codes
         majority, majority_by_position                 accuracy of the set's own most frequent code at each position
         unique_sequences, perplexity, usage            of the predicted codes, possible_sequences their bound
@@ -271,7 +271,7 @@ def alarms(report: dict[str, dict]) -> list[str]:
 
 
 def predicted_latents(vla: VLA, laq: LAQ, batch: dict) -> Latents:
-    """The first latent action that a VLA predicts of each sample, beside the true one."""
+    """The first latent action that a VLA predicts for each sample, and the true one."""
     was_training, device = vla.training, next(laq.parameters()).device
     vla.eval()
     parts = []

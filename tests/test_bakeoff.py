@@ -51,7 +51,7 @@ def test_actions_of_episodes_that_are_not_labelled_are_not_seen():
     [
         ({"seeds": ()}, r"seeds=\(\)"),
         ({"num_tokens": (4, 4)}, "num_tokens="),
-        ({"label_fractions": (2.0,)}, "shares from 0 to 1 fit"),
+        ({"label_fractions": (2.0,)}, "expected shares from 0 to 1"),
         ({"steps": 0}, "steps=0"),
     ],
 )

@@ -40,7 +40,7 @@ def test_rows_of_npz_and_of_parquet_are_the_pairs_of_the_source_in_their_order(t
         ({"vector": np.ones((2, 4))}, "vector has 2 rows, episode 3"),
         ({"vector": np.full((3, 4), np.nan)}, "vector of row 0 is not finite"),
         ({"codes": np.array([[1], [2], [-1]])}, "a code is -1"),
-        ({"codes": np.array([[1.5], [2], [1]])}, "codes has 1.5; whole numbers fit"),
+        ({"codes": np.array([[1.5], [2], [1]])}, "codes has 1.5; expected whole numbers"),
         ({"delta": None}, "has no delta: say by --delta"),
     ],
 )
@@ -51,10 +51,12 @@ def test_a_file_that_says_too_little_or_nonsense_is_named(change, message, tmp_p
 
 
 def test_files_that_are_none_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no such file; a checkpoint's pretrained_model folder, .npz or .parquet fits"):
+    with pytest.raises(
+        ValueError, match="no such file; expected a checkpoint's pretrained_model folder, .npz or .parquet"
+    ):
         read_latents(tmp_path / "a.npz")
     (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=".csv; .npz or .parquet fits"):
+    with pytest.raises(ValueError, match=".csv; expected .npz or .parquet"):
         read_latents(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="delta is .* --delta 0.5"):
         read_latents(save(tmp_path / "a.npz", **ROWS, delta=0.2), delta=0.5)

@@ -96,9 +96,9 @@ def test_bindings_are_read_from_flags():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("transfers", "no strategy 'transfers'; every, reconstructions"),
+        ("transfers", "no strategy 'transfers'; expected one of every, reconstructions"),
         ("transfer:right", "no bucket 'right'; there are all, left, cows"),
-        ("transfer@30", "a multiple of eval_freq=20 fits behind @"),
+        ("transfer@30", "expected a multiple of eval_freq=20 behind @"),
         ("transfer@often", "a multiple of eval_freq=20"),
     ],
 )
@@ -142,11 +142,11 @@ def test_buckets_come_from_flags_and_from_files_of_lines(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["left task~left"], "is no file, and no bucket"),
+        (["left task~left"], "is neither a file nor a bucket"),
         (["left: task"], "'task' is no condition"),
         (["a/b: task~left"], "its name is 'a/b'"),
-        (["a: task~left", "a: task~right"], "'a' is there twice"),
-        (["all: task~left"], "'all' is there twice"),
+        (["a: task~left", "a: task~right"], "two are named 'a'"),
+        (["all: task~left"], "two are named 'all'"),
     ],
 )
 def test_a_bad_bucket_is_named(given, message):

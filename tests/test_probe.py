@@ -128,7 +128,7 @@ def test_cards_stand_side_by_side(latents, tmp_path, capsys):
         ({"data": ()}, "is of one source; --data names 0"),
         ({"train_shuffled": 5}, "is a file of latents"),
         ({"groups": ("x=5",)}, "dimension 5, but the actions of .* have 2"),
-        ({"groups": ("x",)}, "'x'; a name and dimensions fit"),
+        ({"groups": ("x",)}, "'x'; expected a name and dimensions"),
     ],
 )
 def test_settings_that_make_no_card_are_named(settings, message, latents, tmp_path):
