@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def sheet(path: Path, title: str, rows: Sequence[Row], gap_after: int = 0) -> Path:
-    """Draws pictures of one size, enlarged by whole pixels; a wide gap stands behind `gap_after` columns."""
+    """Draws rows of pictures of one size, enlarged by whole pixels, with a wide gap after `gap_after` columns."""
     picture = next(x for row in rows for x in row.pictures if x is not None)
     zoom = -(-CELL // max(picture.shape[1:]))
     height, width = (zoom * side for side in picture.shape[1:])
@@ -79,7 +79,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairs_grid(path: Path, title: str, columns: dict[str, Tensor], captions: Sequence[str]) -> Path:
-    """A row a pair. columns: label -> (b, c, h, w): its frames, what was decoded, the error."""
+    """One row for each pair. columns: label -> (b, c, h, w): the frames, the decoded pictures, the error."""
     rows = [Row(x, caption) for *x, caption in zip(*columns.values(), captions, strict=True)]
     return sheet(path, title, [rows[0]._replace(labels=list(columns)), *rows[1:]])
 
@@ -87,7 +87,7 @@ def pairs_grid(path: Path, title: str, columns: dict[str, Tensor], captions: Seq
 def transfer_grid(
     path: Path, title: str, pairs: dict[str, Tensor], anchors: Row, decoded: Tensor, captions: Sequence[str]
 ) -> Path:
-    """A row a code, taken from the pair at its left and applied to each of the n anchor frames above.
+    """One row for each code, which comes from the pair on the left and is applied to each of the n frames above.
 
     pairs: label -> (r, c, h, w), the first and the second frames; decoded: (r, n, c, h, w).
     """
@@ -99,7 +99,7 @@ def transfer_grid(
 
 
 def codes_grid(path: Path, title: str, anchor: Tensor, decoded: dict[str, Tensor], change: bool) -> Path:
-    """Many codes on one frame, eight in a row, and, if `change`, what each changes.
+    """Many codes applied to one frame, eight in a row, and, with `change`, the difference that each makes.
 
     anchor: (c, h, w), decoded: code -> (c, h, w).
     """
@@ -122,7 +122,7 @@ def picture(predictions: dict[str, Tensor]) -> Tensor:
 
 
 def moving(frames: Tensor, source: Tensor, episodes: Tensor) -> list[int]:
-    """The half of the samples that changes more: sources in turn, and the episodes of each in turn."""
+    """The half of the samples that change more, the sources in turn, and the episodes of each source in turn."""
     change = (frames[:, 1].float() - frames[:, 0].float()).abs().flatten(1).mean(dim=1)
     queues = []
     for number in source.unique():
@@ -160,7 +160,7 @@ MAX_SEQUENCES = 30  # shown by name
 
 
 def new_figure(**settings) -> "Figure":
-    """An empty figure of matplotlib, which is imported when the first one is drawn."""
+    """An empty figure. Matplotlib is imported only when the first one is drawn."""
     from matplotlib.figure import Figure
 
     return Figure(**settings)
@@ -253,7 +253,7 @@ class Scatter(NamedTuple):
 
 
 def scatters(parts: Sequence[Scatter]) -> "Figure":
-    """Values in two dimensions, a colour for each group and a cross at its mean."""
+    """Values in two dimensions: one colour for each group, and a cross at its mean."""
     columns = min(3, len(parts))
     num_rows = -(-len(parts) // columns)
     figure = new_figure(figsize=(3.6 * columns, 3.5 * num_rows), layout="constrained")
@@ -282,7 +282,7 @@ def group_colours(groups: Tensor) -> tuple[list[int], np.ndarray]:
 
 
 def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
-    """means: row title -> for each token position, code -> mean flow (2,), right and down [pixel]. An arrow a code."""
+    """means: row title -> for each token position, code -> mean flow (2,), right and down [pixel]. An arrow is a code."""
     width = max(len(row) for row in means.values())
     figure = new_figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
     grid = figure.subplots(len(means), width, squeeze=False)
@@ -306,7 +306,7 @@ def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
 
 
 def heat_map(shares: Tensor, names: Sequence[str]) -> "Figure":
-    """shares (m, k, s): of the samples of each of s sources, those with a code k at a token position m."""
+    """shares (m, k, s): which share of the samples of source s has the code k at the token position m."""
     num_tokens, codebook_size, num_sources = shares.shape
     height = min(0.8 + 0.16 * num_tokens * codebook_size, 16.0)  # of thousands of codes too
     figure = new_figure(figsize=(1.5 + 1.1 * num_sources * 1.3, height))

@@ -88,13 +88,14 @@ class Shown:
         self.rows = self.moving[:NUM_ROWS]
 
     def groups(self) -> Tensor:
-        """Labels int64 (b, g) of the latent actions: their codes, or what k-means makes of continuous ones."""
+        """Labels int64 (b, g) of the latent actions: their codes, or the k-means cluster of a continuous one."""
         if self.indices is not None:
             return self.indices
         return k_means(self.codes.flatten(1), min(NUM_GROUPS, len(self.codes)), self.seed)[:, None]
 
     def sequences(self) -> tuple[list[str], Tensor, Tensor]:
-        """Each sequence of codes and its count, the most frequent first, and the number of each sample's one."""
+        """The different sequences of codes, the most frequent first, their counts, and the number of each sample's
+        sequence."""
         if self.indices is None:
             raise Skip("latent actions are continuous, there are no codes")
         found, number, counts = self.indices.unique(dim=0, return_inverse=True, return_counts=True)
@@ -116,7 +117,7 @@ class Shown:
 
     @property
     def pairs(self) -> dict[str, Tensor]:
-        """The pairs shown, by their labels."""
+        """The frames of the pairs in the rows of a picture, by their labels."""
         first, second = self.frames[self.rows].unbind(1)
         return {"first frame": first / 255, f"{self.laq.config.delta:g} s later": second / 255}
 
@@ -128,7 +129,7 @@ MIN_COUNT = 3  # samples of a code that has an arrow
 
 
 def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """Pairs, what is decoded from the first frame and the latent action, and from that of another pair."""
+    """Pairs, and what the LAQ decodes from the first frame with the pair's own latent action and with another's."""
     rows = shown.rows
     others = partners(shown.source, shown.seed)
     decoded = {"decoded": shown.decode(rows, shown.codes[rows])}
@@ -154,8 +155,8 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 
 def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """The latent action of a sample, applied to the first frame of one of another episode, of another source where
-    there are several. `cycle`: share of its codes that are read again from what is decoded."""
+    """The latent action of a sample, applied to the first frame of a sample of another episode (of another source where
+    there are several). `cycle`: share of the codes that the LAQ reads again from the decoded frame."""
     groups = shown.source if len(shown.source.unique()) > 1 else shown.episodes
     if len(groups.unique()) < 2:
         raise Skip("its samples are all of one episode")
@@ -176,14 +177,14 @@ def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 
 def elsewhere(groups: Tensor, seed: int) -> Tensor:
-    """For each sample a random one of another group: int64 (b,)."""
+    """For each sample the number of a random sample of another group: int64 (b,)."""
     generator = torch.Generator().manual_seed(seed)
     differs = (groups[:, None] != groups).float()
     return torch.multinomial(differs, 1, generator=generator)[:, 0]
 
 
 def cycle(shown: Shown, takers: Tensor) -> float:
-    """How often the LAQ reads a code again from a frame and what it decodes from that frame and the code."""
+    """Share of the codes that the LAQ reads again from a frame and the frame that it decoded with the code."""
     some = torch.arange(len(takers))[:128]
     device = next(shown.laq.parameters()).device
     decoded = (255 * shown.decode(takers[some].tolist(), shown.codes[some])).round().byte()
@@ -193,8 +194,9 @@ def cycle(shown: Shown, takers: Tensor) -> float:
 
 
 def permuted(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """Pairs, decoded with their own latent actions and with those of others of the bucket, permuted at random.
-    `over_true`: the error with permuted ones over that with their own, by target where there are several."""
+    """Pairs, decoded with their own latent actions, and with the latent actions of the bucket permuted at random.
+    `over_true`: the error with permuted latent actions over the error with the true ones, by target where there are
+    several."""
     if len(shown.codes) < 2:
         raise Skip("it has one sample")
     orders = [partners(torch.zeros_like(shown.source), shown.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)]
@@ -218,7 +220,7 @@ def permuted(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 
 def one_code(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """The code of a pair, applied to the first frames of many samples: a row a code."""
+    """The code of a pair, applied to the first frames of many samples, in one row for each code."""
     rows, anchors = shown.rows, shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:]
     applied = shown.decode(anchors * len(rows), shown.codes[rows].repeat_interleave(len(anchors), dim=0))
     applied = rearrange(applied, "(r n) c h w -> r n c h w", n=len(anchors))
@@ -229,7 +231,7 @@ def one_code(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 def many_codes(shown: Shown, path: Path, title: str) -> dict[str, float]:
     """The most frequent codes, applied to one frame. `spread`: mean distance of two pictures, over the mean change of a
-    pair; 0 where all codes do the same."""
+    pair; 0 where all codes have the same effect."""
     anchor = shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:][0]
     givers = {f"code {i + 1}": i for i in shown.moving[: NUM_ROWS + NUM_ANCHORS]}
     if shown.indices is not None:
@@ -252,14 +254,14 @@ def usage(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 
 def sequences(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """How often each whole sequence of codes occurs. `most_frequent`: share of the samples that have that one."""
+    """How often each whole sequence of codes occurs. `most_frequent`: share of the samples with the first."""
     names, counts, _ = shown.sequences()
     save(sequences_chart(names, counts.tolist()), path, title)
     return {"different": float(len(names)), "most_frequent": float(counts[0] / counts.sum())}
 
 
 def examples(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """Pairs that have exactly the same sequence of codes, a row a sequence: they should show the same motion."""
+    """Pairs with exactly the same sequence of codes, one row for each sequence: they should show the same motion."""
     names, counts, number = shown.sequences()
     rows = []
     for i, name in enumerate(names[:NUM_ROWS]):
@@ -286,15 +288,15 @@ def embedding(shown: Shown, path: Path, title: str) -> dict[str, float]:
 
 
 def actions(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """The actions of each source, coloured by the code that says most of them. `explained`: the share of a dimension's
-    variance that the best token position explains, the mean over dimensions and sources."""
+    """The actions of each source, coloured by the code of the token position that explains most of them. `explained`:
+    share of a dimension's variance that the best token position explains, the mean over dimensions and sources."""
     if not shown.has_action.any():
         raise Skip("its samples have no actions")
     return scattered(shown, shown.action, shown.has_action, "action", path, title)
 
 
 def states(shown: Shown, path: Path, title: str) -> dict[str, float]:
-    """The same of the states: what a code says of where the robot is, and not of how it moves."""
+    """The states, drawn as the actions are: a code should say how the robot moves, and not where it is."""
     if not shown.has_state.any():
         raise Skip("its samples have no states")
     return scattered(shown, shown.state.double(), shown.has_state, "state", path, title)
