@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",
-        "lerobot[training]>=0.6.1,<0.7",  # accelerate, datasets, av, torchcodec, wandb, pyarrow come with it
+        "lerobot[training]>=0.6.1,<0.7",  # wandb comes with it
         "transformers>=5.24,<6",  # earlier ones do not know `cache`, or fail in SmolVLM under bf16 autocast
         "peft>=0.18,<1",
         "tyro>=1.0,<2",

@@ -37,7 +37,6 @@ class Index(NamedTuple):
     key_stamps: np.ndarray  # int64 (keys, 3): its pts, dts and mark
     has_keys: bool
     fps: float  # mean
-    is_plain: bool  # what torchcodec 0.11 decodes without fault: nothing hidden, closed groups, and known times
 
 
 class Header(NamedTuple):
@@ -129,11 +128,9 @@ def index(path: str | Path) -> Index:
                 key_numbers = np.flatnonzero(is_key[order]) if mark == "pos" else np.zeros(0, dtype=np.int64)
                 keys = order[key_numbers]
             shown_at = np.sort(clock[order]) * tick
-            firsts = np.maximum.accumulate(np.where(is_key, pts, UNKNOWN))  # the key frame before each packet
-            is_plain = mark == "pts" and stores_times and not is_hidden.any() and bool((pts >= firsts).all())
             key_stamps = np.stack([pts, dts, marks], axis=1)[keys]
             fps = mean_rate(stream, shown_at)
-            return Index(shown_at, marks[order], mark, key_numbers, key_stamps, bool(is_key.any()), fps, is_plain)
+            return Index(shown_at, marks[order], mark, key_numbers, key_stamps, bool(is_key.any()), fps)
 
 
 def tells_order(

@@ -1,8 +1,6 @@
-"""Video files: the frames at given times, and the source `videos:DIR`."""
+"""Video files: the frames at given times, decoded by PyAV, and the source `videos:DIR`."""
 
 import hashlib
-import importlib.util
-import json
 import logging
 import math
 import os
@@ -10,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, VideoReformatter
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
@@ -25,7 +21,6 @@ from hlrp.video_index import (
     TOLERANCE,
     UNKNOWN,
     Header,
-    Index,
     from_start,
     index,
     marked,
@@ -38,57 +33,40 @@ from hlrp.video_index import (
 logger = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 NUM_OPEN = 16  # videos that a process keeps open
-MAX_AGAIN = 3  # frames that may be decoded once more, should the next read go on behind this one
-
-
-@lru_cache
-def decoder() -> Literal["torchcodec", "pyav"]:
-    """What decodes here: torchcodec where FFmpeg is installed, else PyAV, slower, which brings its own."""
-    if importlib.util.find_spec("torchcodec") is None:
-        return "pyav"
-    try:
-        import torchcodec.decoders  # noqa: F401
-    except RuntimeError as error:
-        if "Could not load libtorchcodec" not in str(error):
-            raise
-        return "pyav"
-    return "torchcodec"
-
-
-def read_frames(path: str | Path, times: Sequence[float]) -> Tensor:
-    """The frames that a video shows at `times` [s], in any order; uint8 (t, c, h, w), as a player shows them.
-
-    Raises ValueError, naming the file, where it is broken or does not last that long.
-    """
-    return open_video(path).frames(times)
+MAX_AGAIN = 3  # decode at most so many frames again, should the next read go on behind this one
 
 
 def open_video(path: str | Path) -> "VideoReader":
-    """A video file, opened once in each process."""
+    """Opens a video file, once in each process. Raises ValueError that names the file where it is broken."""
     return _open(str(path), os.getpid())
 
 
 @lru_cache(maxsize=NUM_OPEN)
 def _open(path: str, process: int) -> "VideoReader":
     """The process is part of the key: a forked one must not share the open files of its parent."""
-    return VideoReader(path, decoder())
+    return VideoReader(path)
 
 
 class VideoReader:
-    """One open video file. Both decoders give the same pixels, each at its speed; where torchcodec fails,
-    PyAV decodes, and has the last word on what is broken."""
+    """One open video file. Its frames are uint8 (t, c, h, w), as a player shows them.
 
-    def __init__(self, path: str | Path, decoder: Literal["torchcodec", "pyav"]):
-        self.path, self.torchcodec = path, None
-        self.index = index(path)
+    It decodes onwards from the last frame where a seek leads no nearer, and from the start of the file where no seek
+    leads to a frame. LeRobot writes a key frame every other frame; there, the decoder would spend half its time on
+    frames that nobody asked for. So the decoder is drained behind the last frame of a read where that frame lies near
+    its key frame.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.index = path, index(path)
         self.shown_at = self.index.shown_at  # [s]
+        self.to_rgb = VideoReformatter()
         with naming(path):
-            self.pyav = PyAV(path, self.index)
-            if decoder == "torchcodec" and self.index.is_plain and self.pyav.is_plain():
-                self.torchcodec = TorchCodec(path, self.pyav.stream, self.index)
+            self._open()
+        self.size = self.stream.codec_context.width, self.stream.codec_context.height
+        self.pixel_shape = self.stream.sample_aspect_ratio or 1  # width by height
 
     def frames(self, times: Sequence[float]) -> Tensor:
-        """As `read_frames`."""
+        """The frames shown at `times` [s], in any order. Raises ValueError where the video does not last that long."""
         times = np.asarray(times, dtype=np.float64)
         first, last = self.shown_at[0], self.shown_at[-1]
         interval = (last - first) / max(len(self.shown_at) - 1, 1)
@@ -99,82 +77,31 @@ class VideoReader:
 
     @cached_property
     def grid(self) -> np.ndarray:
-        """The numbers of the frames of a regular rate, the mean one: all of them, one after another, where none is
-        shown half an interval too early or too late; else those that are shown at its times."""
+        """Frame numbers at the regular mean rate. They are 0, 1, 2, ... where no frame is shown half an interval too
+        early or too late; else the number of the frame that is shown at each time of the grid."""
         times = self.shown_at[0] + np.arange(len(self.shown_at)) / self.index.fps
         if np.abs(self.shown_at - times).max() <= 0.5 / self.index.fps:
             return np.arange(len(times))
         return np.searchsorted(self.shown_at, times + TOLERANCE, side="right") - 1
 
     def numbered(self, numbers: np.ndarray) -> Tensor:
-        """The frames of these numbers, which are shown at `shown_at[numbers]` [s]."""
-        if (numbers[1:] > numbers[:-1]).all():
-            return self._decode(numbers.tolist())
-        numbers, position = np.unique(numbers, return_inverse=True)
-        return self._decode(numbers.tolist())[position]
-
-    def _decode(self, numbers: list[int]) -> Tensor:
-        if self.torchcodec:
-            try:
-                return self.torchcodec(numbers)
-            except RuntimeError as error:
-                logger.warning("%s: torchcodec fails, PyAV decodes it: %s", self.path, error)
-                self.torchcodec = None
+        """The frames of these numbers, in any order; frame i is shown at `shown_at[i]`."""
+        wanted, position = np.unique(numbers, return_inverse=True)
         with naming(self.path):
-            return self.pyav(numbers)
+            frames = self._decode(wanted.tolist())
+        return frames if np.array_equal(wanted, numbers) else frames[position]
 
-
-class TorchCodec:
-    """Decodes frames by their numbers with torchcodec."""
-
-    def __init__(self, path: str | Path, stream: VideoStream, index: Index):
-        self.path, self.stream_index, self.index, self.shown_at = str(path), stream.index, index, index.shown_at
-
-    @cached_property
-    def video(self):
-        from torchcodec.decoders import VideoDecoder
-
-        keys = set(self.index.key_stamps[:, 0].tolist())
-        durations = np.diff(self.index.marks, append=self.index.marks[-1] + 1)
-        frames = [
-            {"pts": pts, "duration": duration, "key_frame": int(pts in keys)}
-            for pts, duration in zip(self.index.marks.tolist(), durations.tolist(), strict=True)
-        ]
-        mappings = json.dumps({"frames": frames})  # with which it need not scan the file again
-        return VideoDecoder(self.path, stream_index=self.stream_index, custom_frame_mappings=mappings)
-
-    def __call__(self, numbers: list[int]) -> Tensor:
-        batch = self.video.get_frames_at(numbers)
-        if not np.allclose(batch.pts_seconds.numpy(), self.shown_at[numbers], rtol=0, atol=TOLERANCE):
-            raise RuntimeError(f"frames {numbers} decode to those at {batch.pts_seconds.tolist()} s")
-        return batch.data
-
-
-class PyAV:
-    """Decodes frames by their numbers with PyAV, onwards from the last one where a seek leads no nearer, and from the
-    start of the file where no seek leads to a frame.
-
-    With a key frame every other frame, as LeRobot writes videos, half of what is decoded would be frames behind those
-    that are asked for; so the decoder is drained at a last one that lies near its key frame."""
-
-    def __init__(self, path: str | Path, index: Index):
-        self.path, self.index = path, index
-        self.to_rgb = VideoReformatter()
-        self.open()
-        self.size = self.stream.codec_context.width, self.stream.codec_context.height
-        self.pixel_shape = self.stream.sample_aspect_ratio or 1  # width by height
-
-    def open(self) -> None:
+    def _open(self) -> None:
         self.container = av.open(str(self.path))
         self.stream = video_stream(self.container)
         self.stream.codec_context.thread_count = 1
         self.number = None  # of the frame that was decoded last
 
-    def __call__(self, numbers: list[int]) -> Tensor:
+    def _decode(self, numbers: list[int]) -> Tensor:
         frames = None  # t h w c
         for i, number in enumerate(numbers):
             is_last = i + 1 == len(numbers) or self._key(numbers[i + 1])[1] > number + 1
-            image = self.image(self._frame(number, is_last))
+            image = self._image(self._frame(number, is_last))
             if frames is None:
                 frames = np.empty((len(numbers), *image.shape), dtype=np.uint8)
             if image.shape != frames.shape[1:]:
@@ -182,19 +109,14 @@ class PyAV:
             frames[i] = image
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
-    def is_plain(self) -> bool:
-        """Whether pixels are square and no picture is mirrored, which torchcodec would not show."""
-        (a, b), (c, d) = orientation(self._frame(0, is_last=True)).tolist()
-        return self.pixel_shape == 1 and a * d - b * c > 0
-
     def _key(self, number: int) -> tuple[int, int]:
-        """The key frame from which a frame is decoded: its place among those, -1 for the start of the file, and the
-        number of the first frame that is shown from there on."""
+        """The key frame that decoding of a frame begins at: its place among the key frames (-1: the start of the
+        file), and the number of the first frame that is shown from there on."""
         key = int(np.searchsorted(self.index.key_numbers, number, side="right")) - 1
         return key, int(self.index.key_numbers[key]) if key >= 0 else 0
 
     def _frame(self, number: int, is_last: bool) -> av.VideoFrame:
-        """is_last: none is asked for that decoding would go on to."""
+        """is_last: the next frame that is asked for is not decoded onwards from this one."""
         key, key_number = self._key(number)
         if self.number is not None and key_number - 1 <= self.number < number:
             key = None  # go on
@@ -214,12 +136,12 @@ class PyAV:
         return frame
 
     def _found(self, number: int, key: int | None, drain_at: int | None) -> av.VideoFrame:
-        """Decodes from a key frame, from the start of the file (-1), or on (None)."""
-        self.number, mark = None, self.index.marks[number]  # None for the case that what follows fails
+        """Decodes from a key frame, from the start of the file (-1), or onwards (None)."""
+        self.number, mark = None, self.index.marks[number]  # None stays where decoding fails
         self.drain_at = drain_at
         if key == -1:
             logger.info("%s: frame %d is decoded from the start", self.path, number)
-            self.open()
+            self._open()
             self.decoded = from_start(self.container, self.stream, self.index.mark, self.index.has_keys)
         elif key is not None:
             self.decoded = self._decoded(self._packets_from(key))
@@ -233,9 +155,9 @@ class PyAV:
     def _is_reached(self, pts: int, mark: int) -> bool:
         return pts >= mark if self.index.mark == "pts" else pts == mark
 
-    def image(self, frame: av.VideoFrame) -> np.ndarray:
+    def _image(self, frame: av.VideoFrame) -> np.ndarray:
         """(h, w, c) as a player shows it: upright, with square pixels."""
-        image = self.to_rgb.reformat(  # which ignores the colour space and range of the frame unless told
+        image = self.to_rgb.reformat(  # PyAV ignores the frame's colour space and range unless told
             frame,
             width=max(1, round(frame.width * self.pixel_shape)),
             format="rgb24",
@@ -246,8 +168,8 @@ class PyAV:
         return oriented(image, orientation(frame))
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
-        """The packets from a key frame on, or from an earlier one. In most files, a seek to when it is shown leads
-        there; where it leads further, one to when it is decoded does."""
+        """The packets from a key frame on, or from an earlier one. In most files, a seek to the time of showing leads
+        there; where it leads too far, a seek to the time of decoding does."""
         *stamps, mark = self.index.key_stamps[key].tolist()
         for stamp in stamps:
             if stamp == UNKNOWN:
@@ -260,8 +182,8 @@ class PyAV:
         raise RuntimeError(f"its key frame at {stamps[0]} cannot be found")
 
     def _decoded(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
-        """The frames in these, in the order in which they are shown. A decoder keeps back some, for others may have
-        to be shown before; once it has the packet at `drain_at`, it is made to give them all."""
+        """The frames in the packets, in the order in which they are shown. A decoder keeps some back, since others may
+        be shown before them; once it has the packet at `drain_at`, it is made to give them all."""
         for packet in packets:
             yield from packet.decode()
             if packet.pts is not None and packet.pts == self.drain_at:
@@ -270,16 +192,18 @@ class PyAV:
 
 
 def orientation(frame: av.VideoFrame) -> np.ndarray:
-    """The signs (2, 2) of a frame's display matrix: rows x and y of the frame, columns x and y of what is shown. Raises
-    RuntimeError where it turns by other than quarter turns."""
+    """The signs (2, 2) of a frame's display matrix: rows x and y of the frame, columns x and y on the screen.
+
+    Raises RuntimeError where the matrix turns the frame by other than quarter turns.
+    """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return np.eye(2, dtype=np.int64)
     parts = np.frombuffer(bytes(matrix), dtype=np.int32)[[0, 1, 3, 4]].astype(np.float64).reshape(2, 2)
     length = np.abs(parts).max()
-    if not length:  # no turn is meant
+    if not length:  # it says nothing
         return np.eye(2, dtype=np.int64)
-    signs = np.where(np.abs(parts) < 0.02 * length, 0, np.sign(parts)).astype(np.int64)  # a degree is no turn
+    signs = np.where(np.abs(parts) < 0.02 * length, 0, np.sign(parts)).astype(np.int64)  # ignore a degree
     if not np.array_equal(np.abs(signs), np.eye(2)) and not np.array_equal(np.abs(signs), np.eye(2)[::-1]):
         angle = math.degrees(math.atan2(parts[0, 1], parts[0, 0]))
         raise RuntimeError(f"it is to be shown turned by {angle:.0f} degrees; expected 0, 90, 180 or 270")
@@ -295,7 +219,7 @@ def oriented(image: np.ndarray, signs: np.ndarray) -> np.ndarray:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files below a folder, also behind links, each folder once."""
+    """The files below a folder, also behind links; each folder is read once."""
     seen = set()
     for parent, folders, names in folder.walk(follow_symlinks=True):
         if (real := parent.resolve()) in seen:  # a link leads back
@@ -310,17 +234,18 @@ def read_task(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8: {error}") from error
+        raise ValueError(f"{path}: expected a text in UTF-8, got other bytes: {error}") from error
 
 
 class Videos(Source):
     """A folder of video files, searched recursively: each file is an episode, in the order of their paths.
 
-    There are as many frames as the decoder gives, and fps is the file's mean frame rate. Where a rate varies by more
-    than half a frame, frame i is the one shown i / fps seconds after the first. A text file of the same name (wave.txt
-    for wave.mp4) is the task.
+    An episode has the frames that the decoder gives, and fps is their mean rate. Where the rate varies by more than
+    half a frame, frame i is the one shown i / fps seconds after the first. A text file of the same name (wave.txt for
+    wave.mp4) holds the task.
 
-    With `skip_broken`, files that cannot be read are left out, logged and counted in `num_skipped`.
+    skip_broken: leave out files that cannot be read, log them and count them in `num_skipped`.
+    Raises ValueError where the folder has no video, or a file cannot be read.
     """
 
     def __init__(self, folder: str | Path, uri: str | None = None, skip_broken: bool = False):
@@ -328,7 +253,7 @@ class Videos(Source):
         self.uri, self.name = uri or f"videos:{folder}", f"videos-{folder.name}"
         paths = sorted(p for p in files_in(folder) if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not paths:
-            raise ValueError(f"{self.uri}: no video in {folder}; a folder of {', '.join(SUFFIXES)} files fits")
+            raise ValueError(f"{self.uri}: no video in {folder}; expected files of type {', '.join(SUFFIXES)}")
 
         headers = probe_all(paths)
         errors = [header for header in headers.values() if isinstance(header, ValueError)]
@@ -357,7 +282,7 @@ class Videos(Source):
         path, length, indices = self.paths[episode], int(self.lengths[episode]), np.asarray(indices)
         video = open_video(path)
         if len(video.grid) != length:
-            raise ValueError(f"{path}: it has {len(video.grid)} frames, but had {length} when it was indexed")
+            raise ValueError(f"{path}: expected {length} frames as when it was indexed, got {len(video.grid)}")
         if indices.min() < 0 or indices.max() >= length:
-            raise ValueError(f"{path}: frames {indices.min()} to {indices.max()} of {length}")
+            raise ValueError(f"{path}: expected frame numbers below {length}, got {indices.min()} to {indices.max()}")
         return {"frames": video.numbered(video.grid[indices])}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from toys import FPS, LENGTHS, TOP, WRIST, numbers, picture, write_lerobot
 
-from hlrp import videos
 from hlrp.clips import Clips
 from hlrp.contract import choose_demonstrations
 from hlrp.data import Mixture, loader
@@ -50,15 +49,10 @@ def change(path, **columns):
     pq.write_table(table, path)
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
 @pytest.mark.parametrize("dataset", ["h264", "av1", "images"])
-def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, decoder, request, monkeypatch):
+def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, request):
     from lerobot.datasets import LeRobotDataset
 
-    if decoder == "torchcodec" and videos.decoder() != "torchcodec":
-        pytest.skip("FFmpeg is not installed")
-    monkeypatch.setattr(videos, "decoder", lambda: decoder)
-    videos._open.cache_clear()
     folder = request.getfixturevalue(dataset)
     expected = LeRobotDataset("toy/toy", root=folder, video_backend="pyav", return_uint8=True)
     source = open_source(f"lerobot:{folder}?camera=wrist")
