@@ -10,28 +10,44 @@ simulation = ["metaworld>=3.0,<4", "mujoco>=3.3,<3.10"]  # metaworld 3.0 fails w
 
 setup(
     name="lerobot_policy_hlrp",
-    version="0.1.0",
+    version="0.2.0",
     description="Latent action learning from video: LAQ, a VLA that predicts latent actions, a LeRobot policy",
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=["hlrp"],
+    package_data={"hlrp": ["py.typed"]},
     py_modules=["lerobot_policy_hlrp", "launcher_hlrp"],
     entry_points={"torch.backends": ["hlrp = hlrp.cli:be_brief"]},  # see there
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",
-        "lerobot[training]>=0.6.1,<0.7",  # wandb comes with it
+        "lerobot[training]>=0.6.1,<0.7",
+        "accelerate>=1.14,<2",
         "transformers>=5.24,<6",  # earlier ones do not know `cache`, or fail in SmolVLM under bf16 autocast
+        "tokenizers>=0.22,<1",
         "peft>=0.18,<1",
-        "tyro>=1.0,<2",
+        "huggingface_hub>=1.6,<2",
+        "safetensors>=0.5,<1",
+        "einops>=0.8,<0.9",
+        "numpy>=2,<3",
+        "gymnasium>=1.1,<2",
+        # data
+        "av>=15,<16",
+        "simplejpeg>=1.8,<2",
+        "opencv-python-headless>=4.9,<5",
+        "datasets>=4.8,<5",
+        "pyarrow>=21",
         "webdataset>=1.0,<2",
+        "braceexpand>=0.1.7,<1",
+        "fsspec>=2023.5",
         "google-crc32c>=1.5,<2",
         "protobuf>=5,<8",
-        "einops>=0.8,<0.9",
-        "safetensors>=0.5,<1",
-        "simplejpeg>=1.8,<2",
+        # runs
+        "tyro>=1.0,<2",
+        "wandb>=0.24,<1",
+        "pyyaml>=6,<7",
+        "pandas>=2,<3",
         "matplotlib>=3.9,<4",
-        "opencv-python-headless>=4.9,<5",
         "tqdm>=4.66,<5",
     ],
     extras_require={
