@@ -287,7 +287,7 @@ def leakage(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict:
 def episode_identity(pairs: Pairs, features: dict[str, Tensor]) -> dict | None:
     """How often a linear probe tells which of up to `MAX_EPISODES` episodes a pair is of, fitted on the other half of
     the pairs of each. None where no two episodes have four pairs."""
-    unique, number, counts = pairs.episodes.unique(return_inverse=True, return_counts=True)
+    _, number, counts = pairs.episodes.unique(return_inverse=True, return_counts=True)
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0)).to(counts.device)
     chosen = order[counts[order].argsort(descending=True, stable=True)][:MAX_EPISODES]
     chosen = chosen[counts[chosen] >= 4]

@@ -56,7 +56,7 @@ def mistake_of_worker(text: str, kind: str) -> str | None:
 
 def is_ours(file: str) -> bool:
     path = Path(file).resolve()
-    return path.parent == LIBRARY or path.parent == LIBRARY.parent and path.name in SCRIPTS
+    return path.parent == LIBRARY or (path.parent == LIBRARY.parent and path.name in SCRIPTS)
 
 
 def be_brief() -> None:

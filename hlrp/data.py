@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import gcd
 from multiprocessing import active_children
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -330,7 +330,7 @@ class Loader(DataLoader):
     """A DataLoader whose workers take no notice of a scheduler's warning, which goes to all processes of a job: the
     training process acts on it, they go on. They end with that process, however it ends."""
 
-    workers = WeakSet()
+    workers: ClassVar[WeakSet] = WeakSet()
 
     def __init__(self, dataset: Dataset, *args, worker_init_fn: Callable[[], None] | None = None, **settings):
         own = torch.Generator()  # without it, one would be drawn from the global random state

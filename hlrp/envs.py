@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -97,7 +98,7 @@ class WorldEnv(gym.Env):
     The episode ends when the task is done, or after 48 frames, as long as those of the source.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": FPS}
     render_mode = "rgb_array"
     observation_space = gym.spaces.Dict(
         {
@@ -366,7 +367,7 @@ class SideBySide(gym.vector.VectorEnv):
         own = attribute(copy, "task") or "" if own is None else own
         only = self.learned[0] if len(self.learned) == 1 else None
         text = next(text for text in (self.task_text, only, own) if text is not None)
-        if not self.is_compared and (text != own or self.learned and text not in self.learned):
+        if not self.is_compared and (text != own or (self.learned and text not in self.learned)):
             self.is_compared = True
             examples = ", ".join(map(repr, self.learned[:3])) + (", ..." if len(self.learned) > 3 else "")
             learned = (

@@ -89,11 +89,10 @@ def check(args: Args) -> None:
         )
     if args.shuffled and args.train_shuffled:
         raise ValueError("shuffled and train_shuffled are the same control: give one")
-    if args.latents.is_file() and (controls := [args.shuffled, args.train_shuffled, *args.transfer_to]):
-        if any(controls):
-            raise ValueError(
-                f"shuffled, train_shuffled and transfer_to need a model, but {args.latents} is a file of latents"
-            )
+    if args.latents.is_file() and any([args.shuffled, args.train_shuffled, *args.transfer_to]):
+        raise ValueError(
+            f"shuffled, train_shuffled and transfer_to need a model, but {args.latents} is a file of latents"
+        )
     if args.latents.is_file() and len(args.data) != 1:
         raise ValueError(f"{args.latents} is of one source; --data names {len(args.data)}")
     parse_groups(args.groups)

@@ -120,7 +120,7 @@ def plan(args: Args, settings: Settings) -> list[Job]:
         if isinstance(source, Stream):
             spans += [(uri, number, number + 1) for number in range(source.num_shards)]
             continue
-        rates, examples = np.unique(source.fps, return_index=True)
+        _, examples = np.unique(source.fps, return_index=True)
         for episode in examples.tolist():
             try:
                 frame_numbers(view_of(source, episode), settings)

@@ -222,7 +222,7 @@ def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: st
     sample, keys = None, set()
     for member in read_members(file, path, mode):
         folder, slash, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
+        stem, _, suffix = base.partition(".")
         extension = suffix.rpartition(".")[2]
         if extension.lower() in PICKLES:
             raise ValueError(f"{path}: {member.name} is a pickle, which can run any code; NPY or JSON fits")
@@ -253,7 +253,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
     """
     offset = 0
     try:
-        tar = tarfile.open(fileobj=file, mode=mode, bufsize=2**20)
+        tar = tarfile.open(fileobj=file, mode=mode, bufsize=2**20)  # noqa: SIM115  who opened the file closes it
         info = tar.firstmember
         while info is not None:
             offset = info.offset

@@ -181,7 +181,7 @@ def read_tensor(example: Example, path: str, feature: Feature) -> np.ndarray:
             raise ValueError(f"{path} is not a zlib stream: {error}") from error
         values = np.frombuffer(b"".join(arrays), feature.dtype)
     size = math.prod(feature.shape)
-    if len(values) % size or not feature.depth and len(values) != size:
+    if len(values) % size or (not feature.depth and len(values) != size):
         raise ValueError(f"{path} has {len(values)} numbers, expected {list(feature.shape)}{' a step' * feature.depth}")
     return values.reshape((-1, *feature.shape) if feature.depth else feature.shape)
 

@@ -150,9 +150,9 @@ class RunArgs:
         for name in ("label_fraction", "action_free", "ema_decay"):
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 to 1")
-        if (count := getattr(self, "demonstrations", None)) is not None:
-            if count < 1 or getattr(self, "label_fraction", 1) != 1:
-                raise ValueError(f"demonstrations={count}; expected 1 or more, and no --label-fraction beside it")
+        count = getattr(self, "demonstrations", None)
+        if count is not None and (count < 1 or getattr(self, "label_fraction", 1) != 1):
+            raise ValueError(f"demonstrations={count}; expected 1 or more, and no --label-fraction beside it")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}; expected 0 to steps={self.steps}")
 
@@ -182,7 +182,7 @@ class Run:
         """args: resolved. Raises ValueError where the launcher contradicts them."""
         die_with_launcher()
         self.args, self.accelerator = args, make_accelerator(args)
-        accelerator, launched = self.accelerator, int(os.environ.get("WORLD_SIZE", 1))
+        accelerator, launched = self.accelerator, int(os.environ.get("WORLD_SIZE", "1"))
         if launched != accelerator.num_processes:
             raise ValueError(
                 f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: each would be a "

@@ -408,7 +408,7 @@ def check(config: VLAConfig) -> None:
     for name in ("chunk_size", "num_inference_steps", "flow_draws", "expert_dim", "expert_depth"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected 1 or more")
-    if not 0 <= config.code_dropout <= 1 or config.code_dropout and config.head != "tokens":
+    if not 0 <= config.code_dropout <= 1 or (config.code_dropout and config.head != "tokens"):
         raise ValueError(f"code_dropout={config.code_dropout}; expected 0 to 1, above 0 with head=tokens alone")
     if config.expert_dim % 4:
         raise ValueError(f"expert_dim={config.expert_dim}; expected a multiple of 4, its number of heads")

@@ -192,7 +192,7 @@ def test_an_encoder_runs_in_the_precision_of_autocast_or_of_its_parameters(tmp_p
 
 
 @pytest.mark.parametrize(
-    "key, shape, message",
+    ("key", "shape", "message"),
     [
         ("layernorm.weight", None, "missing layernorm.weight"),
         ("projector.weight", (2,), "unexpected projector.weight"),
@@ -230,7 +230,7 @@ def test_an_encoder_that_is_not_there_is_named_with_what_would_fit(encoder, name
 
 
 def test_a_folder_without_processor_or_safetensors_and_a_foreign_model_are_refused(tmp_path):
-    model, processor = save_vision(tmp_path / "vision", "dinov2")
+    model, _ = save_vision(tmp_path / "vision", "dinov2")
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare.*processor"):
         FrozenEncoder(str(tmp_path / "bare"))

@@ -132,5 +132,5 @@ def test_a_folder_that_cannot_be_flushed_is_written_all_the_same_and_a_disk_that
         (partial / "file").write_text("x")
     assert (tmp_path / "whole/file").is_file()
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
-    with pytest.raises(OSError), whole_folder(tmp_path / "other") as partial:
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), whole_folder(tmp_path / "other") as partial:
         pass

@@ -71,7 +71,7 @@ def test_three_times_actions_state_and_truth_belong_to_their_frames():
     assert sample["index"] == 4 and sample["fps"] == 10 and sample["task"] == "episode 0"
 
 
-@pytest.mark.parametrize("fps, delta, fits", [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)])
+@pytest.mark.parametrize(("fps", "delta", "fits"), [(1, 0.4, 1), (10, 0.16, 0.2), (5, 0.3, 0.4), (30, 0.01, 0.0333)])
 def test_a_delta_far_from_a_whole_number_of_frames_names_what_would_fit(fps, delta, fits):
     message = f"2 of 2 episodes, first episode 0: delta={delta} s .* at its {fps} fps, .* such as {fits}"
     with pytest.raises(ValueError, match=message):
@@ -110,7 +110,7 @@ next(batches)
     assert done.returncode == 1 and "cannot be decoded" in done.stderr
 
 
-@pytest.mark.parametrize("num_episodes, val_fraction", [(2, 0.01), (2, 0.99), (11, 0.2), (100, 0.05)])
+@pytest.mark.parametrize(("num_episodes", "val_fraction"), [(2, 0.01), (2, 0.99), (11, 0.2), (100, 0.05)])
 def test_no_episode_is_in_both_splits_and_each_has_one(num_episodes, val_fraction):
     source = Counting([9] * num_episodes)
     train, val = split_episodes(source, val_fraction, seed=3)
@@ -419,7 +419,7 @@ def test_uris_carry_options_and_a_weight():
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("film:/data", "videos:..., lerobot:..."),
         ("/data/kitchen", "not a data source"),

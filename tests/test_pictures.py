@@ -94,7 +94,7 @@ def test_bindings_are_read_from_flags():
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ("transfers", "no strategy 'transfers'; expected one of every, reconstructions"),
         ("transfer:right", "no bucket 'right'; there are all, left, cows"),
@@ -114,7 +114,7 @@ def sets() -> dict[str, Clips]:
 
 
 @pytest.mark.parametrize(
-    "rule, fits, does_not",
+    ("rule", "fits", "does_not"),
     [
         ("dataset=bridge", {"dataset": "bridge"}, {"dataset": "bridge2"}),
         ("dataset!=bridge", {"dataset": "fractal"}, {"dataset": "bridge"}),
@@ -140,7 +140,7 @@ def test_buckets_come_from_flags_and_from_files_of_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         (["left task~left"], "is neither a file nor a bucket"),
         (["left: task"], "'task' is no condition"),

@@ -64,7 +64,7 @@ def test_any_number_of_tokens_trains(name, num_tokens):
     if name in DISCRETE:
         assert indices.shape == (5, num_tokens)
         assert indices.dtype == torch.int64
-        assert 0 <= indices.min() and indices.max() < quantizer.codebook_size == 64
+        assert indices.min() >= 0 and indices.max() < quantizer.codebook_size == 64
     else:
         assert indices is None and quantizer.codebook_size is None
 
@@ -153,7 +153,7 @@ def test_fsq_takes_the_fewest_levels():
 
 
 @pytest.mark.parametrize(
-    "name, size, message",
+    ("name", "size", "message"),
     [
         ("fsq", 22, r"codebook_size=22; expected a product .* such as 21 or 24"),
         ("fsq", 2, r"codebook_size=2; expected a product .* such as 3 or 4"),
@@ -364,7 +364,7 @@ def test_vq_has_the_gradients_of_vector_quantize_pytorch():
     for rotation in (False, True):
         ours = VQ(8, 16, rotation=rotation, commitment_weight=1.0)
         ours.codebook.usage.fill_(1)
-        options = dict(learnable_codebook=True, ema_update=False, threshold_ema_dead_code=0)
+        options = {"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 0}
         theirs = VectorQuantize(8, 16, rotation_trick=rotation, **options)
         theirs._codebook.embed.data.copy_(ours.codebook.codes.data)
         z, weight = torch.randn(4, 6, 8), torch.randn(4, 6, 8)

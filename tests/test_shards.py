@@ -141,7 +141,7 @@ def test_an_index_is_a_safetensors_file_with_the_statistics_of_its_tar(world, pn
     np.testing.assert_allclose(found["q99"], np.quantile(actions, 0.99, axis=0), atol=0.3)
 
 
-@pytest.mark.parametrize("codec, tolerance", [("jpeg", 6), ("yuv420", 6)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("jpeg", 6), ("yuv420", 6)])
 def test_lossy_frames_are_near_and_the_bytes_as_they_lie_decode_to_them(tmp_path, world, codec, tolerance):
     write(tmp_path, codec=codec, quality=95)
     source = Shards(tmp_path)
@@ -489,7 +489,7 @@ FOREIGN_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("sample, message", FOREIGN_FAULTS, ids=[message for _, message in FOREIGN_FAULTS])
+@pytest.mark.parametrize(("sample", "message"), FOREIGN_FAULTS, ids=[message for _, message in FOREIGN_FAULTS])
 def test_what_is_no_episode_is_refused_with_file_and_member(tmp_path, sample, message):
     tar = raw_tar(
         tmp_path / "a.tar",

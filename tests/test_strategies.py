@@ -60,7 +60,7 @@ class Oracle(nn.Module):
         if "pixels" in self.weights:
             return {"pixels": torch.stack([self.picture(*x) for x in zip(first, codes, strict=True)])}
         flow = SPAN * codes[..., 0, None, None].expand(-1, -1, IMAGE_SIZE, IMAGE_SIZE)
-        return {name: flow for name in self.weights}
+        return dict.fromkeys(self.weights, flow)
 
     def errors(self, frames, variants, task):
         seen = [self.decode(frames[:, 0], codes, task, None)["pixels"] for codes in variants]
@@ -116,7 +116,7 @@ def test_a_reconstruction_is_the_second_frame_and_another_code_gives_another_one
 
 def test_predicted_latent_actions_stand_beside_the_true_ones(clean, tmp_path):
     codes, indices = clean.codes, clean.indices
-    worlds, samples, source = samples_of("clean")
+    _, samples, source = samples_of("clean")
     still = Latents(torch.zeros_like(codes), torch.full_like(indices, 2), codes)
     shown = Shown(clean.laq, lambda batch: still, samples, source, seed=0)
     _, (rows,), _ = run(shown, "reconstructions", tmp_path)
@@ -222,7 +222,7 @@ def test_the_compass_points_where_the_tip_goes_also_under_a_moving_camera(clean,
     assert still["token 0, raw"]["0"][0] < 0 < still["token 0, raw"]["4"][0]  # left, right
     assert still["token 1, raw"]["0"][1] > 0 > still["token 1, raw"]["4"][1]  # up, down
 
-    worlds, samples, source = samples_of("clean")
+    _, samples, source = samples_of("clean")
     batch = collate(samples)
     moving = [
         sample | {"frames": torch.stack([sample["frames"][0], sample["frames"][1].roll(3, dims=-1)])}

@@ -121,7 +121,7 @@ def test_labelled_episodes_show_their_actions_and_others_none():
 
 def test_validation_holds_clips_of_held_out_episodes_and_frees_the_other_frames():
     source = Passing(num_shards=60, lengths=(29, 3, 32, 27))
-    train, val = split_episodes(source, 0.2, seed=1)
+    _, val = split_episodes(source, 0.2, seed=1)
     chosen = choose_clips(StreamClips(source, val, (0.0, 0.5), image_size=4), 32, seed=0)
     assert len(chosen) == 32
     for sample in chosen:

@@ -1,5 +1,6 @@
 """train_laq.py as its users run it, on the built-in world."""
 
+import itertools
 import json
 import os
 import random
@@ -52,7 +53,7 @@ def command(output_dir, num_processes=None, **settings) -> list[str]:
         [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
         for name, value in flags.items()
     ]
-    return [sys.executable, *launch, str(SCRIPT), *sum(values, [])]
+    return [sys.executable, *launch, str(SCRIPT), *itertools.chain(*values)]
 
 
 @pytest.fixture(scope="module")

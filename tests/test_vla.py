@@ -162,7 +162,7 @@ def test_a_checkpoint_alone_predicts_what_the_trained_model_predicts(saved, fami
     assert torch.equal(*errors) and errors[0].shape == (4,)
 
 
-@pytest.mark.parametrize("num_tokens, codebook_size", [(1, 2), (5, 7)])
+@pytest.mark.parametrize(("num_tokens", "codebook_size"), [(1, 2), (5, 7)])
 @pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("settings", HEADS, ids=name)
 def test_any_number_of_tokens_codes_and_latent_actions_is_learned(
@@ -435,7 +435,7 @@ def test_a_new_head_is_one_class_and_one_line_of_the_table(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"head": "words"}, "head='words'; expected one of tokens, parallel, flow"),
         ({"head": "tokens", "token_rows": "words"}, "token_rows='words'; expected one of codes, vocabulary"),

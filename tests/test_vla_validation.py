@@ -141,7 +141,7 @@ def test_codes_and_vectors_stand_for_each_other(quantizer):
     if quantizer == "gaussian":
         assert complete(laq, Predicted(None, labels["latent_vectors"])) == (None, labels["latent_vectors"])
         return
-    indices, vectors = complete(laq, Predicted(labels["latent_indices"], None))
+    _, vectors = complete(laq, Predicted(labels["latent_indices"], None))
     torch.testing.assert_close(vectors, labels["latent_vectors"])
     nearest, _ = complete(laq, Predicted(None, vectors + 1e-3))
     assert torch.equal(nearest, labels["latent_indices"])

@@ -186,7 +186,7 @@ def test_a_checkpoint_rebuilds_the_model_without_the_folder_it_came_from(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "key, shape, message",
+    ("key", "shape", "message"),
     [
         ("norm.weight", None, "missing .*norm.weight"),
         ("projector.weight", (2,), "unexpected projector.weight"),
@@ -246,7 +246,7 @@ def test_a_folder_without_its_tokenizer_or_processor_is_an_error(tmp_path, famil
 
 
 @pytest.mark.parametrize(
-    "family, options, message",
+    ("family", "options", "message"),
     [
         ("smolvlm", {"image_size": 30}, "image_size=30 does not fit .*: expected 46 or a multiple of 14 up to 42"),
         ("smolvlm", {"image_size": 56}, "image_size=56"),
