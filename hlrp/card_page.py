@@ -190,9 +190,11 @@ details { margin-top: 10px; } summary { cursor: pointer; color: #2563eb; }
 
 SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     "Information": (
-        "Do latent actions tell the actions that were taken? Probes read the mean action between the two frames, "
-        "fitted on some episodes and scored on others. A control has as many dimensions as the latent action. Lines "
-        "are 95 % intervals over episodes.",
+        (
+            "Do latent actions tell the actions that were taken? Probes read the mean action between the two frames, "
+            "fitted on some episodes and scored on others. A control has as many dimensions as the latent action. "
+            "Lines are 95 % intervals over episodes."
+        ),
         {
             "information": "What probes read. Grey: what a latent action has to beat. Orange: whether it tells more "
             "than the frame alone.",
@@ -203,13 +205,17 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
         },
     ),
     "Leakage": (
-        "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
-        "as goes together with the true action, or as the change of pixels tells in as many numbers, is no leak.",
+        (
+            "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
+            "as goes together with the true action, or as the change of pixels tells in as many numbers, is no leak."
+        ),
         {"leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."},
     ),
     "Use by the decoder": (
-        "A decoder that gets along without the code leaves it free to mean nothing. Its error has to grow where it is "
-        "given another pair's code, also one of the same episode, whose appearance is the same.",
+        (
+            "A decoder that gets along without the code leaves it free to mean nothing. Its error has to grow where it "
+            "is given another pair's code, also one of the same episode, whose appearance is the same."
+        ),
         {
             "use": "Errors of the decoder, by the code that it is given.",
             "reconstructions": "Held-out pairs, what is decoded from the first one and the code, and another's code.",
@@ -218,8 +224,10 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
         },
     ),
     "Invariance and algebra": (
-        "Actions obey rules: without one nothing happens, the reverse undoes it, two in a row add up, and what is "
-        "decoded from one shows it again. A camera that moves is none.",
+        (
+            "Actions obey rules: without one nothing happens, the reverse undoes it, two in a row add up, and what is "
+            "decoded from one shows it again. A camera that moves is none."
+        ),
         {
             "invariance": "What is no action should leave the latent action where it is.",
             "algebra": "Blue: how far the rule is from holding. Grey: the same with others' latent actions.",
