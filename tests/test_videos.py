@@ -44,7 +44,7 @@ def quiet(tmp_path_factory, monkeypatch):
     av.logging.set_level(av.logging.PANIC)
 
 
-@pytest.mark.parametrize("name, codec, fps, options", FORMATS)
+@pytest.mark.parametrize(("name", "codec", "fps", "options"), FORMATS)
 def test_any_frame_in_any_order_is_the_right_one(tmp_path, name, codec, fps, options):
     reader = VideoReader(write_video(tmp_path / name, codec, fps, options))
     header = probe(tmp_path / name)
@@ -197,7 +197,7 @@ def test_an_mp4_that_has_lost_its_order_is_read_in_the_decoders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, codec, first", [("a.mp4", "libx264", 12), ("a.mkv", "libvpx-vp9", 12), ("b.mp4", "mpeg4", 12)]
+    ("name", "codec", "first"), [("a.mp4", "libx264", 12), ("a.mkv", "libvpx-vp9", 12), ("b.mp4", "mpeg4", 12)]
 )
 def test_a_recording_that_begins_between_key_frames_has_the_frames_that_can_be_decoded(tmp_path, name, codec, first):
     write_video(tmp_path / name, codec, options={"g": "12", "bf": "0", "sc_threshold": "0"}, lost=5)
