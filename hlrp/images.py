@@ -1,6 +1,7 @@
-"""Encoded frames: JPEG, PNG, and raw YUV 4:2:0 as an NPY array, each known by its first bytes. No pickle is read.
+"""Encoded frames, and frames on their way from the decoder to the batch.
 
-What happens to frames between the decoder and the batch, and to features of them.
+An encoded frame is a JPEG, a PNG, or raw YUV 4:2:0 as an NPY array; its first bytes tell which. JPEG and PNG are turned
+as their EXIF orientation says, as a viewer shows them. No pickle is read.
 """
 
 import io
@@ -15,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 JPEG, PNG, NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+EXIF = b"Exif\0\0"  # near the beginning of a JPEG that cameras and phones write
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """The frame as uint8 (c, h, w), RGB.
+    """An encoded frame as uint8 (c, h, w), RGB.
 
-    Raises ValueError that begins with `name`, the file and the member, where data are none of these, or broken.
+    Raises ValueError that begins with `name`, the file and the member, where the data are of another kind or broken.
     """
     return decode_all([data], lambda _: name)[0]
 
@@ -31,9 +33,9 @@ def decode_all(frames: Sequence[bytes], name: Callable[[int], str]) -> Tensor:
 
 
 def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -> list[Tensor]:
-    """Each clip as `decode_all`; clips of one size that follow one another lie so in one memory.
+    """Decodes each clip as `decode_all` does; clips of one size that follow one another share one memory.
 
-    name: of a frame by its number among those of all clips. Raises ValueError as `decode` does.
+    name: gives the name of a frame by its number, counted over all clips. Raises ValueError as `decode` does.
     """
     decoded, number, num_frames = [], 0, sum(map(len, clips))
     size = None  # of the frames in memory
@@ -41,11 +43,12 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
         first = number
         for data in clip:
             try:
-                pixels = None if data.startswith(JPEG) else decode_other(data)  # h w c
+                is_plain_jpeg = data.startswith(JPEG) and EXIF not in data[:64]
+                pixels = None if is_plain_jpeg else decode_other(data)  # h w c
                 own = simplejpeg.decode_jpeg_header(data)[:2] if pixels is None else pixels.shape[:2]
                 if own != size:
                     if number > first:
-                        raise ValueError("{1} x {0} pixels, {3} x {2} before".format(*own, *size))
+                        raise ValueError("expected {3} x {2} pixels as before, got {1} x {0}".format(*own, *size))
                     size, memory, start = own, np.empty((num_frames - first, *own, 3), dtype=np.uint8), first
                     frames = torch.from_numpy(memory).permute(0, 3, 1, 2)
                 if pixels is None:
@@ -60,16 +63,17 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
 
 
 def decode_other(data: bytes) -> np.ndarray:
-    """What is no JPEG: uint8 (h, w, c)."""
-    if data.startswith(PNG):
+    """Decodes PNG, NPY, and JPEG with EXIF, which simplejpeg would not turn. Returns uint8 (h, w, c)."""
+    if data.startswith((PNG, JPEG)):
         from torchvision.io import ImageReadMode, decode_image
 
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
         image = image.permute(1, 2, 0).numpy()
-        return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)  # of 16 bits the upper ones
+        return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)  # the upper 8 of 16 bits
     if data.startswith(NPY):
         return from_yuv420(load_array(data))
-    raise ValueError(f"it begins with {data[:8]!r}; a JPEG, a PNG or an NPY array of YUV 4:2:0 fits")
+    raise ValueError(f"it begins with {data[:8]!r}; expected a JPEG, a PNG or an NPY array of YUV 4:2:0")
 
 
 def load_array(data: bytes) -> np.ndarray:
@@ -106,7 +110,7 @@ def fit(frames: Tensor, image_size: int) -> Tensor:
 
 
 def fit_all(clips: Sequence[Tensor], image_size: int) -> list[Tensor]:
-    """Each as `fit` gives it; clips of one shape all at once, into one memory."""
+    """Fits each clip as `fit` does; clips of one shape all at once, into one memory."""
     shapes = {clip.shape for clip in clips}
     if len(shapes) != 1 or shapes.pop()[-2:] == (image_size, image_size):
         return [fit(clip, image_size) for clip in clips]
@@ -115,8 +119,8 @@ def fit_all(clips: Sequence[Tensor], image_size: int) -> list[Tensor]:
 
 
 def stacked(clips: Sequence[Tensor]) -> Tensor:
-    """torch.stack, but without a copy of pictures (t, c, h, w) that already lie one behind the other in one memory, and
-    else in the order that they have in theirs: t h w c where decoders made it so."""
+    """Stacks as torch.stack does, but copies no clips (t, c, h, w) that already lie one behind the other in one memory.
+    A copy keeps the order that decoders gave the memory, t h w c."""
     first = clips[0]
     if first.ndim != 4:
         return torch.stack(clips)
@@ -133,17 +137,17 @@ def stacked(clips: Sequence[Tensor]) -> Tensor:
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear and antialiased, uint8 to uint8; the kernel for integers is the CPU's alone."""
+    """Bilinear and antialiased, uint8 to uint8. Only the CPU has a kernel for integers."""
     if frames.device.type == "cpu":
         return F.interpolate(frames, size=size, mode="bilinear", antialias=True)
     return F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
 def regrid(features: Tensor, num_tokens: int) -> Tensor:
-    """Features (b, n, d) of the n patches of a square image -> (b, num_tokens, e): those that lie in each of
-    num_tokens larger patches, side by side. Where these do not divide the grid, it is interpolated to what they do.
+    """Features (b, n, d) of the n patches of a square image -> (b, num_tokens, e): each token has the features of the
+    patches that lie in it, one after another. Where the tokens do not divide the grid, it is interpolated first.
 
-    Raises ValueError where one of the two grids is no square.
+    Raises ValueError where n or num_tokens is not a square number.
     """
     side, merged = math.isqrt(features.shape[1]), math.isqrt(num_tokens)
     if side**2 != features.shape[1] or merged**2 != num_tokens:

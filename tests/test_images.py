@@ -1,7 +1,26 @@
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
-from hlrp.images import fit, regrid
+from hlrp.images import decode, decode_all, fit, regrid
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_picture_of_a_phone_is_decoded_as_a_viewer_shows_it(kind, orientation):
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).repeat(16, axis=0).repeat(16, axis=1).astype(np.uint8)
+    exif, file, plain = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(file, kind, exif=exif)
+    Image.fromarray(image).save(plain, kind)
+    turned = np.array(ImageOps.exif_transpose(Image.open(file)))
+    np.testing.assert_array_equal(decode(file.getvalue(), "a").permute(1, 2, 0), turned)
+    if orientation == 1:
+        both = decode_all([file.getvalue(), plain.getvalue()], str)
+        assert torch.equal(both[0], both[1])
 
 
 def test_a_frame_of_the_right_size_is_left_alone():
