@@ -1,4 +1,4 @@
-"""The action expert: flow matching turns noise into a chunk of actions, given what a backbone has seen.
+"""The action expert: flow matching turns noise into a chunk of actions, given a backbone's hidden states.
 
 Flow matching: Lipman et al. 2022 (arXiv:2210.02747). As a head of a vision-language model: pi0, Black et al. 2024
 (arXiv:2410.24164), Sec. IV. With s from 0 (noise) to 1 (actions):
@@ -17,39 +17,40 @@ from torch import Tensor, nn
 
 from hlrp.transformer import FeedForward, attend, norm
 
-LAST_TIME = 0.999  # training draws no time beyond it: there, x_s is the actions themselves
+LAST_TIME = 0.999  # training draws no later time: at 1, x_s is the actions themselves
 
 
 class Context(NamedTuple):
     """What the expert attends to, computed once for all steps of the integration."""
 
-    keys_values: list[tuple[Tensor, Tensor]]  # of each block, (b, heads, n, head_dim)
-    bias: Tensor  # (b, 1, 1, n): -inf at padding
+    keys_values: list[tuple[Tensor, Tensor]]  # for each block, (b, heads, n, head_dim)
+    bias: Tensor  # (b, 1, 1, n), -inf at padding
 
     def repeat(self, times: int) -> "Context":
-        """That of a batch which is there several times, one after another."""
+        """The context of a batch that is repeated `times` times along its first axis."""
         keys_values = [tuple(x.repeat(times, 1, 1, 1) for x in pair) for pair in self.keys_values]
         return Context(keys_values, self.bias.repeat(times, 1, 1, 1))
 
 
-def sinusoids(x: Tensor, dim: int, longest: float) -> Tensor:
-    """Features (..., dim) of numbers x (...), with wavelengths from 2 pi / longest to 2 pi."""
-    frequencies = longest ** torch.linspace(0, 1, dim // 2, device=x.device)
-    angles = x[..., None] * frequencies
+def sinusoids(x: Tensor, dim: int, last: float) -> Tensor:
+    """Features (..., dim) of numbers x (...), at dim / 2 frequencies between 1 and `last` [rad per unit of x]."""
+    frequencies = last ** torch.linspace(0, 1, dim // 2, device=x.device)  # d / 2
+    angles = x[..., None] * frequencies  # ... d / 2
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def mean_over_steps(errors: Tensor, is_pad: Tensor | None) -> Tensor:
-    """The mean (b,) of errors (b, t) over the steps that is_pad bool (b, t) does not mark; 0 where it marks all."""
+    """The mean (b,) of errors (b, t) over the steps that are not padding; 0 where all are. is_pad: bool (b, t)."""
     if is_pad is None:
         return errors.mean(1)
     return torch.where(is_pad, 0.0, errors).sum(1) / (~is_pad).sum(1).clamp(min=1)
 
 
 class ExpertBlock(nn.Module):
-    """Attention among the chunk, attention to the context, feed-forward, all modulated by the time.
+    """Attention among the chunk, attention to the context, feed-forward; the time modulates all three.
 
-    The modulation is DiT's adaLN-Zero (Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2).
+    The modulation is DiT's adaLN-Zero (Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2):
+        x = x + gate * layer(norm(x) * (1 + scale) + shift)
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int):
@@ -63,27 +64,28 @@ class ExpertBlock(nn.Module):
         nn.init.zeros_(self.to_modulation.weight)
         nn.init.zeros_(self.to_modulation.bias)
 
-    def heads(self, x: Tensor, parts: int) -> Tensor:
+    def heads(self, x: Tensor, parts: int) -> Tensor:  # b n (parts d)
         return rearrange(x, "b n (parts h d) -> parts b h n d", parts=parts, h=self.num_heads)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.heads(self.to_kv(norm(context)), 2)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # b n context_dim
+        k, v = self.heads(self.to_kv(norm(context)), 2)  # b h n head_dim each
         return norm(k), v
 
     def forward(self, x: Tensor, time: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        shifts, scales, gates = self.to_modulation(time)[:, None].unflatten(-1, (3, 3, -1)).unbind(-3)
+        """x (b, t, d), time (b, d), keys and values (b, h, n, head_dim), bias (b, 1, 1, n) -> (b, t, d)."""
+        shifts, scales, gates = self.to_modulation(time)[:, None].unflatten(-1, (3, 3, -1)).unbind(-3)  # b 1 3 d each
 
         def modulated(x: Tensor, i: int) -> Tensor:
             return norm(x) * (1 + scales[..., i, :]) + shifts[..., i, :]
 
-        q, k, v = self.heads(self.to_qkv(modulated(x, 0)), 3)
-        mixed = rearrange(attend(norm(q), norm(k), v), "b h n d -> b n (h d)")
-        x = x + gates[..., 0, :] * self.to_out(mixed)
+        q, k, v = self.heads(self.to_qkv(modulated(x, 0)), 3)  # b h t head_dim each
+        out = rearrange(attend(norm(q), norm(k), v), "b h t d -> b t (h d)")
+        x = x + gates[..., 0, :] * self.to_out(out)
 
-        (q,) = self.heads(self.to_q(modulated(x, 1)), 1)
+        (q,) = self.heads(self.to_q(modulated(x, 1)), 1)  # b h t head_dim
         k, v = keys_values
-        read = attend(norm(q), k, v, bias.to(q.dtype))
-        x = x + gates[..., 1, :] * self.from_context(rearrange(read, "b h n d -> b n (h d)"))
+        out = rearrange(attend(norm(q), k, v, bias.to(q.dtype)), "b h t d -> b t (h d)")
+        x = x + gates[..., 1, :] * self.from_context(out)
 
         return x + gates[..., 2, :] * self.feed_forward(modulated(x, 2))
 
@@ -97,7 +99,7 @@ class ActionExpert(nn.Module):
     def __init__(self, spaces: dict[str, int], context_dim: int, dim: int = 256, depth: int = 4, num_heads: int = 4):
         super().__init__()
         if dim % num_heads or dim % 2:
-            raise ValueError(f"dim={dim} is not an even multiple of num_heads={num_heads}")
+            raise ValueError(f"dim={dim}; expected an even number that is a multiple of num_heads={num_heads}")
         self.dim = dim
         self.from_space, self.to_space = nn.ModuleDict(), nn.ModuleDict()
         self.to_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -106,34 +108,34 @@ class ActionExpert(nn.Module):
             self.add_space(name, size)
 
     def add_space(self, name: str, size: int, out_size: int | None = None) -> None:
-        """size: dimensions of a step; out_size: of what is said of it, where that is no velocity."""
+        """size: dimensions of a step. out_size: of the output for a step, where it is not a velocity."""
         self.from_space[name] = nn.Linear(size, self.dim)
         self.to_space[name] = nn.Linear(self.dim, size if out_size is None else out_size)
         nn.init.zeros_(self.to_space[name].weight)
         nn.init.zeros_(self.to_space[name].bias)
 
     def read(self, hidden: Tensor, mask: Tensor) -> Context:
-        """hidden (b, n, context_dim), mask bool (b, n), True at what may be seen."""
+        """hidden (b, n, context_dim), mask bool (b, n), True where the expert may attend."""
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
         return Context([block.keys_values(hidden) for block in self.blocks], bias[:, None, None])
 
     def velocity(self, space: str, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """x (b, t, a) at times (b,) in [0, 1] -> (b, t, a)."""
         steps = torch.arange(x.shape[1], device=x.device)
-        hidden = self.from_space[space](x) + sinusoids(steps, self.dim, 1e-2)
-        time = self.to_time(sinusoids(time, self.dim, 1e3))
+        hidden = self.from_space[space](x) + sinusoids(steps, self.dim, 1e-2)  # b t d
+        time = self.to_time(sinusoids(time, self.dim, 1e3))  # b d
         for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
             hidden = block(hidden, time, keys_values, context.bias)
-        return self.to_space[space](norm(hidden)).float()
+        return self.to_space[space](norm(hidden)).float()  # b t a
 
     def errors(
         self, space: str, actions: Tensor, context: Context, is_pad: Tensor | None = None, num_draws: int = 1
     ) -> Tensor:
-        """The flow-matching loss (b,) of actions (b, t, a), over the steps that is_pad (b, t) does not mark.
+        """The flow-matching loss (b,) of actions (b, t, a), a mean over the steps that are not padding.
 
-        Times are drawn from pi0's beta distribution, which prefers noise (its Appendix B). num_draws: times, spread
-        evenly over it, and noises of each sample, of which the loss is the mean: the context is computed once for all
-        of them (CogACT, arXiv:2411.19650, Sec. 3.3).
+        Times are drawn from pi0's beta distribution, which prefers noise (its Appendix B). num_draws: pairs of time and
+        noise per sample, over which the loss is a mean; the times are spread evenly over the distribution, and the
+        context is computed once for all (CogACT, arXiv:2411.19650, Sec. 3.3).
         """
         (b, *shape), device = actions.shape, actions.device
         u = (torch.arange(num_draws, device=device)[:, None] + torch.rand(num_draws, b, device=device)) / num_draws
@@ -150,13 +152,13 @@ class ActionExpert(nn.Module):
 
     @torch.no_grad()
     def mean(self, space: str, shape: tuple[int, ...], context: Context) -> Tensor:
-        """The mean of the actions (b, t, a) that may be sampled, in one pass: at time 0 the velocity is what leads from
-        the noise to an action, on average over them, and the noise taken here is zero."""
+        """The mean of the actions (b, t, a) that `sample` draws, in one pass. At time 0 the velocity is the mean of
+        actions - noise, and the noise here is zero."""
         nothing = torch.zeros(shape, device=context.bias.device)
         return self.velocity(space, nothing, torch.zeros(len(nothing), device=nothing.device), context)
 
     def regress(self, space: str, length: int, context: Context) -> Tensor:
-        """What the trunk says of a chunk in one pass, given nothing: (b, length, out_size)."""
+        """The output (b, length, out_size) of one pass at time 0 with zeros as the noise."""
         b, device = len(context.bias), context.bias.device
         nothing = torch.zeros(b, length, self.from_space[space].in_features, device=device)
         return self.velocity(space, nothing, torch.zeros(b, device=device), context)

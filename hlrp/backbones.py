@@ -260,12 +260,13 @@ def read(auto, name: str, **options):
         raise ValueError(f"cannot read {name!r}: {error}\nExpected {expected}") from error
 
 
-PLAIN = "hlrp"  # names by which transformers knows the two functions below
-PACKED = "hlrp_flash"  # with "flash" in it, for which Qwen packs the images of a batch behind each other
+PLAIN = "hlrp"  # names under which transformers knows the two functions below
+PACKED = "hlrp_flash"  # Qwen looks for "flash" in the name, and then packs the images of a batch one behind the other
 
 
 def use_attention(model: nn.Module) -> None:
-    """Changes what computes the attention of one of transformers' models, and Qwen's patch embedding, in place."""
+    """Makes one of transformers' models attend by `hlrp.transformer.attend`, in place; for Qwen also replaces the patch
+    embedding by a faster one."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -312,10 +313,10 @@ def packed_attention(
     max_length_q: int,
     **_,
 ) -> tuple[Tensor, None]:
-    """Attention inside each of the parts that lie one behind the other, from one of cu_seq_lens_q (parts + 1,) to the
-    next: images, or windows of them, which are of several sizes where they do not divide an image.
+    """Attention within each part of a packed sequence: an image, or a window of one, of any length.
 
-    query, key, value: (1, heads, n, d); returns (1, n, heads, d). max_length_q: the longest part.
+    query, key, value (1, heads, n, d) -> (1, n, heads, d). cu_seq_lens_q (parts + 1,): where each part begins, and n.
+    max_length_q: length of the longest part.
     """
     num_parts = len(cu_seq_lens_q) - 1
     if num_parts * max_length_q == query.shape[2]:
@@ -327,7 +328,7 @@ def packed_attention(
 
 
 class PatchProjection(nn.Conv3d):
-    """A Conv3d whose kernel is as large as its input, computed as the matrix product that it is."""
+    """A Conv3d whose kernel is as large as its input, computed as one matrix product."""
 
     @classmethod
     def of(cls, conv: nn.Conv3d) -> "PatchProjection":
@@ -347,10 +348,10 @@ MIN_SIZE = 128  # RAFT's correlation pyramid needs 16 x 16 features of 8 x 8 pix
 class FlowTeacher(nn.Module):
     """Frozen RAFT of torchvision.
 
-    weights: name of torchvision's weights ("C_T_V2", ...), which torchvision downloads once into the cache of
-    torch.hub, checks against their hash and reads with weights_only=True; or a safetensors file of RAFT's
-    state dict; or "random" (for tests). Raises ValueError naming weights that can't be read or do not fit.
-    num_flow_updates: refinements of the flow (Sec. 3.3).
+    weights: a name of torchvision's weights, such as "C_T_V2" (torchvision downloads them into torch.hub's cache,
+    checks their hash and reads them with weights_only=True); a safetensors file of RAFT's state dict; or "random", for
+    tests. num_flow_updates: refinements of the flow (Sec. 3.3).
+    Raises ValueError where the weights cannot be read or belong to another model.
     """
 
     def __init__(self, weights: str, size: Literal["small", "large"] = "small", num_flow_updates: int = 12):
@@ -363,7 +364,7 @@ class FlowTeacher(nn.Module):
             try:
                 self.raft.load_state_dict(read_weights(weights, size))
             except RuntimeError as error:
-                raise ValueError(f"flow weights {weights!r} do not fit raft_{size}: {error}") from error
+                raise ValueError(f"flow weights {weights!r}; expected weights of raft_{size}: {error}") from error
         self.raft.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
@@ -373,7 +374,7 @@ class FlowTeacher(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """frames uint8 (b, 2, c, h, w) -> flow float32 (b, 2, h, w) [pixel], in float32 under autocast too.
 
-        Frames below 128 pixels are enlarged for RAFT, and sides stretched to the next multiple of 8.
+        For RAFT, frames below 128 pixels are enlarged, and sides are stretched to the next multiple of 8.
         """
         height, width = frames.shape[-2:]
         enlarge = max(1.0, MIN_SIZE / min(height, width))
@@ -389,7 +390,7 @@ class FlowTeacher(nn.Module):
 
 
 def farneback(frames: Tensor) -> Tensor:
-    """Optical flow by no learned model (Farneback 2003), of OpenCV: uint8 (b, 2, c, h, w) -> float32 (b, 2, h, w)."""
+    """OpenCV's optical flow by no learned model (Farneback 2003): uint8 (b, 2, c, h, w) -> float32 (b, 2, h, w)."""
     import cv2
 
     settings = {"pyr_scale": 0.5, "levels": 3, "winsize": 11, "iterations": 3, "poly_n": 5, "poly_sigma": 1.1}
@@ -402,7 +403,7 @@ def farneback(frames: Tensor) -> Tensor:
 
 
 def read_weights(weights: str, size: str) -> dict[str, Tensor]:
-    """The state dict that `weights` names. Raises ValueError that names it where it can't be read."""
+    """The state dict that `weights` names. Raises ValueError where it cannot be read."""
     from torchvision.models import get_model_weights
 
     known = get_model_weights(f"raft_{size}")
@@ -421,7 +422,7 @@ def read_weights(weights: str, size: str) -> dict[str, Tensor]:
 
 
 def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """flow (b, 2, h, w) at another (height, width), its values in the pixels of that size."""
+    """Resizes a flow (b, 2, h, w) to (height, width); its values become pixels of the new size."""
     height, width = flow.shape[-2:]
     if (height, width) == tuple(size):
         return flow
@@ -436,20 +437,18 @@ def mean_flow(flow: Tensor) -> Tensor:
 
 
 def flow_to_rgb(flow: Tensor) -> Tensor:
-    """flow (b, 2, h, w) -> uint8 (b, 3, h, w): hue is direction, saturation length over the batch's largest.
-
-    Flows that are to be compared belong in one batch.
-    """
+    """flow (b, 2, h, w) -> uint8 (b, 3, h, w). Hue is the direction, saturation the length divided by the batch's
+    largest: to compare flows, draw them in one batch."""
     from torchvision.utils import flow_to_image
 
     return flow_to_image(flow.float())
 
 
 def flow_loss(pred: Tensor, target: Tensor, mean_flow_weight: float) -> Tensor:
-    """Charbonnier distance of two flows (b, 2, h, w) plus mean_flow_weight times that of their means: (b,).
+    """Charbonnier distance (b,) of two flows (b, 2, h, w), plus mean_flow_weight times the distance of their means.
 
-    In the unit of the flows. The distance is averaged over pixels, of which most stand still; the means keep
-    the direction of the whole.
+    Both have the unit of the flows. Most pixels stand still and dominate the first term; the means keep the direction
+    of the whole frame.
     """
     distance = charbonnier(pred - target).mean(dim=(-2, -1))
     return distance + mean_flow_weight * charbonnier(mean_flow(pred) - mean_flow(target))

@@ -1,6 +1,9 @@
-"""Checkpoint folders: config.json + model.safetensors, written whole or not at all, read strictly, no pickle.
+"""Checkpoints: config.json + model.safetensors, written whole or not at all, read strictly, without pickle.
 
-The folder of a run: who holds it, what it was begun with, its last checkpoint, and the code that writes it.
+OUTPUT_DIR/run.lock                          held while a process trains there
+OUTPUT_DIR/checkpoints/STEP/pretrained_model config.json, model.safetensors
+OUTPUT_DIR/checkpoints/STEP/training_state   what a resume needs
+OUTPUT_DIR/checkpoints/last                  link to the newest STEP
 """
 
 import errno
@@ -27,17 +30,21 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-STEP = "training_state/training_step.json"  # in a checkpoint that a run can go on from
-# of a file system that lacks what was asked for, other than one that fails
+STEP = "training_state/training_step.json"  # every checkpoint from which a run can go on has it
+# errors of a file system that does not support a call, as opposed to one where the call fails
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
-HASHED = 2**26  # of a set of files, the part that its hash reads [byte]
+HASHED = 2**26  # how much of a set of files a hash reads [byte]
+# settings that may change between a start and a resume, since the weights do not depend on them
+FREE = {"output_dir", "num_workers", "log_freq", "eval_freq", "save_freq", "val_samples", "max_broken", "buckets"}
+FREE |= {"pictures", "wandb", "tensorboard", "env", "env_eval_freq", "eval"}
 
 
 @contextmanager
 def whole_folder(folder: Path):
-    """Yields an empty folder that takes the name `folder`, which must be free, once all of it is on the disk.
+    """Yields an empty folder to write to, and renames it to `folder` once its files are on the disk.
 
-    A process killed at any moment leaves the whole folder, or a `.partial` that the next writer removes.
+    `folder` must not exist. A process killed at any moment leaves the whole folder, or a `.partial` that the next
+    writer removes.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,7 +57,7 @@ def whole_folder(folder: Path):
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk; some file systems do so for files alone."""
+    """Flushes a file or a folder to the disk. Some file systems cannot flush folders; these are skipped."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old text or the new one."""
+    """Replaces a file in one step: a reader sees the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     sync(partial)
@@ -74,7 +81,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def link_last(checkpoint: Path) -> None:
-    """Points the link `last` beside a checkpoint at it, in one step. Without links, `last` is a copy."""
+    """Points the link `last` beside a checkpoint at it, in one step. On a file system without links it is a copy."""
     last, partial = checkpoint.with_name("last"), checkpoint.with_name("last.partial")
     remove(partial)
     try:
@@ -102,7 +109,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def save_pretrained(folder: Path, model: nn.Module, config: dict, weights: dict[str, Tensor] | None = None) -> None:
     """Writes a model and the config that rebuilds it. The folder must exist.
 
-    weights: its state in full, where the model lies in shards.
+    weights: the whole state of a model in shards.
     """
     save_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
     write_json(folder / CONFIG, config)
@@ -114,9 +121,9 @@ MAKERS = {"laq": "run train_laq.py first, or give --laq", "vla": "run train_vla.
 def load_config(folder: Path | str, kind: str, settings: type | None = None) -> dict:
     """The config of a checkpoint folder, which must be of `kind` (its "type" entry).
 
-    settings: the dataclass that the entry under its kind is of.
+    settings: the dataclass of the entry named like the kind.
 
-    Raises ValueError where the folder is none, holds another model, or settings that are not known here.
+    Raises ValueError where the folder holds no checkpoint, another kind of model, or unknown settings.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -139,7 +146,7 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint is not whole")
+        raise ValueError(f"{path} is missing; expected config.json and {WEIGHTS} in a checkpoint")
     loaded, expected = load_file(path), model.state_dict()
     faults = [f"missing {name}" for name in expected if name not in loaded]
     faults += [f"unexpected {name}" for name in loaded if name not in expected]
@@ -149,23 +156,23 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
         if name in loaded and loaded[name].shape != expected[name].shape
     ]
     if faults:
-        raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)")
+        raise ValueError(f"{path} contradicts its {CONFIG}: {'; '.join(faults[:8])} ({len(faults)} faults in all)")
     for name, tensor in expected.items():
         tensor.copy_(loaded[name])
 
 
 def weights_hash(model: nn.Module, *facts) -> str:
-    """16 hex digits of the facts and the tensors, whatever the tensors' names and order."""
+    """A hash (16 hex digits) of facts and of a model's tensors. Names and order of the tensors do not count."""
     tensors = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
     hashes = sorted(hashlib.sha256(tensor).hexdigest() for tensor in tensors)
     return hashlib.sha256(repr((facts, hashes)).encode()).hexdigest()[:16]
 
 
 def contents_hash(paths: Sequence[Path | str]) -> str:
-    """16 hex digits of what is in some files or URLs, in their order, whatever their names and places.
+    """A hash (16 hex digits) of the contents of files or URLs, in their order. Names and places do not count.
 
-    All of it is read; of more than `HASHED` [byte] blocks, evenly spread over each file. Raises ValueError for what
-    cannot be read.
+    Files of more than `HASHED` [byte] together are read in blocks that are spread evenly over each file.
+    Raises ValueError where a file cannot be read.
     """
     paths = [str(path) for path in paths]
     try:
@@ -180,7 +187,7 @@ def contents_hash(paths: Sequence[Path | str]) -> str:
             digests = [hashlib.sha256(b"".join(next(data) for _ in found)).hexdigest() for found in blocks]
         else:
             sizes = [os.stat(path).st_size for path in paths]
-            with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
+            with ThreadPoolExecutor(max_workers=8) as threads:  # they wait for the disk at the same time
                 digests = list(threads.map(_local_digest, paths, _blocks(sizes)))
     except OSError as error:
         raise ValueError(f"{paths[0]} or another of {len(paths)} files cannot be read: {error}") from error
@@ -188,7 +195,7 @@ def contents_hash(paths: Sequence[Path | str]) -> str:
 
 
 def _blocks(sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Begin and end of what is read of each file of these sizes [byte]."""
+    """Begin and end of the blocks to read of each file, for files of these sizes [byte]."""
     share = HASHED / max(1, sum(sizes))
     block = min(max(HASHED // (3 * max(1, len(sizes))), 2**12), 2**16)
     blocks = []
@@ -214,7 +221,7 @@ def _local_digest(path: str, blocks: Sequence[tuple[int, int]]) -> str:
 
 
 class Frozen(nn.Module):
-    """A module that never trains and lies in no checkpoint: the files that it was loaded from define it."""
+    """A module that never trains and is not saved in checkpoints: it is loaded from files of its own."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -231,32 +238,11 @@ class Frozen(nn.Module):
         return {} if destination is None else destination
 
 
-logger = logging.getLogger(__name__)
-FREE = {  # settings that may change between a start and a resume: the weights do not depend on them
-    *(
-        "output_dir",
-        "num_workers",
-        "log_freq",
-        "eval_freq",
-        "save_freq",
-        "val_samples",
-        "max_broken",
-        "buckets",
-        "pictures",
-        "wandb",
-        "tensorboard",
-        "env",
-        "env_eval_freq",
-        "eval",
-    )
-}
-
-
 def lock(output_dir: Path, patience: float = 5.0):
-    """Makes the folder and holds it for as long as this process lives.
+    """Makes the folder and locks it for as long as this process lives.
 
-    Raises ValueError where another process holds it and goes on for `patience` [s], in which one whose launcher
-    was killed has saved and gone. A file system without locks holds nothing, and a warning says so.
+    Raises ValueError where another process holds the lock for longer than `patience` [s]: a process whose launcher was
+    killed saves and ends within that time. On a file system without locks it logs a warning and goes on.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -271,9 +257,9 @@ def lock(output_dir: Path, patience: float = 5.0):
 
 
 def hold(file, how: int = fcntl.LOCK_EX) -> bool:
-    """Locks an open file for this process, which no child inherits; False where another one holds it.
+    """Locks an open file for this process, not its children; returns False where another process holds the lock.
 
-    A file system without locks holds nothing, and a warning says so.
+    On a file system without locks it logs a warning and returns True.
     """
     try:
         fcntl.lockf(file, how)
@@ -283,15 +269,15 @@ def hold(file, how: int = fcntl.LOCK_EX) -> bool:
         if error.errno not in UNSUPPORTED:
             raise
         logger.warning(
-            "%s cannot be locked (%s): see to it that no other process works there", file.name, error.strerror
+            "%s cannot be locked (%s); make sure that no other process works there", file.name, error.strerror
         )
     return True
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raises ValueError where no checkpoint can be written to a run folder, or none of it goes on.
+    """Raises ValueError where no checkpoint can be written to a run folder, or the newest one has no readable step.
 
-    A plain folder `last`, as a copy or a download leaves it, gets the name of its step, and `last` is made anew.
+    A copy or a download may turn the link `last` into a folder: it gets the name of its step, and `last` is made anew.
     """
     probe = output_dir / "probe"
     try:
@@ -300,8 +286,8 @@ def check_output_dir(output_dir: Path) -> None:
         remove(probe)
     except OSError as error:
         raise ValueError(
-            f"output_dir={output_dir}: no folder can be written and renamed there ({error.strerror}), "
-            "as every checkpoint is; expected a folder on another file system"
+            f"output_dir={output_dir}: checkpoints are written and renamed, and that fails there ({error.strerror}); "
+            "expected a folder on another file system"
         ) from error
     last = output_dir / "checkpoints" / "last"
     if last.is_dir() and not last.is_symlink():
@@ -315,7 +301,7 @@ def check_output_dir(output_dir: Path) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Raises ValueError where no run can go on from a checkpoint."""
+    """The optimizer step of a checkpoint. Raises ValueError where it cannot be read."""
     try:
         return json.loads((checkpoint / STEP).read_text())["step"]
     except (OSError, ValueError) as error:
@@ -326,34 +312,34 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint folder of the highest step; each that has its name is whole."""
+    """The checkpoint folder of the highest step, which is whole, since only whole folders get such a name."""
     folders = [path for path in (output_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
     return max(folders, key=lambda path: int(path.name), default=None)
 
 
 def contents(settings: dict) -> dict[str, str]:
-    """A hash of the weights, and of what says how to use them, for each setting that is the path of some."""
-    found = {}
+    """For each setting that is a path to weights: a hash of them, of their config and of their tokenizer."""
+    hashes = {}
     for name, value in settings.items():
         if not isinstance(value, str) or name in FREE:
             continue
         path = Path(value)
         if path.suffix == ".safetensors" and path.is_file():
-            found[name] = contents_hash([path])
+            hashes[name] = contents_hash([path])
         elif path.is_dir() and (weights := sorted(path.glob("*.safetensors"))):
             config = json.loads((path / CONFIG).read_text()) if (path / CONFIG).is_file() else {}
             config.pop("data", None)  # a place
             tokenizer = sorted(path.glob("tokenizer*.json"))
             facts = contents_hash([*weights, *tokenizer]) + json.dumps(config, sort_keys=True)
-            found[name] = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    return found
+            hashes[name] = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return hashes
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """In what two records of a run differ that a resume must keep. Data and weights are compared by what they are,
-    wherever they lie.
+    """The differences between two records of a run that forbid a resume, one line each.
 
-    record: settings; contents, of those settings that are paths; data, the parts of the mixture.
+    A record holds the settings, the `contents` of the ones that are paths, and the parts of the data. Data and weights
+    are compared by their contents, wherever they lie.
     """
     if "data" not in before:
         return ["it is of an older hlrp, which told data apart by their sizes alone; go on with that one"]

@@ -1,8 +1,6 @@
-"""What a run of many processes tells of those that hold it up.
+"""A run of several processes: what the launcher asks for, waiting, models in shards, failures, and a watchdog.
 
-What the training scripts do before a run: settings are checked, processes and device are set up by accelerate.
-
-Models in shards on several ranks: FSDP2 (Zhao et al. 2023, arXiv:2304.11277) behind accelerate's config file.
+Shards: FSDP2 (Zhao et al. 2023, arXiv:2304.11277), by the config file of accelerate that slurm/fsdp.yaml shows.
 """
 
 import ctypes
@@ -26,19 +24,9 @@ from torch import Tensor, nn
 from hlrp.cli import mistake
 from hlrp.quantizers import Codebook
 
-COLLECTIVE = timedelta(minutes=10)  # ranks that compute meet within this time, or the run ends
-WAIT = timedelta(hours=12)  # for one rank that renders, rolls out or writes
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc reuse large freed blocks, which it would give back to the system and get again page by page."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
+logger = logging.getLogger(__name__)
+COLLECTIVE = timedelta(minutes=10)  # ranks that compute must meet within this time, or the run ends
+WAIT = timedelta(hours=12)  # how long ranks wait for one that renders, rolls out or writes
 PARENT = os.getppid()  # as early as it can be known
 
 
@@ -48,22 +36,22 @@ def under_launcher() -> bool:
 
 
 def die_with_launcher() -> None:
-    """Has the kernel warn this process by SIGTERM when the launcher that started it has died, of whatever.
+    """Asks the kernel to send this process SIGTERM when the launcher that started it dies, for any reason.
 
-    A launcher dies at once of Slurm's SIGUSR1 or of kill -9. Its ranks then save and stop, and do not train on.
+    Slurm's SIGUSR1 and kill -9 kill a launcher at once. Its ranks then save and stop; they do not train on.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl") and under_launcher():
         pr_set_pdeathsig = 1
         libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != PARENT:  # that it is process 1 proves nothing: a container may begin with the launcher
+        if os.getppid() != PARENT:  # a parent of id 1 proves nothing: it is the launcher where that starts a container
             sys.exit("the launcher has gone")
 
 
 def make_accelerator(args):
-    """accelerate's Accelerator for the settings that all scripts share; without a GPU, on the CPU.
+    """accelerate's Accelerator for the settings that all scripts share; it uses the CPU where there is no GPU.
 
-    Raises ValueError for settings of the launcher that contradict those of the script, or that nothing here follows.
+    Raises ValueError for settings of the launcher that contradict the script's, or that hlrp does not support.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -85,8 +73,10 @@ def make_accelerator(args):
 
 
 def precision(flag: str) -> str:
-    """That of the flag, or of the launcher where the flag is "auto". The launcher's "no" is its default, and says
-    nothing."""
+    """The precision of the flag; where the flag is "auto", the launcher's. The launcher's default "no" counts as unset.
+
+    Raises ValueError for settings of the launcher that contradict the flag, or that hlrp does not support.
+    """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={launched} of the launcher; expected bf16 or no")
@@ -95,7 +85,7 @@ def precision(flag: str) -> str:
             raise ValueError(f"use_{name.lower()} of the launcher; expected DDP, or FSDP as in slurm/fsdp.yaml")
     if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
         raise ValueError(
-            f"dynamo_backend={backend.lower()} of the launcher; expected no: --compile is the script's own"
+            f"dynamo_backend={backend.lower()} of the launcher; expected no, and --compile of the script instead"
         )
     if flag == "no" and launched == "bf16":
         raise ValueError(
@@ -108,18 +98,27 @@ def precision(flag: str) -> str:
 
 
 def accumulation(flag: int) -> int:
-    """Forward passes per optimizer step: of the flag, or of the launcher where the flag is 1, its default."""
+    """Forward passes per optimizer step, as the flag says; where the flag is 1, its default, as the launcher says."""
     launched = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", flag))
     if flag not in (1, launched):
         raise ValueError(f"grad_accumulation={flag}, but the launcher says {launched}; leave one of them out")
     return launched
 
 
+def keep_freed_memory() -> None:
+    """Makes glibc keep large freed blocks. By default it returns them to the system and gets them back page by page."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 _waits = itertools.count()
 
 
 def wait_for_all() -> None:
-    """Returns once every rank is here. It waits on the host, so that the work of one may outlast any collective."""
+    """Returns once every rank has called it. It waits on the host, so a rank may work longer than `COLLECTIVE`."""
     if dist.is_initialized():
         store, name = dist.distributed_c10d._get_default_store(), f"hlrp/wait/{next(_waits)}"
         if store.add(name, 1) == dist.get_world_size():
@@ -129,7 +128,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def first_alone():
-    """The body runs on the first rank, and then on the others."""
+    """Runs the body on the first rank, then on the others."""
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if not is_first:
         wait_for_all()
@@ -138,35 +137,10 @@ def first_alone():
         wait_for_all()
 
 
-@functools.cache
-def fails_first() -> bool:
-    """Called by a rank that fails: whether it is the first one."""
-    try:
-        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("hlrp/failures", 1) == 1
-    except (RuntimeError, ValueError):  # it went with the first rank's machine
-        return True
-
-
-def tell_failure(kind, error, trace) -> None:
-    """In place of sys.excepthook: the first rank that fails says why, the others, which then fail too, just that."""
-    name = f"rank {dist.get_rank()} on {socket.gethostname()}" if dist.is_initialized() else "a rank"
-    is_first = fails_first()
-    reason = traceback.format_exception_only(error)[-1].strip()
-    if not is_first:
-        text = f"{name} stops, since another one has failed ({reason[:80]})"
-    elif isinstance(error, dist.DistError) or any(word in reason for word in ("by peer", "gloo", "NCCL")):
-        text = f"{name} has lost another one, which failed, or was killed, most often for want of memory: see its lines"
-        text += f" and those of its launcher ({reason})"
-    else:
-        why = mistake(error) or "".join(traceback.format_exception(error))
-        text = f"{name} failed first:\n{why}"
-    print(text, file=sys.stderr, flush=True)
-
-
 def sharding():
     """The plugin that `accelerate launch --config_file slurm/fsdp.yaml` describes; None for any other launch.
 
-    Raises ValueError for settings of it that nothing here follows.
+    Raises ValueError for settings of the plugin that hlrp does not support.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -189,18 +163,18 @@ def sharding():
 def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> nn.Module:
     """The model on its device: whole on each rank (DDP), or in shards where the launch asks for them (FSDP2).
 
-    The optimizer is to be built on what this leaves. Of a model in shards, each of the blocks is gathered for as long
-    as it computes, and the rest from the start of the forward to the end of the backward pass. bf16: blocks are
-    gathered in it, gradients summed in float32, and autocast chooses what computes in which, as under DDP.
-    torch shards, since accelerate does so on GPUs alone, and its bf16 rounds activations, gradients and loss.
+    Build the optimizer on the parameters of the returned model. In shards, a module of a class in `blocks` is gathered
+    while it computes, and the rest from the start of the forward to the end of the backward pass. With bf16, blocks are
+    gathered in bf16, gradients are summed in float32, and autocast chooses the precision as under DDP.
+    It calls torch's `fully_shard`: accelerate shards on GPUs only, and its bf16 rounds activations, gradients and loss.
     """
     plugin = sharding()
-    wait_for_all()  # a model loads slowly on some nodes, and what follows has little patience
+    wait_for_all()  # some nodes load a model slowly, and the collectives below wait only for `COLLECTIVE`
     if plugin is None:
         return accelerator.prepare_model(model)
     if any(isinstance(module, Codebook) and not module.ema for module in model.modules()):
         raise ValueError(
-            "this quantizer restarts its codes in place, which shards do not keep: quantizer=vq-ema or fsq would fit"
+            "this quantizer restarts its codes in place, which shards do not keep; expected quantizer=vq-ema or fsq"
         )
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -214,14 +188,14 @@ def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> n
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     if is_bf16:
-        for module in (*units, model):  # validation enters by other methods than the model's forward
+        for module in (*units, model):  # validation calls other methods than the model's forward
             module.forward = torch.autocast(device, torch.bfloat16)(module.forward)
     return model
 
 
 @contextmanager
 def gathered(model: nn.Module):
-    """In here each rank holds all of a model that lies in shards, may call any method of it, and waits for no other."""
+    """In this context each rank holds all of a model in shards, and may call any of its methods without the others."""
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -236,23 +210,47 @@ def gathered(model: nn.Module):
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The shards of all ranks, each of which must call it, put together; what is no shard passes."""
+    """The whole tensor of one in shards, gathered from all ranks, which must all call it; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The full tensors, gathered one by one, on the CPU of the ranks that keep them."""
-    found = ((name, full(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in found if keep}
+    """The whole tensors, gathered one by one, on the CPU. A rank with `keep` false takes part and gets none."""
+    whole = ((name, full(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in whole if keep}
 
 
-logger = logging.getLogger(__name__)
+@functools.cache
+def fails_first() -> bool:
+    """Whether this rank, which fails, is the first one to fail."""
+    try:
+        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("hlrp/failures", 1) == 1
+    except (RuntimeError, ValueError):  # the store is gone with the first rank's machine
+        return True
+
+
+def tell_failure(kind, error, trace) -> None:
+    """In place of sys.excepthook: the first rank that fails prints the reason; the others, which follow, one line."""
+    name = f"rank {dist.get_rank()} on {socket.gethostname()}" if dist.is_initialized() else "a rank"
+    is_first = fails_first()
+    reason = traceback.format_exception_only(error)[-1].strip()
+    if not is_first:
+        text = f"{name} stops, since another one has failed ({reason[:80]})"
+    elif isinstance(error, dist.DistError) or any(word in reason for word in ("by peer", "gloo", "NCCL")):
+        text = f"{name} has lost another one, which failed or was killed, most often for lack of memory: see its output"
+        text += f" and its launcher's ({reason})"
+    else:
+        why = mistake(error) or "".join(traceback.format_exception(error))
+        text = f"{name} failed first:\n{why}"
+    print(text, file=sys.stderr, flush=True)
 
 
 class Watchdog:
     """Logs a line once this process has done the same thing for `patience` [s]: what, since when, where in the code.
 
-    Again after twice the time, and so on. It ends nothing: that is for the timeout of a collective.
+    It logs again after twice the time, and so on. It ends nothing: the timeout of a collective does.
+    faulthandler.dump_traceback_later would not do: it knows neither what a process does nor since when, repeats at one
+    interval, and writes to a file of its own, past the log.
     """
 
     def __init__(self, rank: int, patience: float = 300.0):

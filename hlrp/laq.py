@@ -6,9 +6,7 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
     codes  = quantize(read(change))                      num_tokens queries read it: the latent action
     loss   = |decode(o[t], codes) - target(o[t + delta])|^2 + quantizer loss
 
-The decoder sees the first frame through layers of its own, so the future reaches it by the codes alone.
-
-The decoder of LAQ: what the second frame looks like, by the first one and the latent action.
+The decoder sees the first frame through layers of its own, so only the codes tell it about the future.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +25,7 @@ from hlrp.transformer import ActionReadout, Transformer, patchify, unpatchify
 
 
 class Decoder(nn.Module):
-    """The first frame, codes and further context -> one prediction a patch and target, "nothing changes" at first.
+    """Predicts the change of each patch from the first frame and the codes, for each target; it starts from zero.
 
     The codes scale and shift what every block reads (FiLM, Perez et al. 2017, arXiv:1709.07871; in a transformer:
     Peebles and Xie 2022, arXiv:2212.09748, Sec. 3.2). Context tokens stand before the patches.
@@ -43,7 +41,7 @@ class Decoder(nn.Module):
         inputs: dict[str, int],
         outputs: dict[str, int],
     ):
-        """inputs, outputs: numbers a patch of each, by name."""
+        """inputs, outputs: name -> numbers per patch."""
         super().__init__()
         self.from_codes = nn.Linear(num_tokens * dim, dim)
         self.to_modulations = nn.ModuleList(nn.Linear(dim, 4 * dim, bias=False) for _ in range(depth))
@@ -56,11 +54,11 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
         patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
-        condition = self.from_codes(codes.flatten(1))
-        modulations = [layer(condition)[:, None] for layer in self.to_modulations]  # b 1 4d
+        condition = self.from_codes(codes.flatten(1))  # b n d -> b d
+        modulations = [layer(condition)[:, None] for layer in self.to_modulations]  # b 1 (4 d) each
         patches = patches + condition[:, None]
-        hidden = self.transformer(patches, context, modulations)[:, -patches.shape[1] :]
-        return {name: head(hidden).float() for name, head in self.to_outputs.items()}
+        hidden = self.transformer(patches, context, modulations)[:, -patches.shape[1] :]  # b n d, without the context
+        return {name: head(hidden).float() for name, head in self.to_outputs.items()}  # b n output
 
 
 class Size(NamedTuple):
@@ -126,7 +124,7 @@ class LAQConfig:
 
 
 class Observed(NamedTuple):
-    """What is known of frames."""
+    """Frames as the model reads them."""
 
     images: Tensor  # (b, t, c, h, w), standardised
     features: Tensor | None  # (b, t, n, f)
@@ -169,7 +167,7 @@ class LAQ(nn.Module):
             if (patch_size * grid[0], patch_size * grid[1]) != (config.image_size,) * 2:
                 raise ValueError(
                     f"image_size={config.image_size} is no multiple of the {grid[0]} x {grid[1]} patches of "
-                    f"features={config.features!r}; {14 * grid[0]} or {16 * grid[0]} would fit"
+                    f"features={config.features!r}; expected for example {14 * grid[0]} or {16 * grid[0]}"
                 )
             inputs["pixels"] = outputs["pixels"] = 3 * patch_size**2
             outputs["flow"] = 2 * patch_size**2
@@ -201,12 +199,12 @@ class LAQ(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: frames uint8 (b, 2, c, h, w); action (b, chunk, a) with action_is_pad and source where
         action_weight is set; task (list of b) where language is; step (optimizer step, for the flow's warm-up)."""
-        frames = batch["frames"]
+        frames = batch["frames"]  # b 2 c h w
         observed = self.observe(frames)
-        first, second = self.embed(observed).unbind(1)
-        codes, _, quantizer_loss = self.quantizer(self.latents(first, second))
-        predictions = self.decoder(self.inputs(observed), codes, self.context(frames, batch.get("task")))
-        targets = self.targets(observed, frames)
+        first, second = self.embed(observed).unbind(1)  # b n d each
+        codes, _, quantizer_loss = self.quantizer(self.latents(first, second))  # b tokens d
+        predictions = self.decoder(self.inputs(observed), codes, self.context(frames, batch.get("task")))  # b n output
+        targets = self.targets(observed, frames)  # b n output
 
         loss, metrics = quantizer_loss, {"quantizer_loss": quantizer_loss.detach()}
         for name, weight in self.weights.items():
@@ -234,7 +232,7 @@ class LAQ(nn.Module):
     def label(self, frames: Tensor) -> LatentActions:
         """frames uint8 (b, t, c, h, w), delta apart -> the latent actions (b, t - 1, ...) between them.
 
-        Encoder and quantizer alone, and each frame once.
+        Each frame is encoded once, and nothing is decoded.
         """
         return self.between_all(self.embed(self.observe(frames)))
 
@@ -261,8 +259,8 @@ class LAQ(nn.Module):
         """first uint8 (b, c, h, w), codes (b, num_tokens, d) -> the predicted second frame by target:
         pixels (b, c, h, w) in [0, 1], features (b, n, f), flow (b, 2, h, w) [pixel].
 
-        second: the frame that gives the task-irrelevant codes of a LAQ that has them; by default these say
-        that nothing changes. No other LAQ looks at it.
+        second: the frame from which the task-irrelevant codes are read, where the LAQ has such codes (default: the
+        first frame, so they say that nothing changes). Other LAQs ignore it.
         """
         frames = torch.stack([first, first if second is None else second], dim=1)
         observed = self.observe(frames)
@@ -273,7 +271,7 @@ class LAQ(nn.Module):
     def errors(
         self, frames: Tensor, variants: list[Tensor | None], task: list[str] | None = None
     ) -> list[dict[str, Tensor]]:
-        """Mean squared error (b,) of each target with each of the variants of the codes; None: of the copied frame."""
+        """Mean squared error (b,) of each target, for each variant of the codes; None is a copy of the first frame."""
         observed = self.observe(frames)
         targets, inputs, context = (self.targets(observed, frames), self.inputs(observed), self.context(frames, task))
         nothing = {name: torch.zeros_like(target) for name, target in targets.items()}
@@ -295,7 +293,7 @@ class LAQ(nn.Module):
         return Observed(standardise(frames), features)
 
     def embed(self, observed: Observed) -> Tensor:
-        """Each frame alone: (b, t, n, d)."""
+        """Encodes each frame by itself: (b, t, n, d)."""
         if self.config.encoder == "features":
             patches = rearrange(observed.features, "b t n f -> (b t) n f")
         else:
@@ -310,14 +308,14 @@ class LAQ(nn.Module):
         return self.change(change, prefix=queries)[:, : self.config.num_tokens]
 
     def inputs(self, observed: Observed) -> dict[str, Tensor]:
-        """The first frame, as the decoder reads it."""
+        """The first frame as the decoder reads it: name -> (b, n, input)."""
         inputs = {"pixels": patchify(observed.images[:, 0], self.patch_size)}
         if observed.features is not None:
             inputs["features"] = observed.features[:, 0]
         return inputs
 
     def context(self, frames: Tensor, task: list[str] | None) -> Tensor | None:
-        """What conditions the decoder beside the first frame and the codes: (b, k, d), or nothing."""
+        """Tokens (b, m, d) that the decoder reads beside the first frame and the codes; None where there are none."""
         context = []
         if self.text_encoder is not None:
             features, mask = self.text_encoder(task)
@@ -328,7 +326,7 @@ class LAQ(nn.Module):
         return torch.cat(context, dim=1) if context else None
 
     def targets(self, observed: Observed, frames: Tensor) -> dict[str, Tensor]:
-        """What the decoder predicts, per patch: the change of pixels and features, and the flow."""
+        """The targets (b, n, output) of each patch: the change of pixels, the change of features, the flow."""
         targets = {}
         if "pixels" in self.weights:
             targets["pixels"] = patchify(observed.images[:, 1] - observed.images[:, 0], self.patch_size)
@@ -339,7 +337,7 @@ class LAQ(nn.Module):
         return targets
 
     def flow(self, frames: Tensor) -> Tensor:
-        """The teacher's optical flow (b, 2, h, w) [pixel]. It is loaded here: encoding alone does not need it."""
+        """The teacher's optical flow (b, 2, h, w) [pixel]. The teacher is loaded here: encoding does not need it."""
         if self.flow_teacher is None:
             from hlrp.backbones import FlowTeacher
 
@@ -374,8 +372,8 @@ class LAQ(nn.Module):
     def from_pretrained(cls, folder: Path | str) -> "LAQ":
         """Rebuilds a model, in evaluation mode, from its checkpoint folder.
 
-        Raises ValueError where the folder is none of a LAQ, where a tensor is missing or left over, and where
-        frozen features are not those that it was trained with.
+        Raises ValueError where the folder is not a LAQ's, where a tensor is missing or unexpected, and where the frozen
+        features are not the ones it was trained with.
         """
         config = load_config(folder, "laq", LAQConfig)
         if (quantizer := config["laq"]["quantizer"]) in ("simvq", "lfq", "bsq", "residual-vq"):
@@ -397,7 +395,7 @@ class LAQ(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Of what its latent actions follow from, wherever its parts lie."""
+        """A hash of all that its latent actions depend on; the paths of its frozen parts do not count."""
         config = asdict(self.config)
         for place in ("features", "language", "task_irrelevant", "flow_teacher"):
             del config[place]
@@ -405,9 +403,9 @@ class LAQ(nn.Module):
 
 
 def check(config: LAQConfig, weights: dict[str, float]) -> None:
-    """Raises ValueError for settings that do not fit each other."""
+    """Raises ValueError for settings that contradict each other."""
     if config.image_size % config.patch_size:
-        raise ValueError(f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}")
+        raise ValueError(f"image_size={config.image_size}; expected a multiple of patch_size={config.patch_size}")
     if config.num_tokens < 1:
         raise ValueError(f"num_tokens={config.num_tokens}; expected 1 or more")
     if config.delta <= 0:
@@ -415,7 +413,7 @@ def check(config: LAQConfig, weights: dict[str, float]) -> None:
     if not weights:
         raise ValueError("pixel_weight, feature_weight and flow_weight are all 0: there is nothing to predict")
     if min(weights.values()) < 0:
-        raise ValueError(f"negative weight of a target: {weights}")
+        raise ValueError(f"weights of the targets are {weights}; expected no negative one")
     if config.features is None and (config.encoder == "features" or "features" in weights):
         raise ValueError("encoder='features' and feature_weight need features=HUB_ID_OR_FOLDER")
     if config.language and config.task_irrelevant:

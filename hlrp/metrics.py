@@ -1,7 +1,6 @@
-"""Figures over a whole validation pass: code usage, R2, PSNR, and the gathering over ranks that they need; and the
-statistics by which actions and states are normalised.
+"""Figures over a whole validation pass (code usage, R2, PSNR), statistics that normalise actions, and probes.
 
-Probes, linear and small networks: what can be read from a latent action, fitted and scored on different episodes.
+A probe reads actions from latent actions: ridge regression or a small network, fitted and scored on different episodes.
 """
 
 from itertools import pairwise
@@ -20,7 +19,9 @@ def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
     indices: int64 (b, m). Raises ValueError where an index lies outside the codebook.
     """
     if len(indices) and not 0 <= indices.min() <= indices.max() < codebook_size:
-        raise ValueError(f"indices from {indices.min()} to {indices.max()} do not fit codebook_size={codebook_size}")
+        raise ValueError(
+            f"indices from {indices.min()} to {indices.max()}; expected 0 to codebook_size - 1 = {codebook_size - 1}"
+        )
     num_tokens = indices.shape[1]
     cells = indices + codebook_size * torch.arange(num_tokens, device=indices.device)
     return cells.flatten().bincount(minlength=num_tokens * codebook_size).reshape(num_tokens, codebook_size)

@@ -1,4 +1,4 @@
-"""What a training step does with the gradients: optimizers, learning rate, and their state on the disk."""
+"""Optimizers: AdamW, and Muon beside it; the learning rate of a step; the optimizer's state on the disk."""
 
 import json
 import math
@@ -13,21 +13,21 @@ from hlrp.checkpoints import save_tensors, write_json
 
 
 class MuonAdamW(Optimizer):
-    """Muon for the matrices of the hidden layers, AdamW for all else, as one optimizer.
+    """One optimizer: Muon for the matrices of the hidden layers, AdamW for all other parameters.
 
     Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's,
     so that both share a learning rate (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
     """
 
     def __init__(self, matrices: list[dict], others: list[dict], lr: float):
-        """Parameter groups, each with its weight_decay."""
+        """matrices, others: parameter groups, each with its weight_decay."""
         muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
         self.parts = [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True)]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self.link()
 
     def link(self) -> None:
-        """The parts work on the groups and the state of this optimizer."""
+        """Lets both parts work on the groups and the state of this optimizer."""
         muon, adamw = self.parts
         num_muon = len(muon.param_groups)
         muon.param_groups, adamw.param_groups = self.param_groups[:num_muon], self.param_groups[num_muon:]
@@ -46,27 +46,28 @@ class MuonAdamW(Optimizer):
 def make_optimizer(
     name: str, model: nn.Module, hidden: set[type[nn.Module]], lr: float, weight_decay: float
 ) -> Optimizer:
-    """ "muon" or "adamw". hidden: classes of the modules whose matrices Muon takes, all but embeddings.
+    """The optimizer of that name: "muon" or "adamw".
 
-    Weight decay is of matrices, not of biases, gains and single vectors. Raises ValueError for another name.
+    hidden: classes of the modules whose matrices, except embeddings, Muon trains. Matrices have weight decay; biases,
+    gains and single vectors have none. Raises ValueError for another name, and where Muon has nothing to train.
     """
     if name == "adamw":
         groups = parameter_groups(model, weight_decay)
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     if name != "muon":
         raise ValueError(f"optimizer={name!r}; expected one of muon, adamw")
-    layers = [module for module in model.modules() if isinstance(module, tuple(hidden))]  # sharded ones too
+    layers = [module for module in model.modules() if isinstance(module, tuple(hidden))]  # in shards: subclasses
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [p for layer in layers for p in layer.parameters() if id(p) not in embeddings]
     matrices = [p for p in parameters if p.requires_grad and p.ndim == 2]
     if not matrices:
-        raise ValueError("optimizer='muon', but no matrix of the hidden layers trains: adamw fits")
+        raise ValueError("optimizer='muon', but no matrix of the hidden layers trains; expected optimizer='adamw'")
     others = parameter_groups(model, weight_decay, without=matrices)
     return MuonAdamW([{"params": matrices, "weight_decay": weight_decay}], others, lr)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, without: list[nn.Parameter] = ()) -> list[dict]:
-    """Weight decay for matrices; none for biases, gains and single vectors."""
+    """Two groups: matrices, with weight decay, and biases, gains and single vectors, without."""
     left_out = {id(p) for p in without}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
     return [
@@ -76,7 +77,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, without: list[nn.Par
 
 
 def cosine_lr(step: int, lr: float, warmup_steps: int, steps: int, final_ratio: float = 0.1) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear from lr / warmup_steps, then cosine to a tenth."""
+    """Learning rate of an optimizer step (from 0): it rises linearly to lr, then falls to a tenth by a cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -89,15 +90,15 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The tensors of its state, by the place of their parameter and their name."""
+    """The tensors of the optimizer's state: "number of the parameter/name" -> tensor."""
     state = optimizer.state_dict()["state"]
     return {f"{i}/{name}": value for i, values in state.items() for name, value in values.items()}
 
 
 def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor] | None = None) -> None:
-    """optimizer_state.safetensors + optimizer_param_groups.json, as LeRobot lays them out.
+    """Writes optimizer_state.safetensors and optimizer_param_groups.json, LeRobot's layout.
 
-    tensors: its `moments` in full, where they are sharded.
+    tensors: the whole `moments` of an optimizer in shards.
     """
     save_tensors(folder / "optimizer_state.safetensors", moments(optimizer) if tensors is None else tensors)
     groups = optimizer.state_dict()["param_groups"]
@@ -105,7 +106,7 @@ def save_optimizer(folder: Path, optimizer: Optimizer, tensors: dict[str, Tensor
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Raises ValueError where the saved state is of other parameters."""
+    """Loads what `save_optimizer` wrote. Raises ValueError where it belongs to other parameters."""
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer_state.safetensors").items():

@@ -1,4 +1,4 @@
-"""VLA: a vision-language model that predicts the latent actions to come from the image and the instruction.
+"""VLA: a vision-language model that predicts the next latent actions from the image and the instruction.
 
 Latent action pretraining of a VLA: LAPA (Ye et al. 2024, arXiv:2410.11758, Sec. 3.2), UniVLA (Bu et al. 2025,
 arXiv:2505.06111). A head turns hidden states into latent actions; a new one is one class here and one line of `HEADS`.
@@ -32,13 +32,13 @@ POINT_BINS = 8  # into which each axis of the image is divided
 
 @dataclass
 class LatentSpace:
-    """What stage 1 says of its latent actions."""
+    """The latent actions of stage 1."""
 
-    delta: float  # time that one spans [s]
-    num_tokens: int  # indices of one, 0 where it is continuous
+    delta: float  # time that a latent action spans [s]
+    num_tokens: int  # indices of a latent action, 0 where it is continuous
     codebook_size: int  # values of an index
-    vector_dim: int  # dimensions of one as a vector
-    image_size: int  # of the frames that it is read from [pixel]
+    vector_dim: int  # dimensions of a latent action as a vector
+    image_size: int  # of the frames that the LAQ reads [pixel]
     fingerprint: str  # of the LAQ
 
 
@@ -50,10 +50,10 @@ class Predicted(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a head says of the true latent actions."""
+    """How well a head predicts the true latent actions."""
 
     errors: Tensor  # (b,): the loss of each sample
-    prompt: Encoded  # what the VLM made of images and instruction, which no latent action has touched
+    prompt: Encoded  # the VLM's hidden states of images and instruction; no latent action has reached them
     metrics: dict[str, Tensor]
 
 
@@ -89,7 +89,7 @@ class CodeHead(Head):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (b, n, d) at the positions of codes -> (b, n, k); n may end within a latent action."""
-        rows = self.rows.repeat(self.chunk_size, 1, 1)[: hidden.shape[1]]
+        rows = self.rows.repeat(self.chunk_size, 1, 1)[: hidden.shape[1]]  # n k d
         return torch.einsum("bnd,nkd->bnk", hidden.float(), rows.float())
 
     def score(
@@ -97,44 +97,44 @@ class CodeHead(Head):
     ) -> Scored:
         """logits (b, n, v + k), of which the first vocab_size are words; targets (b, n); is_pad bool (b, t)."""
         labels = (targets + vocab_size).flatten()  # b n -> (b n)
-        errors = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(targets)
-        hits = (logits[..., vocab_size:].argmax(-1) == targets).float()
+        errors = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(targets)  # b n
+        hits = (logits[..., vocab_size:].argmax(-1) == targets).float()  # b n
         errors, hits = (x.unflatten(1, (self.chunk_size, -1)).mean(-1) for x in (errors, hits))  # b t
         accuracy = mean_over_steps(hits, is_pad).mean()
         return Scored(mean_over_steps(errors, is_pad), prompt, {"accuracy": accuracy})
 
     def unfold(self, x: Tensor) -> Tensor:
-        """(b, n, ...) -> (b, t, m, ...): place after place."""
+        """(b, (t m), ...) -> (b, t, m, ...)."""
         return x.unflatten(1, (self.chunk_size, self.num_tokens))
 
 
 class TokensHead(CodeHead):
-    """Autoregressive: loss as of next-token prediction, at the positions of codes alone."""
+    """Autoregressive: next-token prediction at the positions of codes."""
 
     def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
         super().__init__(dim, space, config)
         self.in_vocabulary, self.code_dropout = config.token_rows == "vocabulary", config.code_dropout
-        self.embeddings = nn.Parameter(torch.randn_like(self.rows) * 0.02)  # as wide as word embeddings are
+        self.embeddings = nn.Parameter(torch.randn_like(self.rows) * 0.02)  # the scale of word embeddings
 
     def embed(self, indices: Tensor, first: int = 0) -> Tensor:
-        """indices (b, n) at the positions from `first` on -> (b, n, d)."""
+        """indices (b, n) at the positions first, first + 1, ... -> (b, n, d)."""
         places = (first + torch.arange(indices.shape[1], device=indices.device)) % self.num_tokens
         return self.embeddings[places, indices]
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         targets = latents.flatten(1)  # b n
-        suffix = self.embed(targets[:, :-1])
+        suffix = self.embed(targets[:, :-1])  # b (n - 1) d
         if self.training and self.code_dropout:
             any_code = self.embeddings.mean(1).repeat(self.chunk_size, 1)[: self.length - 1]  # n d
             is_dropped = torch.rand(len(targets), 1, 1, device=suffix.device) < self.code_dropout
             suffix = torch.where(is_dropped, any_code, suffix)
         encoded = vlm(images, tasks, vlm.embed_scale * suffix)
-        hidden, prompt = encoded.hidden[:, -self.length :], encoded.without(self.length - 1)
+        hidden, prompt = encoded.hidden[:, -self.length :], encoded.without(self.length - 1)  # b n d
         if not self.in_vocabulary:
             return self.score(self.logits(hidden), targets, prompt, is_pad)
-        words = vlm.vocab_logits(hidden)
-        codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)
-        codes = vlm.cap_logits(codes)  # as those of words
+        words = vlm.vocab_logits(hidden)  # b n v
+        codes = torch.einsum("bnd,mkd->bnmk", hidden.float(), self.rows.float()).flatten(2)  # b n (m k)
+        codes = vlm.cap_logits(codes)  # as the logits of words are
         place = torch.arange(self.length, device=targets.device) % self.num_tokens
         logits, targets = torch.cat([words, codes], dim=-1), targets + place * self.rows.shape[1]
         return self.score(logits, targets, prompt, is_pad, words.shape[-1])
@@ -144,19 +144,19 @@ class TokensHead(CodeHead):
         return Predicted(self.unfold(indices), None)
 
     def expected(self, vlm: VLM, images: Tensor, tasks: Sequence[str]) -> Tensor:
-        """The mean over sampled sequences: the likeliest one alone says little of where all of them lead."""
+        """The mean over sampled sequences. The likeliest sequence alone would tell little about the others."""
         encoded = vlm(images, tasks, use_cache=self.length > 1)
         num_draws = NUM_DRAWS if self.length > 1 else 1
         draws = [self.continue_(vlm, encoded, temperature=1.0)[1] for _ in range(num_draws)]
         return self.unfold(sum(draws) / num_draws)
 
     def continue_(self, vlm: VLM, encoded: Encoded, temperature: float) -> tuple[Tensor, Tensor]:
-        """Codes behind a prompt, int64 (b, n), and the probabilities (b, n, k) of each, given those before it."""
+        """Codes int64 (b, n) that follow a prompt, and the probabilities (b, n, k) of each, given the codes before."""
         indices, probabilities = [], []
         for i in range(self.length):
             if i:
                 encoded = vlm.extend(encoded, vlm.embed_scale * self.embed(indices[-1], i - 1))
-            logits = encoded.hidden[:, -1:].float() @ self.rows[i % self.num_tokens].float().T
+            logits = encoded.hidden[:, -1:].float() @ self.rows[i % self.num_tokens].float().T  # b 1 k
             if self.in_vocabulary:
                 logits = vlm.cap_logits(logits)
             indices.append(draw(logits, temperature))
@@ -165,7 +165,7 @@ class TokensHead(CodeHead):
 
 
 class ParallelHead(CodeHead):
-    """One query a code behind the prompt: a single forward pass."""
+    """One query per code stands behind the prompt: a single forward pass."""
 
     def __init__(self, dim: int, space: LatentSpace, config: "VLAConfig"):
         super().__init__(dim, space, config)
@@ -177,7 +177,7 @@ class ParallelHead(CodeHead):
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         encoded = self.encode(vlm, images, tasks)
-        logits = self.logits(encoded.hidden[:, -self.length :])
+        logits = self.logits(encoded.hidden[:, -self.length :])  # b n k
         return self.score(logits, latents.flatten(1), encoded.without(self.length), is_pad)
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
@@ -201,7 +201,7 @@ class FlowHead(Head):
         self.expert = ActionExpert({"latent": space.vector_dim}, dim, config.expert_dim, config.expert_depth)
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
-        targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)
+        targets = self.norm(latents.float().flatten(0, 1)).view(latents.shape)  # b t e
         encoded = vlm(images, tasks)
         context = self.expert.read(encoded.hidden, encoded.mask)
         errors = self.expert.errors("latent", targets, context, is_pad, self.num_draws)
@@ -220,7 +220,7 @@ class FlowHead(Head):
 
 
 def draw(logits: Tensor, temperature: float) -> Tensor:
-    """logits (b, n, k) -> indices (b, n), the likeliest at temperature 0."""
+    """Draws indices (b, n) from logits (b, n, k); at temperature 0 the likeliest ones."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -274,9 +274,10 @@ class VLAConfig:
         return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
 
     def resolved(self, space: LatentSpace) -> "VLAConfig":
-        """With what follows from stage 1 and from the kind of VLM, where it is not given.
+        """Fills in what follows from stage 1 and from the kind of VLM, where it is not given.
 
-        Raises ValueError for settings that contradict each other."""
+        Raises ValueError for settings that contradict each other.
+        """
         check(self)
         is_tiny, weight = self.vlm.vlm == "tiny", self.feature_weight
         image_size = space.image_size if is_tiny and self.vlm.image_size is None else self.vlm.image_size
@@ -304,17 +305,21 @@ class VLA(nn.Module):
             self.to_action = ActionReadout(vlm.dim, config.action_sources, config.action_dim)
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: images uint8 (b, v, c, h, w), task (list of b); of the latent actions, which follow from frames
-        that the model never sees, latent_indices int64 (b, t, m) or latent_vectors (b, t, e), with latent_is_pad
-        bool (b, t) where the later ones lie past the episode; features (b, n, f) of the last view where feature_weight
-        is set; point (b, 2), nan where unknown, where point_weight is set; action (b, chunk, a) with action_is_pad and
-        source where action_weight is set."""
+        """batch:
+        images uint8 (b, v, c, h, w), task (list of b)
+        latent_indices int64 (b, t, m) or latent_vectors (b, t, e): the latent actions, from frames that the model
+            never sees; latent_is_pad bool (b, t) marks the ones past the end of the episode
+        features (b, n, f) of the last view, with feature_weight
+        point (b, 2), nan where unknown, with point_weight
+        action (b, chunk, a), action_is_pad, source, with action_weight
+        """
         scored = self.scored(batch)
         loss = scored.errors.mean()
         metrics = {"latent_loss": loss.detach(), **scored.metrics}
         if self.config.feature_weight:
-            told = self.to_features(self.vlm.at_image(scored.prompt, batch["task"], batch["images"].shape[1]))
-            term = F.mse_loss(told.float(), regrid(batch["features"], self.vlm.num_image_tokens))
+            hidden = self.vlm.at_image(scored.prompt, batch["task"], batch["images"].shape[1])  # b n d
+            targets = regrid(batch["features"], self.vlm.num_image_tokens)  # b n f
+            term = F.mse_loss(self.to_features(hidden).float(), targets)
             loss = loss + self.config.feature_weight * term
             metrics["feature_loss"] = term.detach()
         if self.config.point_weight:
@@ -328,23 +333,24 @@ class VLA(nn.Module):
         return loss, metrics
 
     def point_loss(self, hidden: Tensor, batch: dict) -> Tensor:
-        """Cross-entropy of the bins that the place of the named thing falls into, a mean over the samples that know it.
+        """Cross-entropy of the bins of the point that the instruction names, a mean over the samples that have one.
 
-        hidden (b, d) at the last word, which has read image and instruction. batch: point (b, 2), nan where unknown, if
-        any is known; num_points as `masked_mean`'s count.
+        hidden (b, d) at the last word, which has read image and instruction. batch: point (b, 2), nan where unknown;
+        absent where no sample has one; num_points: `masked_mean`'s count.
         """
-        logits = self.to_point(hidden).float().unflatten(1, (2, POINT_BINS))
+        logits = self.to_point(hidden).float().unflatten(1, (2, POINT_BINS))  # b 2 k
         place = batch.get("point", hidden.new_full((len(hidden), 2), torch.nan))
         bins = ((place + 1) / 2 * POINT_BINS).nan_to_num().long().clamp(0, POINT_BINS - 1)
         errors = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(-1, 2)
         return masked_mean(errors.mean(1), place.isfinite().all(1), batch.get("num_points"))
 
     def block_classes(self) -> set[type[nn.Module]]:
-        """The repeated layers: units to compile. Those of `vlm` are units to shard; the expert's have two entries."""
+        """The repeated layers, which are compiled one by one. Only the VLM's are sharded one by one: the expert's have
+        two methods that need their weights."""
         return self.vlm.block_classes() | {ExpertBlock}
 
     def hidden_classes(self) -> set[type[nn.Module]]:
-        """Whose matrices Muon takes: the VLM, with what joins its towers, and the expert."""
+        """Classes of the modules whose matrices Muon trains: the whole VLM, and the expert's blocks."""
         return {type(self.vlm.model), ExpertBlock}
 
     @torch.no_grad()
@@ -355,7 +361,7 @@ class VLA(nn.Module):
     def scored(self, batch: dict) -> Scored:
         latents = batch[self.head.target]
         is_pad = batch.get("latent_is_pad")
-        if is_pad is not None:  # what stands there counts for nothing, but is to be a latent action
+        if is_pad is not None:  # padding counts for nothing, but must hold some latent action
             latents = torch.where(is_pad[..., None], latents[:, :1], latents)
         return self.head(self.vlm, batch["images"], batch["task"], latents, is_pad)
 
@@ -363,18 +369,18 @@ class VLA(nn.Module):
     def generate(self, images: Tensor, tasks: Sequence[str], temperature: float = 0.0) -> Predicted:
         """images uint8 (b, v, c, h, w), b instructions -> latent actions (b, chunk_size, ...).
 
-        temperature: 0 gives the likeliest codes, and of a flow what noise of zero becomes; 1 draws a sample.
+        temperature: 0 gives the likeliest codes, or a flow's result from noise of zero; 1 draws a sample.
         """
         return self.head.generate(self.vlm, images, tasks, temperature)
 
     @torch.no_grad()
     def expected(self, images: Tensor, tasks: Sequence[str]) -> Tensor:
-        """What to expect, on average over all that may come: of codes how likely each is at its place, (b, t, m, k), of
-        a flow the mean of its vectors (b, t, e). `tokens` draws 16 sequences for it, with torch's random numbers."""
+        """The mean over all latent actions that may follow: for codes the probability of each at its position
+        (b, t, m, k), for a flow the mean vectors (b, t, e). Head `tokens` estimates it from 16 sampled sequences."""
         return self.head.expected(self.vlm, images, tasks)
 
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor] | None = None, **provenance) -> None:
-        """config.json + model.safetensors + vlm/: the architecture, tokenizer and image processor of the VLM."""
+        """Writes config.json, model.safetensors and vlm/: architecture, tokenizer and image processor of the VLM."""
         config = {"type": "vla", "hlrp_version": version("lerobot_policy_hlrp")}
         config |= {"vla": asdict(self.config), "latent_space": asdict(self.space)}
         (folder / "vlm").mkdir()
@@ -385,9 +391,9 @@ class VLA(nn.Module):
     def from_pretrained(cls, folder: Path | str, **changes) -> "VLA":
         """Rebuilds a model, in evaluation mode, from its checkpoint folder alone.
 
-        changes: settings of the VLM that are others from here on, such as freeze.
+        changes: settings of the VLM to replace, such as freeze.
 
-        Raises ValueError where the folder is none of a VLA, and where a tensor is missing or left over.
+        Raises ValueError where the folder is not a VLA's, and where a tensor is missing or unexpected.
         """
         saved = load_config(folder, "vla", VLAConfig)
         config = VLAConfig.from_dict(saved["vla"], **changes)
@@ -398,7 +404,7 @@ class VLA(nn.Module):
 
 
 def check(config: VLAConfig) -> None:
-    """Raises ValueError for settings that do not fit each other."""
+    """Raises ValueError for settings that contradict each other."""
     if config.head not in HEADS:
         raise ValueError(f"head={config.head!r}; expected one of {', '.join(HEADS)}")
     if config.token_rows not in ("codes", "vocabulary"):

@@ -1,10 +1,10 @@
 """Vision-language models as backbones of a policy: SmolVLM2, Qwen2.5-VL, Qwen3-VL and PaliGemma 2, by transformers.
 
-One interface for all: images and instructions in, last hidden states out, with embeddings of the caller's own behind
-the prompt (`suffix`). What the families do in their own ways (prompts, patches, positions, masks) ends in this module.
-Prompts are padded on the left, so that a suffix starts at the same index in every row.
+All have one interface: images and instructions in, last hidden states out. The caller may add embeddings behind the
+prompt (`suffix`). Prompts are padded on the left, so that a suffix starts at the same index in every row. Only this
+module knows how the families differ: in prompts, patches, positions and masks.
 
-A vision-language model from scratch, small enough for a CPU; its tokenizer learns from the run's instructions.
+`tiny` is a model from scratch, small enough for a CPU; its tokenizer learns from the run's instructions.
 """
 
 import copy
@@ -79,16 +79,16 @@ class VLM(nn.Module):
     """A vision-language model without its text generation.
 
     dim: width of the language model;  vocab_size: rows of `vocab_head`
-    image_size: side of the image [pixel];  num_image_tokens: of one image
-    embed_scale: what the model multiplies word embeddings by, and a suffix is to be by its caller (Gemma: sqrt(dim))
+    image_size: side of the image [pixel];  num_image_tokens: tokens of an image
+    embed_scale: factor on word embeddings, which the caller applies to a suffix too (Gemma: sqrt(dim))
 
-    Images are uint8 until they are on the model's device, are shown whole and resized once (SmolVLM2's processor
-    goes over a larger size, for crops that are not made here). What projects images to the language model is of
-    neither tower. Dropout is off in what is frozen. `lm_head`, where it is not tied, is no part of `forward`.
+    Images stay uint8 until they are on the model's device. The model sees them whole, resized once; SmolVLM2's own
+    processor resizes twice, since it also makes crops. The layers that project images to the language model belong to
+    neither tower. Frozen parts have no dropout. `forward` does not call `lm_head`.
     """
 
     def __init__(self, model: nn.Module, tokenizer, processor, config: VLMConfig):
-        """model: transformers' with a language head;  processor: of images."""
+        """model: transformers' model with a language head;  processor: its image processor."""
         super().__init__()
         self.config, self.family = model.config, model.config.model_type
         self.is_qwen, self.is_paligemma = self.family.startswith("qwen"), self.family == "paligemma"
@@ -128,26 +128,25 @@ class VLM(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path | str, config: VLMConfig) -> "VLM":
-        """The model that `save_parts` described. Its weights are unset: the checkpoint's own are to be loaded."""
+        """The model that `save_parts` described. Its weights are not set: load the checkpoint's."""
         import transformers
         from transformers.initialization import no_init_weights
 
         architecture = read(transformers.AutoConfig, str(folder))
         if architecture.model_type not in VLMS:
-            found = f"{folder} is a {architecture.model_type!r} model"
-            raise ValueError(f"{found}; expected one of {', '.join(VLMS)}")
+            raise ValueError(f"{folder} is a {architecture.model_type!r} model; expected one of {', '.join(VLMS)}")
         with no_init_weights():
             model = getattr(transformers, VLMS[architecture.model_type].model)(architecture)
         model.tie_weights()
         return cls(model.float(), *read_parts(str(folder)), config)
 
     def save_parts(self, folder: Path | str) -> None:
-        """Writes the architecture, the tokenizer and the image processor: all but the weights."""
+        """Writes architecture, tokenizer and image processor, but no weights."""
         for part in (self.config, self.tokenizer, self.processor):
             part.save_pretrained(folder)
 
     def check_image_size(self, config: VLMConfig) -> tuple[int, int]:
-        """Side of the image and its number of tokens. Raises ValueError where the model cannot see that size."""
+        """Side of the image [pixel] and its number of tokens. Raises ValueError for a size that it cannot take."""
         vision, processor = self.config.vision_config, self.processor
         if self.is_qwen:  # any size within the processor's limits; its own is what that makes of 224
             merge, step = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
@@ -160,21 +159,22 @@ class VLM(nn.Module):
             own = most = processor.max_image_size["longest_edge"]
         size, others = own if config.image_size is None else config.image_size, range(step, most + 1, step)
         if size != own and size not in others:
-            fits = f"{own} or a multiple of {step} up to {others[-1]}" if others else f"{own}"
-            raise ValueError(f"image_size={size} does not fit {config.vlm}: expected {fits}")
+            expected = f"{own} or a multiple of {step} up to {others[-1]}" if others else f"{own}"
+            raise ValueError(f"image_size={size}; expected {expected} for {config.vlm}")
         return size, (size // vision.patch_size // merge) ** 2
 
     def check_tokenizer(self, name: str) -> None:
-        """Without its files transformers makes up a tokenizer, which knows no image."""
+        """Raises ValueError where the tokenizer does not know the image token: transformers makes one up where the
+        tokenizer's files are missing."""
         image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         ids = self.tokenizer(str(image_token), add_special_tokens=False).input_ids
         if ids != [self.config.image_token_id] or len(self.tokenizer) > self.vocab_size:
-            found = f"a tokenizer of {len(self.tokenizer)} tokens for a model of {self.vocab_size}"
+            sizes = f"a tokenizer of {len(self.tokenizer)} tokens for a model of {self.vocab_size}"
             expected = f"one whose token {self.config.image_token_id} stands for images"
-            raise ValueError(f"{name} has {found}; expected {expected}, in files beside the model's")
+            raise ValueError(f"{name} has {sizes}; expected {expected}, in files beside the model's")
 
     def choose_trainable(self, config: VLMConfig) -> None:
-        """Sets `requires_grad` and adds the adapters; those that are there become one with what they adapt."""
+        """Sets `requires_grad` and adds adapters; earlier adapters are merged into the weights that they adapt."""
         self.merge_adapters()
         self.requires_grad_(True)
         if unknown := set(config.freeze) - {"vision", "language"}:
@@ -193,8 +193,8 @@ class VLM(nn.Module):
             module.requires_grad_(False)
         if config.lora_rank:
             if "language" in config.freeze or config.freeze_layers == len(self.layers):
-                found = f"freeze={config.freeze} and freeze_layers={config.freeze_layers}"
-                raise ValueError(f"lora_rank={config.lora_rank}, but {found} leave no layer to adapt")
+                frozen = f"freeze={config.freeze} and freeze_layers={config.freeze_layers}"
+                raise ValueError(f"lora_rank={config.lora_rank}, but {frozen} leave no layer to adapt")
             from peft import LoraConfig, inject_adapter_in_model
 
             names = [
@@ -229,7 +229,7 @@ class VLM(nn.Module):
 
     @property
     def vocab_head(self) -> Tensor:
-        """(vocab_size, dim), the token embeddings' own weight where the model ties the two."""
+        """(vocab_size, dim); the weight of the token embeddings where the model ties the two."""
         return (self.lm_head or self.model.get_input_embeddings()).weight
 
     def vocab_logits(self, hidden: Tensor) -> Tensor:
@@ -237,12 +237,12 @@ class VLM(nn.Module):
         return self.cap_logits(hidden @ self.vocab_head.T)
 
     def cap_logits(self, logits: Tensor) -> Tensor:
-        """Logits of words, bounded where the family bounds them: Gemma 2 (arXiv:2408.00118, Sec. 2)."""
+        """Bounds the logits of words where the family does: Gemma 2 (arXiv:2408.00118, Sec. 2)."""
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def prompt(self, task: str, num_views: int) -> Prompt:
-        """What the family's processor makes of an instruction behind `num_views` images, remembered."""
+        """The prompt of an instruction behind `num_views` images, cached."""
         key = (task, num_views)
         if key not in self.prompts:
             if len(self.prompts) == 4096:
@@ -299,9 +299,9 @@ class VLM(nn.Module):
         return {"pixel_values": patches, "image_grid_thw": grids}
 
     def prefix(self, images: Tensor, tasks: list[str]) -> Prefix:
-        """images: uint8 (b, v, c, h, w), the v views of a moment in the order in which the prompt shows them."""
+        """images: uint8 (b, v, c, h, w), v views at the same time, in the order of the prompt."""
         if len(tasks) != len(images):
-            raise ValueError(f"{len(images)} rows of images, but {len(tasks)} instructions")
+            raise ValueError(f"{len(tasks)} instructions; expected {len(images)}, one for each row of images")
         embedding = self.model.get_input_embeddings()
         prompts = [self.prompt(task, images.shape[1]) for task in tasks]
         n = max(len(prompt.ids) for prompt in prompts)
@@ -322,7 +322,7 @@ class VLM(nn.Module):
 
         A suffix position sees the prompt and the suffix up to itself: hidden[:, -m - 1 : -1] predicts the suffix.
         """
-        embeds, mask, positions, images = self.prefix(images, tasks)
+        embeds, mask, positions, pixels = self.prefix(images, tasks)  # b n d, b n, axes b n
         options = {}
         num_suffix = 0 if suffix is None else suffix.shape[1]
         if self.is_paligemma:  # 0: attends in both directions, 1: causally
@@ -330,14 +330,14 @@ class VLM(nn.Module):
             options["token_type_ids"] = types.long().expand(len(mask), -1)
         position = positions.amax(dim=(0, 2)) + 1  # b
         if suffix is not None:
-            embeds = torch.cat([embeds, suffix.to(embeds.dtype)], dim=1)
+            embeds = torch.cat([embeds, suffix.to(embeds.dtype)], dim=1)  # b (n m) d
             positions = torch.cat([positions, self.follow(position, num_suffix, len(positions))], dim=-1)
             mask = F.pad(mask, (0, num_suffix), value=True)
-        hidden, keys_values = self.run(embeds, mask, positions, use_cache=use_cache, **images, **options)
+        hidden, keys_values = self.run(embeds, mask, positions, use_cache=use_cache, **pixels, **options)  # b (n m) d
         return Encoded(hidden, mask, Cache(keys_values, position + num_suffix) if use_cache else None)
 
     def extend(self, encoded: Encoded, suffix: Tensor) -> Encoded:
-        """`encoded` and m more positions (b, m, d) -> hidden (b, n + m, d). `encoded` stays fit for another suffix."""
+        """`encoded` and m more positions (b, m, d) -> hidden (b, n + m, d). `encoded` can be extended again."""
         assert encoded.cache is not None, "extend needs what forward(use_cache=True) or extend returned"
         keys_values, position = copy.copy(encoded.cache.keys_values), encoded.cache.position
         keys_values.layers = [copy.copy(layer) for layer in keys_values.layers]  # tensors stay shared
@@ -348,12 +348,12 @@ class VLM(nn.Module):
         return Encoded(torch.cat([encoded.hidden, hidden], dim=1), mask, Cache(keys_values, position + m))
 
     def at_image(self, prompt: Encoded, tasks: list[str], num_views: int) -> Tensor:
-        """The hidden states (b, num_image_tokens, d) of a prompt at the tokens of its last image, row by row of it."""
+        """The hidden states (b, num_image_tokens, d) of a prompt at the tokens of its last image, in raster order."""
         rows = []
         for hidden, task in zip(prompt.hidden, tasks, strict=True):
             ids = self.prompt(task, num_views).ids
             places = (ids == self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
-            rows.append(hidden[(places - len(ids)).to(hidden.device)])  # counted from the end: the left is padded
+            rows.append(hidden[(places - len(ids)).to(hidden.device)])  # counted from the end, since the left is padded
         return torch.stack(rows)
 
     def follow(self, position: Tensor, length: int, axes: int) -> Tensor:
@@ -389,13 +389,13 @@ IMAGE_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")
 
 
 def tiny(image_size: int, instructions: Sequence[str]):
-    """A Qwen3-VL of about 3 M parameters from scratch, with tokenizer and image processor."""
+    """A Qwen3-VL of about 3 million parameters from scratch, with tokenizer and image processor."""
     import transformers
 
     patch_size, merge_size = 8, 2 if image_size >= 64 else 1
     if image_size < 16 or image_size % (patch_size * merge_size):
         multiple = f"a multiple of {patch_size * merge_size}"
-        raise ValueError(f"image_size={image_size} does not fit tiny: expected {multiple} from 16 up")
+        raise ValueError(f"image_size={image_size}; expected {multiple} from 16 up for tiny")
     tokenizer = tiny_tokenizer(instructions)
     text = {"vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "head_dim": 32}
     text |= {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6}
@@ -418,19 +418,19 @@ def tiny(image_size: int, instructions: Sequence[str]):
     processor = transformers.Qwen2VLImageProcessor(size=size, merge_size=merge_size, **patches)
     model = transformers.Qwen3VLForConditionalGeneration(config)
     positions = model.model.visual.pos_embed.weight
-    positions.data = 0.5 * sinusoids_2d(image_size // patch_size, positions.shape[1])  # as large as patches are
+    positions.data = 0.5 * sinusoids_2d(image_size // patch_size, positions.shape[1])  # the size of patch embeddings
     return model, tokenizer, processor
 
 
 def sinusoids_2d(side: int, dim: int) -> Tensor:
-    """Features (side * side, dim) of the places on a grid in raster order, an eighth of a wave to two across it."""
+    """Features (side * side, dim) of the places on a grid in raster order; across it, waves of 1/8 to 2 periods."""
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / side  # n 2
     angles = places[..., None] * torch.pi / 2 * 2 ** torch.linspace(-1, 3, dim // 4)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def tiny_tokenizer(instructions: Sequence[str]):
-    """Byte-level BPE of at most 1024 tokens, the same for the same set of instructions; it knows every text."""
+    """Byte-level BPE of at most 1024 tokens. It depends on the set of instructions alone, and encodes any text."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

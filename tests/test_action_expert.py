@@ -114,5 +114,5 @@ def test_integration_of_a_straight_path_is_exact(monkeypatch):
 
 
 def test_a_width_that_no_head_fits_is_an_error():
-    with pytest.raises(ValueError, match="dim=30 .*num_heads=4"):
+    with pytest.raises(ValueError, match="dim=30; expected an even number that is a multiple of num_heads=4"):
         expert(dim=30)

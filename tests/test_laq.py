@@ -190,7 +190,7 @@ def test_bf16_autocast_trains_close_to_float32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=8"),
+        ({"image_size": 30}, "image_size=30; expected a multiple of patch_size=8"),
         ({"num_tokens": 0}, "num_tokens=0"),
         ({"delta": -1.0}, "delta=-1.0"),
         ({"pixel_weight": 0.0}, "nothing to predict"),
