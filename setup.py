@@ -16,8 +16,8 @@ setup(
     python_requires=">=3.12",
     packages=["hlrp"],
     package_data={"hlrp": ["py.typed"]},
-    py_modules=["lerobot_policy_hlrp", "launcher_hlrp"],
-    entry_points={"torch.backends": ["hlrp = hlrp.cli:be_brief"]},  # see there
+    py_modules=["lerobot_policy_hlrp"],
+    entry_points={"torch.backends": ["hlrp = hlrp.cli:be_brief"]},  # torch calls it
     install_requires=[
         "torch>=2.9,<2.12",  # with Muon, up to LeRobot's cap
         "torchvision>=0.24,<0.27",

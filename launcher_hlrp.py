@@ -1,1 +1,0 @@
-from hlrp.cli import be_brief  # noqa: F401
