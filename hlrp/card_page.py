@@ -192,8 +192,8 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     "Information": (
         (
             "Do latent actions tell the actions that were taken? Probes read the mean action between the two frames, "
-            "fitted on some episodes and scored on others. A control has as many dimensions as the latent action. "
-            "Lines are 95 % intervals over episodes."
+            "fitted on some episodes and scored on others. A control has as many dimensions as the latent action, an "
+            "observation at least 32. Lines are 95 % intervals over episodes."
         ),
         {
             "information": "What probes read. Grey: what a latent action has to beat. Orange: whether it tells more "
@@ -206,10 +206,10 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     ),
     "Leakage": (
         (
-            "Do they also store what is no action? What moves by itself, the camera, how an episode looks. As much "
+            "Do they also store what is not an action: what moves by itself, the camera, how an episode looks? As much "
             "as goes together with the true action, or as the change of pixels tells in as many numbers, is no leak."
         ),
-        {"leakage": "What a probe reads of things that no action moves, and, as marks, what it reads elsewhere."},
+        {"leakage": "What a probe reads about things that no action moves. Marks: what it reads from other inputs."},
     ),
     "Use by the decoder": (
         (
@@ -219,31 +219,33 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
         {
             "use": "Errors of the decoder, by the code that it is given.",
             "reconstructions": "Held-out pairs, what is decoded from the first one and the code, and another's code.",
-            "one-code": "One code on many frames, a row a code: the motion should be the same in all of a row.",
+            "one-code": "One code on many frames, one row for each code: the motion should be the same along a row.",
             "many-codes": "Many codes on one frame: the changes should differ, and look like actions.",
         },
     ),
     "Invariance and algebra": (
         (
-            "Actions obey rules: without one nothing happens, the reverse undoes it, two in a row add up, and what is "
-            "decoded from one shows it again. A camera that moves is none."
+            "Actions obey rules: where nothing happens there is none, the reverse undoes it, two in a row add up, and "
+            "a frame that is decoded from one shows it again. The motion of a camera is not an action."
         ),
         {
-            "invariance": "What is no action should leave the latent action where it is.",
-            "algebra": "Blue: how far the rule is from holding. Grey: the same with others' latent actions.",
+            "invariance": "Changes that are not actions should hardly change the latent action.",
+            "algebra": "Blue: the error of the rule. Grey: the error with the latent actions of other pairs.",
         },
     ),
     "Code health": (
-        "Are the codes in use? This alone says nothing of what they mean: it is an alarm where they have collapsed.",
-        {"usage": "How often each code stands at each token."},
+        "Are the codes in use? This says nothing about what they mean; it warns where they have collapsed.",
+        {"usage": "How often each code is used at each token position."},
     ),
     "Transfer": (
         "Does a latent action mean the same for another embodiment? A probe fitted on one is scored on another.",
-        {"transfer_matrix": "R2 of the actions. On the diagonal: what can be reached."},
+        {"transfer_matrix": "R2 of the actions. On the diagonal, the probe is scored on its own embodiment."},
     ),
 }
 GRIDS = ("reconstructions", "one-code", "many-codes", "usage", "neighbours")  # as wide as the page
-NEIGHBOURS = "Pairs and those with the nearest latent actions in other episodes: the same motion, whatever the scene?"
+NEIGHBOURS = (
+    "Left: a pair. Right: the nearest latent actions of other episodes. Is it the same motion in another scene?"
+)
 
 
 def document(title: str, body: str) -> str:
@@ -256,13 +258,13 @@ def document(title: str, body: str) -> str:
 def page(card: dict, pictures: dict[str, dict[str, bytes]]) -> str:
     """card: as card.json has it; pictures: PNG by source and name."""
     parts = [header(card)]
-    for name, found in card["sources"].items():
+    for name, source in card["sources"].items():
         counts = (
-            f"{found['pairs']} pairs of frames of {found['episodes']} episodes; probes are fitted on some and scored "
-            f"on {found['scored_pairs']} pairs of {found['scored_episodes']} other episodes"
+            f"{source['pairs']} pairs of frames of {source['episodes']} episodes; probes are fitted on some and scored "
+            f"on {source['scored_pairs']} pairs of {source['scored_episodes']} other episodes"
         )
-        parts.append(f"<h2>{escape(name)}</h2><p class=why>{escape(found['uri'])}. {counts}.</p>{verdict(found)}")
-        parts += sections(found, pictures[name])
+        parts.append(f"<h2>{escape(name)}</h2><p class=why>{escape(source['uri'])}. {counts}.</p>{verdict(source)}")
+        parts += sections(source, pictures[name])
     return document(f"Probe card of {card['latents']}", "".join(parts))
 
 
@@ -275,16 +277,16 @@ def header(card: dict) -> str:
     )
 
 
-def verdict(found: dict) -> str:
+def verdict(source: dict) -> str:
     items = "".join(
         f"<li class={line['level']}><span class=mark>{line['level']}</span><span>{escape(line['text'])}</span></li>"
-        for line in found["verdict"]
+        for line in source["verdict"]
     )
     return f"<div class=verdict><ul>{items}</ul></div>"
 
 
-def sections(found: dict, pictures: dict[str, bytes]) -> Iterator[str]:
-    for name, group in groupby(rows(found), key=lambda row: row.section):
+def sections(source: dict, pictures: dict[str, bytes]) -> Iterator[str]:
+    for name, group in groupby(rows(source), key=lambda row: row.section):
         why, shown = SECTIONS[name]
         figures = "".join(picture(key, pictures[key], text) for key, text in shown.items() if key in pictures)
         body = f"<div class=pictures>{figures}</div>{table(list(group))}"

@@ -282,7 +282,7 @@ def group_colours(groups: Tensor) -> tuple[list[int], np.ndarray]:
 
 
 def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
-    """means: row title -> for each token position, code -> mean flow (2,), right and down [pixel]. An arrow a code."""
+    """An arrow for each code. means: row title -> per token position, code -> mean flow (2,) right and down [pixel]."""
     width = max(len(row) for row in means.values())
     figure = new_figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
     grid = figure.subplots(len(means), width, squeeze=False)
