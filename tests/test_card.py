@@ -168,7 +168,8 @@ def test_a_model_no_better_than_an_unlearned_one_is_weak_where_it_adds_and_the_c
     assert any("no better than an encoder that has learned nothing" in line.text for line in lines)
 
 
-def test_where_the_observation_foretells_everything_the_worth_is_unknown_and_nobody_fails(expert):
+def test_where_the_observation_foretells_everything_the_worth_is_unknown_and_nobody_fails(expert, monkeypatch):
+    monkeypatch.setattr("hlrp.metrics.MLP_STEPS", 120)
     blind = expert._replace(actions=expert.facts["state"].sin(), state_change=None)
     card, _ = information(blind, {Z: blind.actions.float()}, {}, seed=0)
     assert card["share"] is None and worth(card) == "unknown" and card["ceiling"]["name"] in (OBSERVATION, CHANGE)
