@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hlrp.contract import EncodedSource, too_coarse
+from hlrp.contract import EncodedSource, Source, too_coarse
 from hlrp.images import decode_clips, fit, fit_all
 
 logger = logging.getLogger(__name__)
-# of a sample, as `hlrp.contract` has them; what else a source knows of a frame or an episode has other names
+# keys that a sample gives a meaning; other columns and facts of a source must have other names
 SAMPLE_KEYS = frozenset("frames images task dataset source episode place index fps state action".split()) | {
     "action_is_pad",
     "latent_is_pad",
@@ -23,7 +23,7 @@ SAMPLE_KEYS = frozenset("frames images task dataset source episode place index f
 
 
 class Sizes(NamedTuple):
-    """The sizes that the optional parts of a batch are filled up to; 0 where a part is absent."""
+    """Sizes that the optional parts of a batch are padded to; 0 if a part is absent."""
 
     state: int
     action: int
@@ -31,42 +31,42 @@ class Sizes(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One read of an episode, for those samples of a batch that show it."""
+    """One read of an episode, for all samples of a batch that show it."""
 
-    samples: list[int]  # places in the batch
-    row: int  # of the episode among those of the clips
+    samples: list[int]  # their places in the batch
+    row: int  # place of the episode in `Clips.episodes`
     episode: int
-    frames: np.ndarray  # those to read, increasing
-    place: list[list[int]]  # among these, of each sample's frames and then of its images
+    frames: np.ndarray  # frames to read, increasing
+    place: list[list[int]]  # for each sample, where its frames and then its images stand in `frames`
 
 
 class Plan(NamedTuple):
-    """What the samples of a batch show. Past the end of an episode stands its last frame, as padding."""
+    """What the samples of a batch show. Past the end of an episode, its last frame is the padding."""
 
     starts: np.ndarray  # (samples,)
     clip_frames: np.ndarray  # (samples, t)
-    action_frames: np.ndarray  # (samples, chunk), of the longest chunk
-    action_is_pad: Sequence[Tensor]  # of each sample (chunk,)
-    latent_is_pad: Sequence[Tensor]  # (t - 1,)
+    action_frames: np.ndarray  # (samples, chunk), for the longest chunk
+    action_is_pad: Sequence[Tensor]  # for each sample (chunk,)
+    latent_is_pad: Sequence[Tensor]  # for each sample (t - 1,)
     requests: list[Request]
 
 
 class Clips(Dataset):
     """Every clip of some episodes: frames at `times` [s] that all lie inside one episode.
 
-    Seconds become frames by the frame rate of each episode. An episode that is shorter than a clip, or whose frames are
-    too far apart, contributes none; so do unevenly spaced frames that are not `times` apart. A warning counts them.
-    The index holds a few numbers for an episode and none for a clip.
+    The frame rate of each episode turns seconds into frames. Episodes that are shorter than a clip, or whose frames are
+    too far apart, have no clips, and neither have unevenly spaced frames that are not `times` apart; a warning counts
+    them. The index holds a few numbers for each episode and none for a clip.
 
-    With `min_times`, only so many of the times have to: a policy, which is to act in every frame, asks for one. What
-    lies past the end of the episode is marked as padding: actions by action_is_pad, latent actions by latent_is_pad.
+    With `min_times`, fewer of the times must lie inside the episode: a policy acts in every frame and asks for one.
+    What lies past the end is marked as padding: actions by action_is_pad, latent actions by latent_is_pad.
     """
 
     def __init__(
         self,
-        source,
-        episodes: Sequence[int],
-        times: Sequence[float] = (0.0, 0.5),
+        source: Source,
+        episodes: Sequence[int] | np.ndarray,
+        times: Sequence[float] | np.ndarray = (0.0, 0.5),
         image_size: int = 224,
         source_index: int = 0,
         labelled_episodes: Sequence[int] | None = None,
@@ -78,19 +78,19 @@ class Clips(Dataset):
         name: str | None = None,
         frames: Sequence[np.ndarray] | None = None,
     ):
-        """labelled_episodes: those whose actions a sample shows (default: all); elsewhere they are padding.
-        input_size: side of the frame at t = 0 as a policy sees it, `images`, where one is asked for [pixel].
-        num_images: of these, one frame apart, the last at t = 0; before an episode they show its first frame. Those
-        of further cameras of the source, its `views`, stand beside them, in the order of the cameras' names.
-        min_times: times that lie inside the episode, from the first on; all of them, else.
-        chunk_size: actions from t = 0 on, one a frame; without it, those up to the last time.
-        name: of these clips in logs; the source's, else.
-        frames: of each episode of the source, those that a clip may start at, in their order; all of them, else.
-        latent_space: of the LAQ whose cached latent actions a sample shows, from all times but the last. What
-        follows t = 0 is then known by them, and `frames` holds t = 0 alone."""
+        """labelled_episodes: episodes whose actions a sample shows (default: all).
+        input_size: side of `images`, the frame at t = 0 as a policy sees it [pixel] (default: no images).
+        num_images: how many frames `images` shows of each camera, one frame apart, the last at t = 0. Before the
+        episode they repeat its first frame. The `views` of the source stand beside its camera, sorted by name.
+        min_times: how many of `times`, counted from the first, must lie inside the episode (default: all).
+        chunk_size: number of actions from t = 0 on, one for each frame (default: up to the last time).
+        name: name of these clips in logs (default: the source's).
+        frames: for each episode of the source, the frames that a clip may start at, increasing (default: all).
+        latent_space: the LAQ whose cached latent actions a sample shows, at all times but the last; `frames` then
+        holds t = 0 alone (default: no latent actions)."""
         times = np.asarray(times, dtype=np.float64)
         if times[0] != 0 or (np.diff(times) <= 0).any():
-            raise ValueError(f"times={times.tolist()} s; increasing times from 0 on fit")
+            raise ValueError(f"times={times.tolist()} s; expected increasing times that begin with 0")
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
@@ -104,7 +104,7 @@ class Clips(Dataset):
         is_coarse = too_coarse(fps, times).any(axis=1)
         if latent_space is not None:
             self._check_labels(fps[~is_coarse], self.offsets[~is_coarse])
-            source.labels(int(self.episodes[0]), [0])  # read now, once for all workers
+            source.labels(int(self.episodes[0]), [0])  # loads them once, before workers fork
 
         lengths = source.lengths[self.episodes]
         num_clips = np.maximum(lengths - self.offsets[:, self.min_times - 1], 0)
@@ -130,7 +130,7 @@ class Clips(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the clips are."""
+        """A hash of the source, the clips and their settings."""
         plain = (self.source.fingerprint, self.image_size, self.input_size, self.min_times, self.chunk_size)
         digest = hashlib.sha256(repr((plain, self.num_images)).encode())
         starts = [np.concatenate(self.starts), self.ends] if self.starts is not None else []
@@ -139,7 +139,7 @@ class Clips(Dataset):
         return digest.hexdigest()[:16]
 
     def _tell_left_out(self, is_coarse: np.ndarray, is_short: np.ndarray) -> None:
-        """Warns of the episodes without a clip. Raises ValueError where there is no other."""
+        """Warns of the episodes without a clip. Raises ValueError if all episodes are."""
         source, reasons = self.source, []
         fps = source.fps[self.episodes]
 
@@ -168,19 +168,18 @@ class Clips(Dataset):
             logger.warning("%s: left out %s", source.uri, reason)
 
     def _evenly_spaced(self, starts: list[np.ndarray]) -> list[np.ndarray]:
-        """Those of the starts from which all frames inside the episode lie `times` apart, to a fifth."""
+        """Keeps the starts whose frames lie `times` apart, to a fifth, as far as they lie inside the episode."""
         kept, error, worst = [], 0.0, ""
         for frames, episode, offsets in zip(starts, self.episodes.tolist(), self.offsets, strict=True):
-            if (shown_at := self.source.uneven.get(episode)) is not None and len(frames):
-                shown = frames[:, None] + offsets  # starts t
-                found = shown_at[shown.clip(max=len(shown_at) - 1)] - shown_at[frames][:, None]
-                errors = np.where(shown < len(shown_at), np.abs(found - self.times), 0)[:, 1:] / self.times[1:]
+            if (taken_at := self.source.uneven.get(episode)) is not None and len(frames):
+                in_clip = frames[:, None] + offsets  # starts t
+                times = taken_at[in_clip.clip(max=len(taken_at) - 1)] - taken_at[frames][:, None]
+                errors = np.where(in_clip < len(taken_at), np.abs(times - self.times), 0)[:, 1:] / self.times[1:]
                 errors = errors.max(axis=1, initial=0)
                 if errors.max() > error:
                     i, error = errors.argmax(), errors.max()
-                    worst = (
-                        f"episode {episode}: from frame {frames[i]} on, they lie {found[i].round(3).tolist()} s apart"
-                    )
+                    apart = times[i].round(3).tolist()
+                    worst = f"episode {episode}: from frame {frames[i]} on, they lie {apart} s apart"
                 frames = frames[errors <= 0.2]
             kept.append(frames)
         num_clips, num_kept = sum(map(len, starts)), sum(map(len, kept))
@@ -198,8 +197,8 @@ class Clips(Dataset):
         for name, value in (self.latent_space | {"camera": source.camera}).items():
             if found[name] != value:
                 raise ValueError(
-                    f"{source.uri}: its latent actions are of {name}={found[name]!r}, but {name}={value!r} is "
-                    f"expected; python -m hlrp.label makes others from {found['source']}, which fits without, too"
+                    f"{source.uri}: expected latent actions of {name}={value!r}, got {name}={found[name]!r}; "
+                    f"make them from {found['source']} with python -m hlrp.label, or train on that without a cache"
                 )
         delta = found["delta"]
         steps = np.outer(np.rint(fps * delta).astype(np.int64), np.arange(len(self.times)))
@@ -207,7 +206,7 @@ class Clips(Dataset):
             raise ValueError(
                 f"{source.uri}: a sample's latent actions are between {self.times.tolist()} s, the cached ones are "
                 f"of whole frames, {steps[0, 1] / fps[0]:.4g} s for delta={delta:g} s; "
-                f"without cached ones fits: {found['source']}"
+                f"train on {found['source']}, without a cache"
             )
 
     def __len__(self) -> int:
@@ -217,34 +216,36 @@ class Clips(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Samples at `indices`, in their order. Clips of one episode are decoded together; where frames are encoded one
-        by one, all clips are, into one memory."""
-        indices = np.asarray(indices, dtype=np.int64)
-        rows = np.searchsorted(self.ends, indices, side="right")
-        starts = indices - self.firsts[rows]
-        if self.starts is not None:
-            starts = np.array([self.starts[row][start] for row, start in zip(rows, starts, strict=True)])
-        plan = self._plan(rows, starts)
-        samples = [None] * len(indices)
+        """The samples at `indices`, in their order. Clips of one episode are decoded together, and all clips of an
+        `EncodedSource` are, into one memory."""
+        plan = self._plan(*self._locate(indices))
+        samples = [{}] * len(indices)
         for request, read in zip(plan.requests, self._read(plan), strict=True):
             for i, sample in zip(request.samples, self._samples(plan, request, read), strict=True):
                 samples[i] = sample
         return samples
 
     def frames_of(self, indices: Sequence[int]) -> dict[int, set[int]]:
-        """The frames of each episode that the samples at `indices` show."""
+        """The frames that the samples at `indices` show, by episode."""
         frames: dict[int, set[int]] = {}
-        for index in indices:
-            row = int(np.searchsorted(self.ends, index, side="right"))
-            start = index - self.firsts[row] if self.starts is None else self.starts[row][index - self.firsts[row]]
-            episode, before = int(self.episodes[row]), np.arange(1 - self.num_images, 0)
-            shown = start + np.concatenate([before, self.offsets[row]])
-            shown = shown.clip(0, self.source.lengths[episode] - 1)
-            frames.setdefault(episode, set()).update(shown.tolist())
+        for row, start in zip(*self._locate(indices), strict=True):
+            episode = int(self.episodes[row])
+            in_clip = start + np.concatenate([np.arange(1 - self.num_images, 0), self.offsets[row]])
+            in_clip = in_clip.clip(0, self.source.lengths[episode] - 1)
+            frames.setdefault(episode, set()).update(in_clip.tolist())
         return frames
 
+    def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Place of the episode of each clip, and the frame at its t = 0, int64 (n,) each."""
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = np.searchsorted(self.ends, indices, side="right")
+        starts = indices - self.firsts[rows]
+        if self.starts is not None:
+            starts = np.array([self.starts[row][start] for row, start in zip(rows, starts, strict=True)])
+        return rows, starts
+
     def _plan(self, rows: np.ndarray, starts: np.ndarray) -> Plan:
-        """rows: of the samples' episodes; starts: the frames at t = 0."""
+        """Plans the reads of a batch. rows: place of each sample's episode; starts: its frame at t = 0."""
         episodes, offsets, first = self.episodes[rows], self.offsets[rows], starts[:, None]
         last = self.source.lengths[episodes][:, None] - 1
         clip_frames = first + offsets
@@ -274,8 +275,8 @@ class Clips(Dataset):
         return Plan(starts, clip_frames, action_frames, action_is_pad, latent_is_pad, requests)
 
     def _read(self, plan: Plan) -> Iterator[dict]:
-        """For each request, read() of the source with `frames` fitted to the square, `native` as they are, and of each
-        sample `task` and `labels`."""
+        """For each request: what read() gives, with `frames` letterboxed into the square, `native` frames in their own
+        size, and the `task` and the `labels` of each sample."""
         if isinstance(self.source, EncodedSource):
             yield from self._read_encoded(self.source, plan)
             return
@@ -307,7 +308,7 @@ class Clips(Dataset):
         return {"task": tasks, "labels": self._labels(plan, request)}
 
     def _labels(self, plan: Plan, request: Request) -> dict[str, Sequence[Tensor]]:
-        """The labelled actions and the cached latent actions of each sample, where there are some."""
+        """The actions of each sample if its episode is labelled, and its cached latent actions if asked for."""
         source, labels, samples = self.source, {}, request.samples
         samples = slice(samples[0], samples[0] + 1) if len(samples) == 1 else samples  # a view
         if self.is_labelled[request.row]:
@@ -371,9 +372,9 @@ class Clips(Dataset):
 
 
 def refuse_not_finite(name: str, values: np.ndarray, frames: Sequence[int] | None = None) -> None:
-    """Raises ValueError, which begins with `name` and says the frame, where a row of values (t, ...) has nan or inf.
+    """Raises ValueError, which begins with `name` and tells the frame, if a row of values (t, ...) has nan or inf.
 
-    frames: the numbers of the rows; 0, 1, ... by default.
+    frames: the frame of each row (default: 0, 1, ...).
     """
     for row in np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:1].tolist():
         frame = row if frames is None else frames[row]
@@ -381,8 +382,8 @@ def refuse_not_finite(name: str, values: np.ndarray, frames: Sequence[int] | Non
 
 
 @contextmanager
-def naming(source, episode: int) -> Iterator[None]:
-    """Names the source, the episode and its file in errors of reading it."""
+def naming(source: Source, episode: int) -> Iterator[None]:
+    """Adds the source, the episode and its file to an error that reading it raises."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -392,23 +393,23 @@ def naming(source, episode: int) -> Iterator[None]:
 
 
 def short(place: str) -> str:
-    """Of a path its folder and its file."""
+    """The last folder and the file of a path."""
     return "/".join(place.split("/")[-2:])
 
 
 def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
-    """The different numbers in `frames` (n, t), increasing, and the place among them of each."""
+    """The different numbers in `frames` (n, t), increasing, and where each number stands among them."""
     unique, place = np.unique(frames, return_inverse=True)
     return unique, place.reshape(frames.shape).tolist()
 
 
 def per_sample(column: Tensor, frames: np.ndarray) -> Sequence[Tensor]:
-    """A column (n * t, ...) as n tensors (t, ...), where frames are (n, t)."""
+    """Splits a column (n * t, ...) into n tensors (t, ...), for frames (n, t)."""
     return [column] if len(frames) == 1 else column.unflatten(0, frames.shape)
 
 
 def select(frames: Tensor, indices: list[int]) -> Tensor:
-    """frames[indices], without a copy where these are evenly spaced."""
+    """frames[indices], without a copy if the indices are evenly spaced."""
     if indices == list(range(len(frames))):
         return frames
     first, last = indices[0], indices[-1]

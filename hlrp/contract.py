@@ -71,10 +71,10 @@ A batch stacks samples (`hlrp.data.collate`). Human video has no state and no ac
 action_is_pad is true. A point that is not known is nan.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 NONE = MappingProxyType({})  # an empty dict that nobody can fill
 
 
-class Described(Protocol):
+class Described(ABC):
     """What sources and streams have in common; the head of this file explains each member."""
 
     uri: str
@@ -102,7 +102,7 @@ class Described(Protocol):
     latent_space: dict | None = None
 
 
-class Source(Described, Protocol):
+class Source(Described):
     """Episodes that are read at random. The head of this file is the contract; derive a format from this class."""
 
     lengths: np.ndarray
@@ -147,8 +147,7 @@ class EncodedSource(Source):
         return {"frames": frames} | self.about(episode, indices)
 
 
-@runtime_checkable
-class Stream(Described, Protocol):
+class Stream(Described):
     """Episodes that pass by in the order of their files. The head of this file is the contract."""
 
     fps: float

@@ -28,25 +28,25 @@ from hlrp.metrics import column_statistics, normalisable
 from hlrp.streams import StreamClips, clips_of
 
 logger = logging.getLogger(__name__)
-STRIDE = 7919  # clips from a broken one to the next that is tried, or a few more: rarely of the same episode
-MAX_STEPS = 1000  # of this length, before all of a source are called broken
-MAX_EPISODES = 1000  # whose actions statistics are taken of
+STRIDE = 7919  # a broken clip gives way to the clip so many places later, which rarely is of the same episode
+MAX_STEPS = 1000  # strides without a clip that can be read, until the source is called broken
+MAX_EPISODES = 1000  # whose actions make the statistics
 
 
 def action_statistics(clips) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation float32 (a,) of the actions in the labelled episodes, or in `MAX_EPISODES` of them
-    all over the source; as `normalisable` has them. 0 and 1 where there are none."""
-    clips = held(clips, num_episodes=256) if clips.source.action_dim else clips
+    """Mean and standard deviation float32 (a,) of the actions in the labelled episodes, at most `MAX_EPISODES` of them,
+    after `hlrp.metrics.normalisable`. Without actions they are 0 and 1."""
+    clips = in_memory(clips, num_episodes=256) if clips.source.action_dim else clips
     source = clips.source
     episodes = np.random.default_rng(0).permutation(clips.labelled_episodes)[:MAX_EPISODES]
     if not source.action_dim or not len(episodes):
         return torch.zeros(source.action_dim), torch.ones(source.action_dim)
-    found = normalisable(column_statistics(whole_column(source, "actions", np.sort(episodes))))
-    return torch.from_numpy(found["mean"]).float(), torch.from_numpy(found["std"]).float()
+    statistics = normalisable(column_statistics(whole_column(source, "actions", np.sort(episodes))))
+    return torch.from_numpy(statistics["mean"]).float(), torch.from_numpy(statistics["std"]).float()
 
 
 def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
-    """`actions` or `states` of all frames of these episodes, (frames, d). Raises ValueError where one is not finite."""
+    """All `actions` or `states` of these episodes, (frames, d). Raises ValueError if a number is not finite."""
     parts = []
     for episode in map(int, episodes):
         column = {"actions": source.actions, "states": source.states}[name]
@@ -57,18 +57,18 @@ def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
 
 
 def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:
-    """The clips at `indices`, and what could not be read: with `skip_broken`, another clip takes its place."""
-    if not skip_broken:
-        return clips.__getitems__(indices), []
+    """The clips at `indices`, and messages about broken ones: with `skip_broken`, other clips take their places."""
     try:
         return clips.__getitems__(indices), []
     except ValueError:
+        if not skip_broken:
+            raise
         skipped = []
         return [read_or_next(clips, int(index), skipped) for index in indices], skipped
 
 
 def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
-    """The clip, or the first one to be read of a walk from it through all of them."""
+    """The clip at `index`, or the next one that can be read, in strides through all clips."""
     stride = next(n for n in itertools.count(STRIDE) if gcd(n, len(clips)) == 1)
     for step in range(min(len(clips), MAX_STEPS)):
         try:
@@ -79,7 +79,7 @@ def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
 
 
 class Chosen(Subset):
-    """Some clips. With `skip_broken`, another takes the place of one that cannot be read, which is logged."""
+    """A choice of clips. With `skip_broken`, another clip takes the place of a broken one, which is logged."""
 
     def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
         super().__init__(clips, indices)
@@ -96,10 +96,10 @@ class Chosen(Subset):
 
 
 def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) -> Chosen:
-    """At most `max_clips` clips, spread evenly: one drawn from each of that many equal stretches. Of a stream, eight of
-    each of its first episodes."""
+    """At most `max_clips` clips, one drawn from each of that many equal stretches. A stream gives eight clips for each
+    of its first episodes, whose other frames are freed."""
     everywhere = clips
-    clips = held(clips, num_episodes=-(-max_clips // 8))
+    clips = in_memory(clips, num_episodes=-(-max_clips // 8))
     borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
     chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
     if clips is not everywhere:
@@ -107,8 +107,8 @@ def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) ->
     return Chosen(clips, chosen, skip_broken)
 
 
-def held(clips, num_episodes: int) -> Clips:
-    """The clips; of a stream, those of its first episodes, in memory."""
+def in_memory(clips, num_episodes: int) -> Clips:
+    """Returns `clips`; of a stream, loads the first `num_episodes` episodes into memory and returns their clips."""
     return clips if isinstance(clips, Clips) else clips.hold(num_episodes)
 
 
@@ -127,11 +127,11 @@ BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 class Mixture(Dataset):
     """An endless sequence of samples from several `Clips`: sample n = 0, 1, ... follows from (seed, n) alone.
 
-    Blocks of `BLOCK_SIZE` samples hold exact shares of the sources, shorter stretches nearly. Within a source, every
-    clip comes once an epoch, in an order that is another pseudo-random permutation each epoch. No state is
-    kept: workers, ranks and a resumed run need no more than the number of their next sample.
+    A block of `BLOCK_SIZE` samples holds exact shares of the sources, and a shorter stretch nearly exact ones. Every
+    clip of a source comes once an epoch, in another pseudo-random order each epoch. No state is kept: workers, ranks
+    and a resumed run only need the number of their next sample.
 
-    `StreamClips` among them take turns alike, but what they give, and in what order, is up to their readers.
+    The turns of `StreamClips` follow from (seed, n), too, but their readers decide which clip comes at a turn.
 
     With `skip_broken`, a clip that cannot be read gives way to one of another epoch, and `Samples.skipped` says why.
     """
@@ -144,8 +144,8 @@ class Mixture(Dataset):
         skip_broken: bool = False,
         temperature: float | None = None,
     ):
-        """weights: how often each source is drawn, whatever its size, relative to their sum; else equal.
-        temperature: multiplies the weights by the number of clips to the power of 1 / temperature; 1 is by size."""
+        """weights: how often each source is drawn, relative to their sum (default: equally often).
+        temperature: multiplies each weight by (number of clips) ** (1 / temperature); 1 weighs sources by size."""
         self.clips, self.seed, self.skip_broken = list(clips), seed, skip_broken
         self.located: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.streams = [c for c in self.clips if isinstance(c, StreamClips)]
@@ -166,12 +166,12 @@ class Mixture(Dataset):
             rare = counts.argmin()
             raise ValueError(
                 f"{self.clips[rare].source.uri}@{weights[rare]:g} would never be drawn: "
-                f"beside the other weights it takes @{weights.sum() / BLOCK_SIZE:.2g} or more"
+                f"expected @{weights.sum() / BLOCK_SIZE:.2g} or more beside the other weights"
             )
         self.counts = tuple(counts.tolist())  # samples of each source in a block
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
 
-        # what a run of these data records of each part; a resume is to have the same, of whatever name and place
+        # a run records these parts, and a resumed run must have the same clips and counts; names and places may change
         self.parts = [
             {"name": c.name, "uri": c.source.uri, "content": c.source.fingerprint, "clips": c.fingerprint, "count": n}
             for c, n in zip(self.clips, self.counts, strict=True)
@@ -183,7 +183,7 @@ class Mixture(Dataset):
         if self.streams:
             raise ValueError(
                 f"temperature needs to know how many clips there are, but {self.streams[0].source.uri} is a stream; "
-                "weights fit, such as @0.5"
+                "give weights instead, such as @0.5"
             )
         return np.array([len(c) for c in self.clips], dtype=np.float64)
 
@@ -193,12 +193,12 @@ class Mixture(Dataset):
         return f"{' and '.join(parts)} of {len({c.source_index for c in self.clips})} source(s)"
 
     def read_from(self, turns: dict[str, int], reader: int, num_readers: int) -> None:
-        """Has streams read as one of several readers, each from its turn (`StreamClips.turn`), by name; else from 0."""
+        """Makes the streams read as one of several readers, from the turn of their name (`StreamClips.turn`) or 0."""
         for stream in self.streams:
             stream.read_from(turns.get(stream.name, 0), reader, num_readers)
 
     def locate(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Source number, and index of the clip in that source, of the samples with these global numbers."""
+        """The source and the index of the clip in it for samples with these numbers, int64 (n,) each."""
         blocks, slots = np.divmod(np.asarray(numbers, dtype=np.int64), BLOCK_SIZE)
         source, index = np.empty_like(slots), np.empty_like(slots)
         for block in np.unique(blocks).tolist():
@@ -208,7 +208,7 @@ class Mixture(Dataset):
         return source, index
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `locate`, of all samples in a block; of a stream, which gives what comes next, the index is -1."""
+        """Like `locate`, for all samples of a block. The index in a stream is -1: its next clip comes."""
         if block not in self.located:
             source, turn = _shuffled_block(self.seed, block, self.counts)
             index = np.full_like(turn, -1)
@@ -217,7 +217,7 @@ class Mixture(Dataset):
                     here, size = source == i, len(clips)
                     epoch, position = np.divmod(turn[here], size)
                     index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
-            self.located = {block: (source, index)}  # the last one alone: samples are asked for in their order
+            self.located = {block: (source, index)}  # only the last block, for samples are read in their order
         return self.located[block]
 
     def consumed(self, start: int, stop: int) -> np.ndarray:
@@ -257,10 +257,11 @@ class Mixture(Dataset):
 
 @lru_cache(maxsize=8)
 def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample in a block: its source, and how many samples of that source come before it."""
+    """For each sample in a block: its source, and how many samples of that source come before it."""
     jitter = hash_integers(seed, 0, block, np.arange(BLOCK_SIZE)) / 2**64
-    places = np.concatenate([np.arange(count) / count for count in counts])  # evenly spread, and then moved by less
-    order = np.argsort(places + jitter / np.repeat(counts, counts), kind="stable")  # than the distance to the next
+    # each source is spread evenly, and each sample moves by less than the distance to the next one of its source
+    places = np.concatenate([np.arange(count) / count for count in counts])
+    order = np.argsort(places + jitter / np.repeat(counts, counts), kind="stable")
     source = np.repeat(np.arange(len(counts)), counts)[order]
     turn = np.empty_like(source)
     for i, count in enumerate(counts):
@@ -269,11 +270,10 @@ def _shuffled_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.
 
 
 def collate(samples: Sequence[dict], sizes: Sizes | None = None) -> dict:
-    """Stacks samples; what is no number becomes a list, what not all samples have, or not in one shape, is left out.
+    """Stacks samples. Texts become a list; a key that a sample lacks, or that has several shapes, is left out.
 
-    State and action are filled with zeros up to `sizes` (those of the mixture; by default the largest in the
-    batch), also in samples that have none. Where an action is filled in, `action_is_pad` is true. A point that a sample
-    lacks is nan. What the `Samples` of a mixture tell stands in the batch as `skipped` and `turns`.
+    State and action are padded with zeros up to `sizes` (default: the largest in the batch), also in samples without
+    any; action_is_pad is then true. A missing point is nan. `Samples` add their `skipped` and `turns` to the batch.
     """
     if sizes is None:
         action_shapes = [s["action"].shape for s in samples if "action" in s]
@@ -327,8 +327,8 @@ class BatchNumbers:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers take no notice of a scheduler's warning, which goes to all processes of a job: the
-    training process acts on it, they go on. They end with that process, however it ends."""
+    """A DataLoader whose workers ignore the signals that a scheduler sends to all processes of a job. The training
+    process acts on them, and its workers end with it, however it ends."""
 
     workers: ClassVar[WeakSet] = WeakSet()
 
@@ -346,7 +346,7 @@ class Loader(DataLoader):
 
 @atexit.register
 def kill_workers() -> None:
-    """At exit, multiprocessing sends its children SIGTERM, which these ignore, and waits for them for ever."""
+    """Workers ignore the SIGTERM that multiprocessing sends at exit, and it would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as a fault
     for worker in active_children():
         if worker in Loader.workers:
@@ -354,14 +354,14 @@ def kill_workers() -> None:
 
 
 def start_worker(init: Callable[[], None] | None, worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # a terminal's Ctrl-C goes to all, too
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # Ctrl-C in a terminal goes to all processes
         signal.signal(number, signal.SIG_IGN)
     if init is not None:
         init()
 
 
 def share_streams(turns: dict[str, int], rank: int, num_ranks: int) -> None:
-    """Makes a worker one of the readers of the streams of its mixture."""
+    """Makes this worker a reader of the streams of its mixture."""
     info = get_worker_info()
     info.dataset.read_from(turns, rank * info.num_workers + info.id, num_ranks * info.num_workers)
 
@@ -376,31 +376,31 @@ def loader(
     pin_memory: bool = False,
     turns: dict[str, int] | None = None,
 ) -> DataLoader:
-    """Endless batches of one rank, from the global sample number `start` on, whatever the number of workers.
+    """Endless batches for one rank, from the global sample number `start` on. `num_workers` does not change them.
 
     After `step` optimizer steps, start = step * batch_size * num_ranks * (batches accumulated in a step).
-    turns: where streams go on, by their names, see `StreamClips.turn`.
+    turns: where each stream goes on, by its name (`StreamClips.turn`).
     """
-    ranks = {"turns": turns or {}, "rank": rank, "num_ranks": num_ranks}
+    turns = turns or {}
     if not num_workers:
-        mixture.read_from(ranks["turns"], rank, num_ranks)
+        mixture.read_from(turns, rank, num_ranks)
     return Loader(
         mixture,
         batch_sampler=BatchNumbers(batch_size, start, rank, num_ranks),
         num_workers=num_workers,
         collate_fn=partial(collate, sizes=mixture.sizes),
-        worker_init_fn=partial(share_streams, **ranks),
+        worker_init_fn=partial(share_streams, turns, rank, num_ranks),
         pin_memory=pin_memory,
     )
 
 
 class TrainingData(NamedTuple):
-    """What a run of stage 1 or 2 learns from, and what it is judged on: samples of other episodes."""
+    """What a run of stage 1 or 2 learns from, and other episodes that it is validated on."""
 
-    clips: list[Clips | StreamClips]  # to train on, of each source
-    mixture: Mixture  # of these
-    val: dict[str, Dataset]  # held-out samples, by the name of their source
-    fit: dict[str, Dataset]  # training samples that probes are fitted on, likewise
+    clips: list[Clips | StreamClips]  # training clips of each source
+    mixture: Mixture  # the mixture of these clips
+    val: dict[str, Dataset]  # name of a source -> its held-out samples
+    fit: dict[str, Dataset]  # name of a source -> training samples, for probes to fit on
 
 
 def open_data(
@@ -408,9 +408,8 @@ def open_data(
 ) -> TrainingData:
     """Holds out whole episodes of each source and mixes the others.
 
-    times: of the frames of a sample [s]. sizes: `image_size` and others of `Clips`. train: settings of the clips to
-    train on alone. args: `val_fraction`, `val_samples`, `demonstrations`, `label_fraction`, `seed`, `skip_broken`
-    and `temperature` are read.
+    args: `val_fraction`, `val_samples`, `demonstrations`, `label_fraction`, `seed`, `skip_broken` and `temperature`.
+    times: times of the frames in a sample [s]. sizes: settings of all `Clips`. train: settings of training clips only.
     """
     chosen = partial(choose_clips, seed=args.seed, skip_broken=args.skip_broken)
     learned, val, fit = [], {}, {}

@@ -1,11 +1,11 @@
-"""Idle frames: after which nothing happens for as long as a latent action lasts. Demonstrations and video are full of
-them, and a policy that learns them learns to wait.
+"""Idle frames: frames after which nothing happens for a while. Demonstrations and video are full of them, and a policy
+that learns them learns to wait.
 
     motion(t)   mean absolute change of the image from t to t + span, at 64 pixels, of 255
     action(t)   root mean square of the actions in between, above the least of each dimension; 1 is the source's mean
 
-A frame is idle where each measure that has a threshold is below it. Scores are computed once for a source and a span
-and kept in $HLRP_CACHE or ~/.cache/hlrp, so that other thresholds need no frame again.
+A frame is idle if every measure with a threshold is below it. The scores of a source and a span are computed once and
+kept in $HLRP_CACHE or ~/.cache/hlrp: other thresholds decode no frame again.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from hlrp.clips import short
-from hlrp.contract import Stream
+from hlrp.contract import Source, Stream
 from hlrp.images import fit
 
 IMAGE_SIZE = 64  # at which motion is measured [pixel]
@@ -35,8 +35,8 @@ class IdleConfig:
         return self.motion > 0 or self.action > 0
 
 
-def scores(source, span: float) -> dict[str, np.ndarray]:
-    """motion, and action where the source has them, of every frame of every episode in their order."""
+def scores(source: Source, span: float) -> dict[str, np.ndarray]:
+    """`motion` of every frame of every episode in their order, float (frames,), and `action` if there are actions."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "idle"
     file = cache / f"{source.fingerprint}_{span:g}s_above_least.npz"
     if not file.is_file():
@@ -56,16 +56,19 @@ def scores(source, span: float) -> dict[str, np.ndarray]:
 
 
 def activity(squares: np.ndarray) -> np.ndarray:
-    """Mean squared actions (t, a) -> (t,), 1 on average: how far each dimension is above its least over the source,
-    which is where nothing is done, also where a gripper is held by a constant."""
+    """How much a robot acts: mean squared actions (t, a) -> (t,), 1 on average.
+
+    Each dimension counts from its least value in the source, because a gripper that rests may have a constant action.
+    """
     above = squares - squares.min(axis=0)
     mean = above.mean(axis=0)
     moves = mean > 1e-9 * squares.mean(axis=0)
     return np.sqrt((above[:, moves] / mean[moves]).mean(axis=1)) if moves.any() else np.zeros(len(squares))
 
 
-def episode_scores(source, episode: int, span: float) -> dict[str, np.ndarray]:
-    """motion (t,), and the mean squared action (t, a) over the span, in its own units; at the end, of the last span."""
+def episode_scores(source: Source, episode: int, span: float) -> dict[str, np.ndarray]:
+    """`motion` (t,), and as `action` the mean squared action (t, a) over the span in its own units. The last frames
+    share the scores of the last whole span."""
     length = int(source.lengths[episode])
     offset = min(max(1, round(float(source.fps[episode]) * span)), max(1, length - 1))
     first = np.minimum(np.arange(length), max(0, length - 1 - offset))
@@ -83,10 +86,10 @@ def episode_scores(source, episode: int, span: float) -> dict[str, np.ndarray]:
     return found
 
 
-def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
-    """The frames of each episode that are not idle.
+def busy_frames(source: Source, config: IdleConfig) -> list[np.ndarray]:
+    """The numbers of the frames of each episode that are not idle.
 
-    Raises ValueError for a threshold on actions that the source does not have, and where no frame is left.
+    Raises ValueError for a stream, for a threshold on actions that a source does not have, and if no frame is left.
     """
     for name in ("motion", "action"):
         if getattr(config, name) < 0:
@@ -95,12 +98,12 @@ def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
         raise ValueError(f"idle.span={config.span}; expected a time above 0 [s]")
     if isinstance(source, Stream):
         raise ValueError(
-            f"{source.uri} is a stream, of which frames cannot be left out; "
-            f"python -m hlrp.shards --data '{source.uri}' makes a source that fits"
+            f"{source.uri} is a stream, and frames of a stream cannot be left out; "
+            f"make a source with python -m hlrp.shards --data '{source.uri}'"
         )
     found = scores(source, config.span)
     if config.action and "action" not in found:
-        raise ValueError(f"idle.action={config.action}, but {source.uri} has no actions; --idle.motion fits")
+        raise ValueError(f"idle.action={config.action}, but {source.uri} has no actions; set --idle.motion instead")
     thresholds = {name: getattr(config, name) for name in ("motion", "action") if getattr(config, name)}
     is_idle = np.logical_and.reduce([found[name] < threshold for name, threshold in thresholds.items()])
     if is_idle.all():
@@ -111,7 +114,7 @@ def busy_frames(source, config: IdleConfig) -> list[np.ndarray]:
 
 
 def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
-    """Some episodes, frame by frame: those left out with a red border, over the scores and their thresholds."""
+    """Draws some episodes: frames with a red border if they are left out, above the scores and the thresholds."""
     import matplotlib
 
     matplotlib.use("Agg")

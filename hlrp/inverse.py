@@ -3,9 +3,9 @@
     python -m hlrp.inverse --data 'metaworld:mt10?episodes=100' --demonstrations 5 --output-dir outputs/inverse
     python finetune_policy.py --pseudo-actions outputs/inverse --demonstrations 5 ...
 
-The rival that latent actions have to beat: video is labelled by what the same demonstrations teach (VPT, Baker et al.
-2022, arXiv:2206.11795). Writes actions.safetensors, one row for each frame of each episode in their order, and
-inverse.json, which says whose they are and how good on held-out episodes.
+This is the rival that latent actions have to beat: a model learned from the same demonstrations labels the video (VPT,
+Baker et al. 2022, arXiv:2206.11795). It writes actions.safetensors, one row for each frame of each episode in their
+order, and inverse.json, which names the data and says how good the actions are on held-out episodes.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from tqdm import trange
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
-from hlrp.contract import Source, choose_demonstrations, split_episodes
+from hlrp.contract import Source, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, action_statistics, loader
 from hlrp.images import fit
 from hlrp.laq import standardise
@@ -53,7 +53,10 @@ class Args:
 
 
 class InverseModel(nn.Module):
-    """Two frames uint8 (b, 2, c, h, w), one after the other -> the action (b, a) that led from one to the other."""
+    """Predicts the action (b, a) between two consecutive frames, uint8 (b, 2, c, h, w)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, image_size: int, action_dim: int, patch_size: int = 8, dim: int = 128, depth: int = 4):
         super().__init__()
@@ -62,26 +65,28 @@ class InverseModel(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.from_patches = nn.Linear(6 * patch_size**2, dim)
         self.query = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
-        self.transformer = Transformer(dim, depth, 4, (image_size // patch_size,) * 2)
+        side = image_size // patch_size
+        self.transformer = Transformer(dim, depth, 4, (side, side))
         self.to_action = nn.Linear(dim, action_dim)
         self.register_buffer("mean", torch.zeros(action_dim))
         self.register_buffer("std", torch.ones(action_dim))
 
     def standardised(self, frames: Tensor) -> Tensor:
-        """The action in standard deviations from its mean."""
-        images = standardise(frames)
-        patches = patchify(torch.cat([images[:, 0], images[:, 1] - images[:, 0]], dim=1), self.patch_size)
-        query = self.query.expand(len(frames), -1, -1)
-        return self.to_action(self.transformer(self.from_patches(patches), prefix=query)[:, 0])
+        """The action (b, a) in standard deviations from its mean."""
+        images = standardise(frames)  # b 2 c h w
+        first_and_change = torch.cat([images[:, 0], images[:, 1] - images[:, 0]], dim=1)  # b (2 c) h w
+        patches = self.from_patches(patchify(first_and_change, self.patch_size))  # b n d
+        query = self.query.expand(len(frames), -1, -1)  # b 1 d
+        return self.to_action(self.transformer(patches, prefix=query)[:, 0])  # b a
 
     def forward(self, batch: dict) -> tuple[Tensor, dict]:
-        target = (batch["action"][:, 0] - self.mean) / self.std
+        target = (batch["action"][:, 0] - self.mean) / self.std  # b a
         return F.mse_loss(self.standardised(batch["frames"]), target), {}
 
     @torch.no_grad()
-    def label(self, source, episode: int) -> Tensor:
-        """The actions (t, a) of an episode. The last frame, which no other follows, has that of the one before. Of a
-        single frame nothing is known: it has the mean action."""
+    def label(self, source: Source, episode: int) -> Tensor:
+        """The actions (t, a) of an episode. The last frame repeats the action of the frame before it. An episode of one
+        frame gets the mean action."""
         if source.lengths[episode] == 1:
             return self.mean[None].clone()
         frames = fit(source.read(episode, range(source.lengths[episode]))["frames"], self.image_size)
@@ -97,13 +102,17 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
     source = open_source(parse_uri(args.data).uri)
+    if isinstance(source, Stream):
+        raise ValueError(f"{source.uri} is a stream; make a source with python -m hlrp.shards --data '{source.uri}'")
     if not source.action_dim:
-        raise ValueError(f"data={args.data} has no actions; an inverse model learns from some")
+        raise ValueError(
+            f"data={args.data} has no actions; expected a source with actions, from which an inverse model learns"
+        )
     train, val = split_episodes(source, args.val_fraction, args.seed)
     if source.lengths[val].max() < 2:
         raise ValueError(f"data={args.data}: no held-out episode has two frames; expected a larger --val-fraction")
-    shown = choose_demonstrations(source, train, args.demonstrations, args.seed)
-    clips = Clips(source, shown, (0.0, 1 / float(source.fps[0])), args.image_size)
+    demonstrations = choose_demonstrations(source, train, args.demonstrations, args.seed)
+    clips = Clips(source, demonstrations, (0.0, 1 / float(source.fps[0])), args.image_size)
     torch.manual_seed(args.seed)
     model = InverseModel(args.image_size, source.action_dim)
     model.mean[:], model.std[:] = action_statistics(clips)
@@ -125,18 +134,22 @@ def main(args: Args) -> None:
     score = r2_per_dim(torch.cat([labels[i][:-1] for i in val]), truth)
     with whole_folder(args.output_dir) as folder:
         save_tensors(folder / ACTIONS, {"actions": torch.cat(labels)})
-        facts = {"fingerprint": source.fingerprint, "demonstrations": shown.tolist(), "action_r2": float(score.mean())}
+        facts = {
+            "fingerprint": source.fingerprint,
+            "demonstrations": demonstrations.tolist(),
+            "action_r2": float(score.mean()),
+        }
         write_json(folder / FACTS, facts | {"args": asdict(args) | {"output_dir": str(args.output_dir)}})
     print(f"{args.output_dir}: actions of {len(source.lengths)} episodes; R2 on held-out ones {score.mean():.2f}")
 
 
 class PseudoLabelled(Source):
-    """A source whose episodes have the actions of an inverse model, all but the demonstrations, which keep their own.
+    """A source with the actions of an inverse model. The demonstrations keep their own actions.
 
-    Raises ValueError where the folder is of other data or of other demonstrations.
+    Raises ValueError if the folder was made from other data or other demonstrations.
     """
 
-    def __init__(self, source, folder: Path, demonstrations: np.ndarray):
+    def __init__(self, source: Source, folder: Path, demonstrations: np.ndarray):
         if not (folder / FACTS).is_file():
             raise ValueError(f"pseudo_actions={folder} holds no {FACTS}; python -m hlrp.inverse makes it")
         facts = json.loads((folder / FACTS).read_text())
@@ -144,8 +157,8 @@ class PseudoLabelled(Source):
             raise ValueError(f"pseudo_actions={folder} are of other data than {source.uri}")
         if facts["demonstrations"] != demonstrations.tolist():
             raise ValueError(
-                f"pseudo_actions={folder} are of other demonstrations; the same --demonstrations, --seed and "
-                "--val-fraction fit"
+                f"pseudo_actions={folder} are of other demonstrations; expected the same --demonstrations, --seed and "
+                "--val-fraction as in its making"
             )
         self.source, self.demonstrations = source, set(facts["demonstrations"])
         self.pseudo_actions = load_file(folder / ACTIONS)["actions"].split(source.lengths.tolist())
@@ -154,8 +167,7 @@ class PseudoLabelled(Source):
 
         self.uri, self.name, self.camera, self.views = source.uri, source.name, source.camera, source.views
         self.lengths, self.fps, self.uneven = source.lengths, source.fps, source.uneven
-        self.action_dim, self.state_dim = source.action_dim, source.state_dim
-        self.latent_space, self.num_skipped = source.latent_space, source.num_skipped
+        self.action_dim, self.state_dim, self.latent_space = source.action_dim, source.state_dim, source.latent_space
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
         if episode in self.demonstrations:

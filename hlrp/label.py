@@ -1,15 +1,15 @@
-"""Cached latent actions: a dataset once more, with what a LAQ says of every frame beside it.
+"""Cached latent actions: copies a dataset and adds what a LAQ says of every frame.
 
     python -m hlrp.label --data metaworld:mt10 --output-dir data/mt10_labelled                # after train_laq.py
     python -m hlrp.label --data videos:DIR --output-dir data/videos_labelled --image-size 256 --laq FOLDER
     python train_vla.py --data lerobot:data/mt10_labelled
 
-Writes a LeRobot v3 dataset; the source is left as it is. Two columns are new, and hold NaN and -1 at a frame whose
-delta reaches past its episode:
+It writes a LeRobot v3 dataset and leaves the source as it is. Two columns are new. They hold NaN and -1 at a frame
+whose delta reaches past its episode:
     latent_action           float32 (e,): the vectors of all tokens, see `hlrp.laq.LatentActions`
-    latent_action_indices   int64 (m,): their codes, where the LAQ is discrete
-meta/latent_actions.json says whose they are. A LeRobot dataset keeps all that it has, and the camera of the URI is
-labelled. Other video (videos:, world:) becomes a LeRobot dataset first, and what was written is labelled.
+    latent_action_indices   int64 (m,): their codes, if the LAQ is discrete
+meta/latent_actions.json names the LAQ and the data. A LeRobot dataset keeps all its columns, and the camera of the URI
+is labelled. Other video (videos:, world:) becomes a LeRobot dataset first, and the written frames are labelled.
 """
 
 import logging
@@ -69,10 +69,10 @@ def main(args: Args) -> None:
         find_dataset(location, "*")  # also the cameras that are not labelled
     source = open_source(args.data)
     if isinstance(source, Stream):
-        raise ValueError(f"{source.uri} is a stream; python -m hlrp.shards makes a source that fits")
+        raise ValueError(f"{source.uri} is a stream; make a source with python -m hlrp.shards --data '{source.uri}'")
     if is_lerobot and source.latent_space is not None:
         origin = source.latent_space["source"]
-        raise ValueError(f"{source.uri} has latent actions already; what it was made from fits: {origin}")
+        raise ValueError(f"{source.uri} has latent actions already; label the data that it was made from, {origin}")
     frame_offsets(laq, source)  # raises before anything is written
     facts = asdict(latent_space(laq)) | {
         "camera": source.camera if is_lerobot else CAMERA,
@@ -88,6 +88,7 @@ def main(args: Args) -> None:
             shutil.rmtree(videos, ignore_errors=True)
             write_dataset(source, videos, args.image_size)
             source = LeRobotData(videos, uri=source.uri)
+        assert isinstance(source, LeRobotData)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             columns = label_dataset(laq, source, args.batch_size)
         folder.rmdir()  # LeRobot makes it itself
@@ -98,7 +99,7 @@ def main(args: Args) -> None:
 
 
 def latent_space(laq: LAQ) -> LatentSpace:
-    """What the LAQ's latent actions are, read off one of them."""
+    """Describes the LAQ's latent actions. It labels a blank pair of frames and reads the sizes off the result."""
     config = laq.config
     blank = torch.zeros(1, 2, 3, config.image_size, config.image_size, dtype=torch.uint8)
     actions = laq.label(blank.to(laq.queries.device))
@@ -113,8 +114,8 @@ def latent_space(laq: LAQ) -> LatentSpace:
 
 
 def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
-    """What `hlrp.clips.Clips` takes as latent_space, where all sources have cached latent actions; and where a run has
-    its latent actions from, in words."""
+    """The latent_space for `hlrp.clips.Clips` if all sources have cached latent actions, else None; and one sentence
+    that says where a run takes its latent actions from."""
     without = [source.uri for source in sources if not source.latent_space]
     if not without:
         return asdict(space), "latent actions are read from the data"
@@ -125,7 +126,7 @@ def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
 
 
 def frame_offsets(laq: LAQ, source) -> np.ndarray:
-    """Delta in frames of each episode, as `Clips` has it. Raises ValueError where delta does not fit the source."""
+    """Delta of the LAQ in frames of each episode, int64 (episodes,). ValueError if no frames are so far apart."""
     episodes = range(len(source.lengths))
     return Clips(source, episodes, (0.0, laq.config.delta), laq.config.image_size).offsets[:, 1]
 
@@ -133,7 +134,7 @@ def frame_offsets(laq: LAQ, source) -> np.ndarray:
 def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, np.ndarray]:
     """The new columns, one row a frame, in the order of the data files."""
     for stray in sorted(set(source.root.glob("data/*/*.parquet")) - set(source.data_files)):
-        raise ValueError(f"{stray} belongs to no episode, but LeRobot would copy it; a dataset without it fits")
+        raise ValueError(f"{stray} belongs to no episode, but LeRobot would copy it; delete it")
     space = latent_space(laq)
     num_frames = int(source.lengths.sum())
     columns = {LATENT_ACTION: np.full((num_frames, space.vector_dim), np.nan, dtype=np.float32)}
@@ -151,15 +152,15 @@ def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, n
 
 @torch.inference_mode()
 def label_episode(laq: LAQ, source, episode: int, offset: int, batch_size: int) -> list[LatentActions]:
-    """The latent actions from the first frame on, up to the last that has another one `offset` frames later.
+    """The latent actions of all frames but the last `offset`, which no other frame follows at that distance.
 
-    Each frame is embedded once, and no more than batch_size + offset of them are held.
+    Each frame is embedded once, and at most batch_size + offset embeddings stay in memory.
     """
     parts, embedded = [], None
     length = int(source.lengths[episode])
     for start in range(0, length, batch_size):
         frames = source.read(episode, np.arange(start, min(start + batch_size, length)))["frames"]
-        frames = fit(frames, laq.config.image_size).to(laq.queries.device)
+        frames = fit(frames, laq.config.image_size).to(laq.queries.device)  # t c h w
         new = laq.embed(laq.observe(frames[None]))[0]  # t n d
         embedded = new if embedded is None else torch.cat([embedded, new])
         if len(embedded) > offset:
@@ -184,9 +185,9 @@ def add_columns(root: Path, output_dir: Path, columns: dict[str, np.ndarray]) ->
 
 
 def write_dataset(source, folder: Path, image_size: int | None) -> None:
-    """Writes any source as a LeRobot dataset of one camera, with state, action and point where it has them.
+    """Writes a source as a LeRobot dataset of one camera, with its states, actions and points.
 
-    Raises ValueError where episodes differ in frame rate or size, which those of one dataset cannot.
+    Raises ValueError if episodes differ in frame rate or size, because a dataset has one of each.
     """
     import av
     import datasets
@@ -199,8 +200,8 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
     height, width = (image_size, image_size) if image_size is not None else common_size(source)
     if height % 2 or width % 2 or min(height, width) < 16:
         raise ValueError(
-            f"{source.uri}: frames of {width} x {height} pixels; even sizes from 16 on are encoded, "
-            "and --image-size 256 letterboxes frames into one"
+            f"{source.uri}: expected frames of an even size from 16 pixels on, got {width} x {height}; "
+            "--image-size 256 letterboxes them into one"
         )
     image = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     features = {CAMERA: image}
@@ -242,13 +243,12 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
 
 
 def common_fps(source) -> int:
-    """Frames per second of all episodes, as the whole number that LeRobot knows: 29.97 is 30."""
+    """The frame rate of all episodes as a whole number, which LeRobot needs: 29.97 becomes 30."""
     fps = max(1, round(float(source.fps[0])))
     for episode in np.flatnonzero(np.abs(source.fps - fps) > 0.01 * fps):
         names = [f"{source.place(i)}: {source.fps[i]:.4g}" for i in sorted({0, int(episode)})]
         raise ValueError(
-            f"{source.uri}: frames per second differ, or are no whole number ({', '.join(names)}); "
-            "a dataset has one whole number: files of one frame rate fit"
+            f"{source.uri}: expected one whole number of frames per second, as a dataset has, got {', '.join(names)}"
         )
     return fps
 

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from hlrp.contract import Source, Stream
@@ -25,7 +25,7 @@ def boolean(text: str) -> bool:
 
 class Format(NamedTuple):
     opener: str  # "module:name" of a class or function, called with (location, uri=, skip_broken=, **options)
-    options: Mapping[str, Callable[[str], str | int | float | bool]] = {}  # name in the URI -> type
+    options: Mapping[str, Callable[[str], Any]] = {}  # name in the URI -> type
 
 
 FORMATS = {
@@ -48,7 +48,7 @@ class SourceURI(NamedTuple):
     uri: str  # without the weight
     scheme: str
     location: str
-    options: dict[str, str | int | float | bool]
+    options: dict[str, Any]
     weight: float
 
 

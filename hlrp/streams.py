@@ -1,13 +1,8 @@
-"""Streams: sources that are read from one end to the other, and whose episodes pass by once an epoch.
+"""Clips of a stream, which is read from one end to the other; `hlrp.contract` says what a stream is.
 
-A streaming source has, in place of lengths and of read(episode, ...) (see `hlrp.contract`):
-    num_shards                              int: files, or parts of about equal size
-    episodes(shard) -> Iterator[Episode]    in the order in which they lie in it
-    fps                                     float: of its episodes
-
-Readers (the loader's workers, on all ranks) share its shards out. Each keeps a buffer of episodes, still encoded, and
-draws clips from it at random, each clip once an epoch. So the order follows from the number of readers, too, and a
-resumed run goes on at the beginning of a shard: what was read of it and of later ones is seen again.
+The readers (the loader's workers on all ranks) share the shards. Each reader keeps a buffer of encoded episodes and
+draws clips from it at random, each clip once an epoch. So the order of the clips also depends on the number of
+readers. A resumed run starts at the beginning of a shard, and sees again what was already read of it and of later ones.
 """
 
 import hashlib
@@ -41,16 +36,16 @@ class LateFrames(Sequence[bytes]):
 
 @dataclass
 class Episode:
-    """One whole episode, its frames still encoded; read, actions, states as a source has them, without its number."""
+    """One whole episode whose frames are still encoded. Its methods are those of a source, for this one episode."""
 
-    name: str  # the file that it comes from, and its place there: what an error says
-    frames: Sequence[bytes]  # as `hlrp.images.decode` knows them
+    name: str  # its file and its place there, for errors
+    frames: Sequence[bytes]  # in a format that `hlrp.images.decode` reads
     fps: float
-    task: str | Sequence[str] = ""  # one for the episode, or of each frame
+    task: str | Sequence[str] = ""  # for the whole episode, or for each frame
     state: np.ndarray | None = None  # float32 (t, s)
     action: np.ndarray | None = None  # float32 (t, a)
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # of whatever else is known of each frame, (t, ...)
-    facts: dict = field(default_factory=dict)  # whatever else is known: one JSON value for the episode each
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # other arrays (t, ...), one row for each frame
+    facts: dict = field(default_factory=dict)  # other JSON values, each for the whole episode
 
     def __post_init__(self):
         if not self.frames:
@@ -61,7 +56,7 @@ class Episode:
 
     @property
     def size(self) -> int:
-        """Of its frames [byte]."""
+        """Memory of its frames [byte]."""
         return self.frames.nbytes if isinstance(self.frames, LateFrames) else sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
@@ -84,15 +79,11 @@ class Episode:
 
 
 class Held(Source):
-    """Some episodes of a stream in memory: a source as any other."""
+    """Episodes of a stream in memory, as a source."""
 
     def __init__(self, stream, episodes: Sequence[Episode], numbers: Sequence[int]):
-        self.uri, self.name, self.camera, self.fingerprint = (
-            stream.uri,
-            stream.name,
-            stream.camera,
-            stream.fingerprint,
-        )
+        self.uri, self.name, self.camera = stream.uri, stream.name, stream.camera
+        self.fingerprint = stream.fingerprint
         self.state_dim, self.action_dim = stream.state_dim, stream.action_dim
         self.episodes, self.episode_numbers = list(episodes), list(numbers)
         self.lengths = np.array([len(episode.frames) for episode in self.episodes])
@@ -117,14 +108,14 @@ class Held(Source):
         return self.episodes[episode].states(indices)
 
     def forget_all_but(self, frames: dict[int, set[int]]) -> None:
-        """Frees the frames of each episode that are not among these."""
+        """Frees all frames of each episode but these."""
         for number, episode in enumerate(self.episodes):
             kept = frames.get(number, ())
             episode.frames = [episode.frames[i] if i in kept else b"" for i in range(len(episode.frames))]
 
 
 class StreamClips:
-    """Clips of those episodes of a stream that lie in a range; the settings are those of `hlrp.clips.Clips`."""
+    """Clips of the episodes of a stream that lie in a range. The settings are those of `hlrp.clips.Clips`."""
 
     def __init__(
         self,
@@ -137,12 +128,12 @@ class StreamClips:
         seed: int = 0,
         **settings,
     ):
-        """Raises ValueError where a setting needs random access: cached latent actions, idle frames left out."""
+        """Raises ValueError for settings that need random access: cached latent actions, and a choice of frames."""
         for name in ("latent_space", "frames"):
             if settings.get(name) is not None:
                 raise ValueError(
                     f"{source.uri} is a stream, for which {name} cannot be given; "
-                    f"python -m hlrp.shards --data '{source.uri}' makes a source that fits"
+                    f"make a source with python -m hlrp.shards --data '{source.uri}'"
                 )
         self.source, self.episodes, self.source_index, self.seed = source, episodes, source_index, seed
         self.labelled_episodes = episodes if labelled_episodes is None else labelled_episodes
@@ -155,21 +146,21 @@ class StreamClips:
         self.read_from(0, reader=0, num_readers=1)
 
     def read_from(self, start: int, reader: int, num_readers: int) -> None:
-        """Reads, as one of several, from the start of that shard of the endless sequence of epochs."""
+        """Starts again at turn `start` of the endless sequence of shards, as one of several readers."""
         self.start, self.reader, self.num_readers = start, reader, num_readers
         self.buffer: list[Waiting] = []
-        self.at = start + (reader - start) % num_readers  # the shard that is being read
+        self.at = start + (reader - start) % num_readers  # the turn that is being read
         self.rng = np.random.default_rng([self.seed, self.source_index, start, reader])
         self.arriving = self.arrive()
 
     def shard(self, turn: int) -> int:
-        """The shard at a place of the endless sequence: all of them once an epoch, each in an order of its own."""
+        """The shard at this turn of the endless sequence. An epoch has every shard once, in an order of its own."""
         epoch, place = divmod(turn, self.source.num_shards)
         key = hash_integers(self.seed, 4, self.source_index, epoch)
         return int(permute(np.array([place]), self.source.num_shards, key)[0])
 
     def draw(self, count: int) -> list[dict]:
-        """The next samples, as those of `Clips`, but with the episode numbered by its shard and its place in it."""
+        """The next `count` samples. The number of an episode is its shard * `MAX_EPISODES` + its place there."""
         samples, fruitless = [], None  # since which turn nothing could be read
         while len(samples) < count:
             while not self.buffer or (self.has_room() and self.at - self.turn < self.source.num_shards):
@@ -196,7 +187,7 @@ class StreamClips:
 
     @property
     def turn(self) -> int:
-        """The earliest shard of the endless sequence that this reader has not used up."""
+        """The earliest turn whose clips this reader has not used up."""
         return min((waiting.turn for waiting in self.buffer), default=self.at)
 
     def arrive(self) -> Iterator["Waiting"]:
@@ -220,7 +211,7 @@ class StreamClips:
             self.at += self.num_readers
 
     def leave_out(self, message: str, error: Exception) -> None:
-        """Tells it in `skipped`, with the source's `skip_broken`; else raises ValueError."""
+        """Adds the message to `skipped` if the source may skip what is broken; raises ValueError else."""
         if not self.source.skip_broken:
             raise ValueError(message) from error
         self.skipped.append(message)
@@ -229,13 +220,13 @@ class StreamClips:
         if clips.sizes.chunk > self.sizes.chunk:
             raise ValueError(
                 f"{clips.source.fps[0]:g} fps make {clips.sizes.chunk} actions of {self.times[-1]:g} s, the "
-                f"{self.source.fps:g} fps of the first episode {self.sizes.chunk}; hlrp.shards makes a source that fits"
+                f"{self.source.fps:g} fps of the first episode {self.sizes.chunk}; make a source with hlrp.shards"
             )
 
     def nothing(self) -> str:
         return (
             f"{self.source.uri}: none of its episodes in {self.episodes} lasts {self.times[-1]:g} s, "
-            f"or they have no frames {self.times[1:].tolist()} s apart; another delta or another val_fraction fits"
+            f"or they have no frames {self.times[1:].tolist()} s apart; set another delta or val_fraction"
         )
 
     @property
@@ -247,10 +238,9 @@ class StreamClips:
         return hashlib.sha256(repr((what, settings)).encode()).hexdigest()[:16]
 
     def part(self, shard: int) -> Iterator[tuple[int, Episode]]:
-        """The episodes of a shard that belong here and are long enough for a clip, with their numbers. It warns of the
-        first whose frames are too far apart.
+        """The episodes of a shard that lie in the range and are long enough for a clip, with their numbers.
 
-        With the source's `skip_broken`, faults are told in `skipped`, and it goes on behind them where the source can.
+        The first episode whose frames are too far apart is logged. Faults are treated as in `readable`.
         """
         shortest = self.times[(self.settings.get("min_times") or len(self.times)) - 1]
         for number, episode in readable(self.source, shard, self.skipped):
@@ -274,7 +264,7 @@ class StreamClips:
         )
 
     def hold(self, num_episodes: int) -> Clips:
-        """The clips of some episodes of many shards, held in memory: what validation and statistics are taken from."""
+        """The clips of some episodes from many shards, in memory, for validation and statistics."""
         numbered = sorted(islice(in_turns(self.source.num_shards, self.part), num_episodes), key=itemgetter(0))
         if not numbered:
             raise ValueError(self.nothing())
@@ -283,8 +273,8 @@ class StreamClips:
 
 
 def in_turns(num_shards: int, part: Callable[[int], Iterator[tuple[int, Episode]]]) -> Iterator[tuple[int, Episode]]:
-    """The episodes of a stream, one at a time of each of up to `OPEN_SHARDS` shards all over it: of tasks that lie one
-    after another, each is among the first."""
+    """The episodes of a stream, taken in turn from `OPEN_SHARDS` shards spread over all of it. So all tasks are among
+    the first episodes, even if the shards are sorted by task."""
     evenly = (np.arange(num_shards) * 0.6180339887498949) % 1  # any stretch of this order is spread over all shards
     waiting = map(part, evenly.argsort().tolist())
     active = deque(islice(waiting, OPEN_SHARDS))
@@ -298,8 +288,11 @@ def in_turns(num_shards: int, part: Callable[[int], Iterator[tuple[int, Episode]
 
 
 def readable(source, shard: int, skipped: list[str] | None = None) -> Iterator[tuple[int, Episode]]:
-    """The episodes of a shard with their numbers. Faults are told in `skipped` with the source's `skip_broken`, and it
-    goes on behind them where the source can; else they raise ValueError."""
+    """The episodes of a shard with their numbers.
+
+    With the source's `skip_broken`, a fault is a message in `skipped`, and the next episode follows if the source finds
+    it. Without, it raises ValueError.
+    """
     episodes = iter(source.episodes(shard))
     for number in count(shard * MAX_EPISODES):
         try:
@@ -315,7 +308,7 @@ def readable(source, shard: int, skipped: list[str] | None = None) -> Iterator[t
 
 
 def clips_of(source, episodes, *args, seed: int = 0, **settings) -> Clips | StreamClips:
-    """The clips of some episodes of any source, as `split_episodes` gives them."""
+    """The clips of episodes that `split_episodes` gave, of a source or a stream."""
     if isinstance(episodes, EpisodeRange):
         return StreamClips(source, episodes, *args, seed=seed, **settings)
     return Clips(source, episodes, *args, **settings)

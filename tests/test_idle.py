@@ -86,5 +86,5 @@ def test_thresholds_that_leave_nothing_are_named(config, message, source):
 
 def test_a_threshold_on_actions_needs_some(source):
     source.action_dim = 0
-    with pytest.raises(ValueError, match="has no actions; --idle.motion fits"):
+    with pytest.raises(ValueError, match="has no actions; set --idle.motion instead"):
         busy_frames(source, IdleConfig(action=0.1))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,10 +39,16 @@ def test_labels_of_other_data_or_demonstrations_are_refused(folder):
     shown = np.array(json.loads((folder / "inverse.json").read_text())["demonstrations"])
     with pytest.raises(ValueError, match="are of other data than world:hand"):
         PseudoLabelled(open_source("world:hand?episodes=40"), folder, shown)
-    with pytest.raises(ValueError, match="of other demonstrations; the same --demonstrations, --seed"):
+    with pytest.raises(ValueError, match="of other demonstrations; expected the same --demonstrations, --seed"):
         PseudoLabelled(open_source(DATA), folder, shown[1:])
     with pytest.raises(ValueError, match="holds no inverse.json"):
         PseudoLabelled(open_source(DATA), folder.parent, shown)
+
+
+def test_a_stream_is_refused_before_training(tmp_path):
+    fixture = Path(__file__).parent / "data" / "rlds_fixture"
+    with pytest.raises(ValueError, match="is a stream; make a source with python -m hlrp.shards --data 'rlds:"):
+        main(Args(f"rlds:{fixture}?fps=5&camera=image", tmp_path / "out"))
 
 
 def test_every_frame_has_a_row_also_that_of_an_episode_of_one_frame(monkeypatch, tmp_path):

@@ -165,11 +165,11 @@ def test_labels_of_another_laq_delta_or_camera_are_refused(new, laq):
     def clips(source=source, times=(0.0, 0.3), **changes):
         Clips(source, range(3), times, 32, latent_space=space | changes)
 
-    with pytest.raises(ValueError, match=f"fingerprint='{laq.fingerprint}', but fingerprint='other'"):
+    with pytest.raises(ValueError, match=f"of fingerprint='other', got fingerprint='{laq.fingerprint}'"):
         clips(fingerprint="other")
-    with pytest.raises(ValueError, match="delta=0.3, but delta=0.5"):
+    with pytest.raises(ValueError, match="of delta=0.5, got delta=0.3"):
         clips(delta=0.5)
-    with pytest.raises(ValueError, match="camera='observation.images.wrist', but camera='.*top' is expected"):
+    with pytest.raises(ValueError, match="of camera='.*top', got camera='observation.images.wrist'"):
         clips(LeRobotData(new, camera="top"))
     with pytest.raises(ValueError, match=r"between \[0.0, 0.5\] s, the cached ones .* 0.3 s for delta=0.3"):
         clips(times=(0.0, 0.5))
@@ -245,7 +245,10 @@ def test_what_cannot_be_labelled_is_named_before_anything_is_written(base, new, 
         (replace(args, image_size=64), "image_size=64, but lerobot:"),
         (replace(args, batch_size=0), "batch_size=0"),
         (replace(args, data="world:nowhere"), "unknown variant"),
-        (replace(args, data=f"rlds:{FIXTURE}?fps=5&camera=image"), "is a stream; python -m hlrp.shards makes"),
+        (
+            replace(args, data=f"rlds:{FIXTURE}?fps=5&camera=image"),
+            "is a stream; make a source with python -m hlrp.shards --data 'rlds:",
+        ),
         (replace(args, data="world:clean?episodes=2", laq=base / "slow"), "delta=9 s|clips last 9 s"),
     ]
     for refused, message in refusals:

@@ -185,7 +185,9 @@ def test_an_episode_of_a_higher_rate_than_the_first_is_named_where_actions_would
     slow, fast = source.episodes(0)
     fast.fps = 20.0
     monkeypatch.setattr(source, "episodes", lambda shard: iter([slow, fast]))
-    with pytest.raises(ValueError, match="0.tar, 1: 20 fps make 10 actions of 0.5 s, the 10 fps .* 5; hlrp.shards"):
+    with pytest.raises(
+        ValueError, match="0.tar, 1: 20 fps make 10 actions of 0.5 s, the 10 fps .* 5; make a source with hlrp.shards"
+    ):
         clips(source, 0.001).draw(50)
     source.skip_broken = True
     batch = next(iter(loader(Mixture([clips(source, 0.001)]), 50)))
