@@ -12,7 +12,7 @@ command resumes an interrupted run. The policy is OUTPUT_DIR/checkpoints/last/pr
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,23 +25,11 @@ from hlrp.distributed import distribute, first_alone, gathered, sharding
 from hlrp.idle import IdleConfig, save_picture
 from hlrp.label import cached_space
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-from hlrp.policy import (
-    HLRPConfig,
-    HLRPPolicy,
-    data_of,
-    from_stage2,
-    make_hlrp_pre_post_processors,
-    push_to_hub,
-    start_from,
-)
 from hlrp.policy_data import (
     alarms,
     choose_parts,
     evaluate,
-    lerobot_flags,
-    make_flags,
     mix,
-    policy_settings,
     refuse_other_cameras,
     robot_features,
     robots_of,
@@ -49,12 +37,11 @@ from hlrp.policy_data import (
     teacher_of,
     to_lerobot,
 )
+from hlrp.policy_settings import PolicySettings, lerobot_flags, settings_given
 from hlrp.rollout import is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
 from hlrp.training import Run, RunArgs
 from hlrp.vla_validation import label, shuffled
-
-make_flags(HLRPConfig)
 
 
 @dataclass
@@ -86,7 +73,7 @@ class Args(RunArgs):
     idle: IdleConfig = field(default_factory=IdleConfig)  # frames that are left out of training
     state: bool = True  # let the policy read the robot's state where the data have it
 
-    policy: HLRPConfig = field(default_factory=from_stage2)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     policy_path: Path | None = None  # policy to start from, in place of --policy.vla and --policy.vlm
     laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1 that stage 2 learned from
 
@@ -107,7 +94,7 @@ class Args(RunArgs):
     INTERVALS = RunArgs.INTERVALS | {"eval_freq": (4, 250), "save_freq": (2, 500)}
 
     def settings(self, **resolved) -> dict:
-        values = asdict(self)
+        values = asdict(replace(self, **resolved))
         del values["given"]
         values |= {f"policy.{name}": value for name, value in values.pop("policy").items()}
         return json.loads(json.dumps(values, default=str))
@@ -128,10 +115,14 @@ class Args(RunArgs):
 
 
 def main(args: Args) -> None:
+    # LeRobot's policies take seconds to import, and --help does without them
+    from hlrp.policy import HLRPConfig, HLRPPolicy, data_of, make_hlrp_pre_post_processors, push_to_hub, start_from
+
     args = args.resolved()
     with Run(args) as run:
-        config = args.policy
-        if args.policy_path is not None:
+        if args.policy_path is None:
+            config = HLRPConfig(**vars(args.policy))
+        else:
             config = start_from(args.policy_path, args.policy, args.given, args.state)
         config.device = run.device.type
         if args.env.type:
@@ -179,7 +170,7 @@ def main(args: Args) -> None:
                 raise ValueError(f"ema_decay={args.ema_decay}, but the model lies in shards; expected 0")
             average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         learned = policy if average is None else average.module
-        run.start(args.settings(), mixture)
+        run.start(args.settings(policy=config), mixture)
         run.load(model, optimizer, average)
         if args.idle.is_set() and run.is_main:
             for part in parts:
@@ -257,5 +248,5 @@ if __name__ == "__main__":
     tell_mistakes()
     argv = lerobot_flags(sys.argv[1:])
     args = tyro.cli(Args, description=__doc__, args=argv, config=(tyro.conf.AvoidSubcommands,))
-    args.given = policy_settings(argv)
+    args.given = settings_given(argv)
     main(args)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_ste
 from hlrp.checkpoints import load_config, write_json
 from hlrp.images import fit
 from hlrp.metrics import normalisable
+from hlrp.policy_settings import PolicySettings
 from hlrp.transformer import masked_mean
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
@@ -45,26 +46,11 @@ INSTRUCTIONS = "instructions.json"  # in a checkpoint folder
 
 @PreTrainedConfig.register_subclass("hlrp")
 @dataclass
-class HLRPConfig(PreTrainedConfig):
-    vla: str | None = None  # checkpoint of stage 2 to start from; None: the bare --policy.vlm, for behaviour cloning
-    vlm: str = "tiny"  # without stage 2: hub id or folder of the vision-language model; tiny: from scratch
-    image_size: int | None = None  # without stage 2: side of the image that the vlm sees [pixel]
-    freeze: list[str] = field(default_factory=list)  # parts of the vlm that are not trained: vision, language
-    freeze_layers: int = 0  # first layers of the language model that are not trained
-    lora_rank: int = 0  # rank of adapters (peft) that are trained in place of the vlm; 0: none
-    gradient_checkpointing: bool = False  # save memory, for about a third more compute
+class HLRPConfig(PolicySettings, PreTrainedConfig):
+    """The settings of an hlrp policy, beside what LeRobot's commands set themselves."""
 
-    n_obs_steps: int = 1  # frames of each camera that the policy sees, one step apart; the last is now
-    chunk_size: int = 16  # actions that are predicted together
-    n_action_steps: int = 8  # actions of a chunk that are executed before the next prediction
-    action_repeat: int = 1  # environment steps that an action is held for, where the data have a lower rate
-    action_head: Literal["flow", "l1", "bins"] = "flow"  # flow matching, regression, or bins of each dimension
-    num_bins: int = 256  # with --policy.action-head bins: values of an action dimension
-    num_inference_steps: int = 10  # with --policy.action-head flow: integration steps of a prediction
-    expert_dim: int = 256  # width of the action expert, where stage 2 brings none
-    expert_depth: int = 4  # transformer blocks of the action expert, where stage 2 brings none
-    latent_weight: float = 0.1  # weight of the loss of the latent actions, where the batch has them
-
+    vla: str | None = None
+    push_to_hub: bool = True
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
             "VISUAL": NormalizationMode.IDENTITY,
@@ -87,6 +73,7 @@ class HLRPConfig(PreTrainedConfig):
         if self.device is None:
             self.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
         super().__post_init__()
+        self.normalization_mapping = {key: NormalizationMode(mode) for key, mode in self.normalization_mapping.items()}
         for name in ("n_obs_steps", "chunk_size", "n_action_steps", "action_repeat", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
@@ -420,18 +407,22 @@ def numbers_normalisable(config: HLRPConfig, dataset_stats: dict) -> dict:
     return mended
 
 
-def start_from(folder: Path, given: HLRPConfig, names: Collection[str], with_state: bool) -> HLRPConfig:
-    """The config of a policy's checkpoint, with the settings of `given` that `names` has or that are no defaults.
+def start_from(folder: Path, given: PolicySettings, names: Collection[str], with_state: bool) -> HLRPConfig:
+    """The config of a policy's checkpoint, with those settings of `given` that `names` lists or that are no defaults.
 
-    Raises ValueError for a folder that holds no hlrp policy, and for a setting that its weights do not have.
+    Raises ValueError for a folder without an hlrp policy, and for a setting that contradicts its weights.
     """
-    refuse_no_policy(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"policy.path={folder} holds no config.json: expected a policy's pretrained_model folder; run "
+            "finetune_policy.py without --policy.path first, or give another one"
+        )
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
     fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins expert_dim expert_depth".split()
-    default = from_stage2()
-    for name, value in ((f.name, getattr(given, f.name)) for f in fields(HLRPConfig)):
+    default = PolicySettings()
+    for name, value in ((f.name, getattr(given, f.name)) for f in fields(PolicySettings)):
         if value == getattr(default, name) and name not in names:
             continue
         if name in fixed and value != getattr(config, name):
@@ -439,7 +430,7 @@ def start_from(folder: Path, given: HLRPConfig, names: Collection[str], with_sta
                 f"policy.{name}={value}, but policy.path={folder} has {getattr(config, name)}; leave it out"
             )
         setattr(config, name, value)
-    # what the checkpoint was pushed to stays as it is
+    # a checkpoint that was uploaded once is not uploaded again unasked
     config.push_to_hub, config.repo_id = given.push_to_hub, given.repo_id
     if not with_state and config.robot_state_feature is not None:
         raise ValueError(f"no-state, but policy.path={folder} reads the state; leave it out")
@@ -447,23 +438,9 @@ def start_from(folder: Path, given: HLRPConfig, names: Collection[str], with_sta
     return config
 
 
-def refuse_no_policy(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"policy.path={folder} holds no config.json: expected a policy's pretrained_model folder; run "
-            "finetune_policy.py without --policy.path first, or give another one"
-        )
-
-
-def from_stage2() -> HLRPConfig:
-    """The config of finetune_policy.py's default: a policy that starts from the last run of train_vla.py."""
-    return HLRPConfig(vla="outputs/vla/checkpoints/last/pretrained_model", push_to_hub=False)
-
-
 def data_of(config: HLRPConfig, policy_path: Path | None) -> tuple[str, ...]:
     """The sources that the checkpoint which a policy starts from learned from."""
     if policy_path is not None:
-        refuse_no_policy(policy_path)
         file = policy_path / "provenance.json"
         if not file.is_file():
             raise ValueError(f"data is empty, and {policy_path} does not say what it learned from; give --data")

@@ -1,22 +1,19 @@
 """The data of a LeRobot policy: demonstrations and other video, their features, statistics and batches, and validation.
 
 Validation says how far the actions of a policy are from the true ones on held-out demonstrations, beside what the mean
-action, another instruction and a grey image give. Flags of LeRobot's commands are translated here too.
+action, another instruction and a grey image give.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 from torch.utils.data import Dataset
-from tyro.conf import Fixed, Suppress, arg
 
 from hlrp.action_expert import mean_over_steps
 from hlrp.clips import Clips
@@ -124,6 +121,8 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
 
     Raises ValueError where there is no action, and where sources differ in action or state.
     """
+    from lerobot.configs import FeatureType, PolicyFeature
+
     sources = [c.source for c in clips]
     if not sources:
         raise ValueError(
@@ -182,122 +181,6 @@ def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
         found |= {ACTION: batch["action"][..., : config.action_feature.shape[0]]}
         found |= {"action_is_pad": batch["action_is_pad"]}
     return found
-
-
-class Normalization(TypedDict):
-    """`normalization_mapping` of a policy."""
-
-    VISUAL: NormalizationMode  # how pixels are normalised
-    STATE: NormalizationMode  # how the robot's state is normalised
-    ACTION: NormalizationMode  # how actions are normalised
-
-
-NO_FLAGS = {  # settings of a policy that finetune_policy.py sets itself, or has under another name
-    *("device", "use_amp", "use_peft", "pretrained_path", "pretrained_revision", "stage2"),
-    *("input_features", "output_features", "optimizer_lr", "optimizer_weight_decay", "optimizer_betas"),
-    *("optimizer_grad_clip_norm", "scheduler_warmup_steps", "scheduler_decay_steps"),
-}
-HELP = {  # where LeRobot's own says nothing, or something else
-    "n_obs_steps": "frames of each camera that the policy sees, one step apart; the last is now",
-    "push_to_hub": "upload the policy to the Hugging Face hub when training ends",
-    "repo_id": "where to upload the policy: USER/NAME",
-    "private": "make the uploaded repository private; None: as your account on the hub has it",
-    "tags": "tags of the uploaded policy",
-    "license": "license of the uploaded policy",
-}
-
-
-def make_flags(policy: type) -> None:
-    """Has tyro make flags of a policy's config: it reads annotations, and LeRobot's parser the types of fields."""
-    types = {field.name: field.type for field in fields(policy)}
-    policy.__annotations__ |= {name: Suppress[Fixed[types[name]]] for name in NO_FLAGS}
-    policy.__annotations__ |= {name: Annotated[types[name], arg(help=text)] for name, text in HELP.items()}
-    mapping = types["normalization_mapping"]
-    policy.__annotations__["normalization_mapping"] = Annotated[mapping, arg(constructor=Normalization)]
-
-
-def dicts(argv: list[str]) -> list[str]:
-    """A command line on which each dictionary, --name={"a": "b"}, is the list of its keys and values: --name a b.
-
-    Raises ValueError for what is no dictionary of texts.
-    """
-    found, tokens = [], [*argv]
-    while tokens:
-        token = tokens.pop(0)
-        flag, _, value = token.partition("=") if token.startswith("--") else ("", "", token)
-        if not value.startswith("{"):
-            found.append(token)
-            continue
-        while not value.endswith("}") and tokens:  # which a shell has cut at its spaces
-            value += f" {tokens.pop(0)}"
-        try:
-            pairs = yaml.safe_load(value)
-        except yaml.YAMLError:
-            pairs = None
-        if not isinstance(pairs, dict) or not all(isinstance(x, str) for pair in pairs.items() for x in pair):
-            raise ValueError(f'{flag or found[-1]}={value}; expected a dictionary such as \'{{"a": "b"}}\'')
-        found += [*filter(None, [flag]), *(part for pair in pairs.items() for part in pair)]
-    return found
-
-
-def lerobot_flags(argv: list[str]) -> list[str]:
-    """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
-
-    Raises ValueError for one of LeRobot's that has no meaning here.
-    """
-    renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
-    renamed |= {"rename_map": "env.rename-map"}
-    renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
-    renamed |= {"policy.optimizer_weight_decay": "weight-decay", "policy.optimizer_grad_clip_norm": "grad-clip"}
-    renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
-    refused = {  # and what sets it
-        "policy.optimizer_betas": "--optimizer, --lr",
-        "policy.scheduler_decay_steps": "--steps",
-        "policy.device": "the variable CUDA_VISIBLE_DEVICES",
-        "policy.use_amp": "--mixed-precision",
-        "policy.pretrained_path": "--policy.path",
-        "policy.stage2": "--policy.vla",
-        "wandb.project": "the variable WANDB_PROJECT",
-        "job_name": "the variable WANDB_NAME",
-    }
-    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
-    found, dataset = [], {}
-    tokens = [part for token in dicts(argv) for part in (token.split("=", 1) if token.startswith("--") else [token])]
-    while tokens:
-        flag = tokens.pop(0)
-        if not flag.startswith("--"):
-            found.append(flag)
-            continue
-        name, values = flag[2:], []
-        while tokens and not tokens[0].startswith("--"):
-            values.append(tokens.pop(0))
-        if len(values) == 1 and values[0].startswith("["):
-            values = [value.strip(" '\"") for value in values[0][1:-1].split(",")]
-        name = name.replace("-", "_") if name.replace("-", "_") in {*renamed, *refused, *fixed} else name
-        if name in refused:
-            raise ValueError(f"--{name} has no meaning here; {refused[name]} sets what it stands for")
-        if name in fixed:
-            if values != [fixed[name]]:
-                raise ValueError(f"--{name}={' '.join(values)}; expected {fixed[name]}")
-            continue
-        if name in ("dataset.repo_id", "dataset.root"):
-            (dataset[name],) = values
-            continue
-        name = renamed.get(name, name)
-        if values == ["false"]:
-            *prefix, last = name.split(".")
-            name = ".".join([*prefix, f"no-{last}"])
-        values = ["None" if value == "null" else value for value in values]
-        found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
-    if dataset:
-        found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
-    return found
-
-
-def policy_settings(argv: list[str]) -> frozenset[str]:
-    """The names of the policy's settings that a command line gives, whatever their values."""
-    flags = [token.removeprefix("--policy.") for token in argv if token.startswith("--policy.")]
-    return frozenset(flag.split(".")[0].removeprefix("no-").replace("-", "_") for flag in flags)
 
 
 def teacher_of(policy, folder: Path) -> tuple[LAQ | None, LatentSpace | None]:

@@ -22,7 +22,7 @@ import tyro
 from hlrp.checkpoints import write_json
 from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
-from hlrp.policy_data import dicts
+from hlrp.policy_settings import dicts
 
 
 @dataclass

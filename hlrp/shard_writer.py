@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg, encode_png
 
 from hlrp.checkpoints import sync
 from hlrp.contract import EncodedSource, Stream
@@ -252,6 +251,8 @@ def frame_numbers(view: View, settings: Settings) -> np.ndarray:
 
 def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
     """frame: uint8 (c, h, w)."""
+    from torchvision.io import encode_jpeg, encode_png
+
     if codec == "jpeg":
         return encode_jpeg(frame.contiguous(), quality).numpy().tobytes()
     if codec == "png":

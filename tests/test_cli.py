@@ -64,6 +64,14 @@ def test_every_flag_has_help_of_its_own_and_derived_values_are_no_flags(parsed, 
     assert not DERIVED & texts.keys()
 
 
+def test_the_help_of_every_script_and_command_waits_for_no_library_but_torch():
+    names = ["train_laq", "train_vla", "finetune_policy", *(f"hlrp.{name}" for name in [*COMMANDS, "metaworld"])]
+    slow = {"lerobot.configs", "lerobot.policies", "transformers", "torchvision", "datasets", "matplotlib", "pandas"}
+    command = f"import sys, {', '.join(names)}; print(*({slow} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", command], cwd=LIBRARY.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout.strip(), done.stdout + done.stderr
+
+
 def unknown_quantizer(*_):
     make_quantizer("nonsense", 8, 8, 4)
 

@@ -18,7 +18,7 @@ from lerobot.scripts.lerobot_eval import eval_policy_all
 
 from hlrp.envs import env_configs, make_envs, no_questions
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
-from hlrp.policy_data import dicts
+from hlrp.policy_settings import dicts
 from hlrp.rollout import Args, main
 
 PATTERN = [1, 0, 0, 1, 1, 0, 0, 0]  # which init states succeed

@@ -22,8 +22,8 @@ from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.policy import HLRPConfig, HLRPPolicy
-from hlrp.policy_data import lerobot_flags, policy_settings
+from hlrp.policy import HLRPPolicy
+from hlrp.policy_settings import PolicySettings, lerobot_flags, settings_given
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
@@ -57,7 +57,7 @@ def stages(tmp_path_factory):
 
 
 def train(output_dir, stages, head="parallel", policy=None, **settings):
-    policy = HLRPConfig(**{"vla": str(stages / head) if head else None} | SMALL | (policy or {}))
+    policy = PolicySettings(**{"vla": str(stages / head) if head else None} | SMALL | (policy or {}))
     values = SETTINGS | {"laq": stages / "laq", "demonstrations": 1} | settings
     finetune_policy.main(Args(**values, output_dir=output_dir, policy=policy))
 
@@ -154,7 +154,7 @@ def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(sta
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     with pytest.raises(ValueError, match="policy.chunk_size=9, but policy.path=.* has 4; leave it out"):
         train(tmp_path / "other", stages, head=None, policy_path=folder, policy={"chunk_size": 9})
-    given = policy_settings(["--steps", "2", "--policy.n-action-steps", "8", "--policy.no-push-to-hub"])
+    given = settings_given(["--steps", "2", "--policy.n-action-steps", "8", "--policy.no-push-to-hub"])
     assert given == {"n_action_steps", "push_to_hub"}
     with pytest.raises(ValueError, match="n_action_steps=8 is more than chunk_size=4"):
         train(
