@@ -445,8 +445,7 @@ class Checkpoint:
     def split(self, source):
         """The episodes that the LAQ has learned from, and the held-out ones."""
         fraction = self.setting("val_fraction", self.args.val_fraction, 0.1)
-        seed, times = self.setting("seed", self.args.split_seed, 0), (0.0, self.laq.config.delta)
-        return split_episodes(source, fraction, seed, times)
+        return split_episodes(source, fraction, self.setting("seed", self.args.split_seed, 0))
 
     def labelled(self, source, train):
         """The training episodes whose actions the LAQ has learned."""

@@ -170,11 +170,12 @@ class EpisodeRange(NamedTuple):
 
 
 def split_episodes(
-    source: Source | Stream, val_fraction: float, seed: int, times: Sequence[float] = (0.0,)
+    source: Source | Stream, val_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | tuple[EpisodeRange, EpisodeRange]:
     """Whole episodes for training and for validation: disjoint, at least one each. For a stream, two ranges.
 
-    times: of the frames of a clip [s]. At least one validation episode has such clips, if two or more episodes do.
+    The split follows from the source, the fraction and the seed alone: all stages hold out the same episodes. Each side
+    has at least one typical episode, see `is_typical`, if two or more episodes are typical.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}; expected a share between 0 and 1")
@@ -185,17 +186,19 @@ def split_episodes(
         raise ValueError(f"{source.uri}: {num_episodes} episode; expected 2 or more, for training and validation")
     num_val = min(max(round(val_fraction * num_episodes), 1), num_episodes - 1)
     shuffled = np.random.default_rng(seed).permutation(num_episodes)
-    with_clips = np.flatnonzero(has_clips(source, shuffled, times))
-    if len(with_clips) > 1 and with_clips[0] >= num_val:
-        shuffled[[0, with_clips[0]]] = shuffled[[with_clips[0], 0]]
+    typical = np.flatnonzero(is_typical(source)[shuffled])
+    if len(typical) > 1 and typical[0] >= num_val:
+        shuffled[[0, typical[0]]] = shuffled[[typical[0], 0]]
+    elif len(typical) > 1 and typical[-1] < num_val:
+        shuffled[[-1, typical[-1]]] = shuffled[[typical[-1], -1]]
     return np.sort(shuffled[num_val:]), np.sort(shuffled[:num_val])
 
 
-def has_clips(source: Source, episodes: np.ndarray, times: Sequence[float]) -> np.ndarray:
-    """Whether each episode has a clip of frames at these times, bool (episodes,)."""
-    fps = source.fps[episodes]
-    is_long = source.lengths[episodes] > np.rint(fps * times[-1])
-    return is_long & ~too_coarse(fps, np.asarray(times)).any(axis=1)
+def is_typical(source: Source) -> np.ndarray:
+    """Whether each episode may have the clips that its source is used for, bool (episodes,): it lasts at least half as
+    long as the mean episode, or 10 s, and has at least half the mean frame rate."""
+    seconds = (source.lengths - 1) / source.fps
+    return (seconds >= min(seconds.mean() / 2, 10.0)) & (source.fps >= source.fps.mean() / 2)
 
 
 def too_coarse(fps: np.ndarray, times: np.ndarray) -> np.ndarray:

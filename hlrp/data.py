@@ -414,7 +414,7 @@ def open_data(
     chosen = partial(choose_clips, seed=args.seed, skip_broken=args.skip_broken)
     learned, val, fit = [], {}, {}
     for i, source in enumerate(sources):
-        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed, times)
+        train_episodes, val_episodes = split_episodes(source, args.val_fraction, args.seed)
         labelled = labelled_episodes(source, train_episodes, args.demonstrations, args.label_fraction, args.seed)
         clips = partial(clips_of, source, times=times, source_index=i, seed=args.seed, **sizes)
         learned.append(clips(train_episodes, labelled_episodes=labelled, **(train or {})))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,8 +18,9 @@ import train_laq
 from hlrp import shards
 from hlrp.clips import Clips
 from hlrp.contract import Source, choose_demonstrations, labelled_episodes, labelled_share, split_episodes
-from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader
+from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader, open_data
 from hlrp.laq import LAQConfig
+from hlrp.policy_data import choose_parts
 from hlrp.sources import FORMATS, Format, expand, instructions, open_source, open_sources, parse_uri
 
 
@@ -119,6 +121,21 @@ def test_no_episode_is_in_both_splits_and_each_has_one(num_episodes, val_fractio
     again, other = split_episodes(source, val_fraction, seed=3), split_episodes(source, val_fraction, seed=4)
     assert again[1].tolist() == val.tolist()
     assert num_episodes < 10 or other[1].tolist() != val.tolist()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("lengths", [[2] * 6 + [40] * 2, [40] * 8, [3] * 3 + [6, 40, 40]])
+def test_all_stages_hold_out_the_same_episodes_and_one_that_has_clips(lengths, seed):
+    source = Counting(lengths, action_dim=1)
+    args = {"val_fraction": 0.25, "seed": seed, "demonstrations": None, "episodes": None, "pseudo_actions": None}
+    args |= {"val_samples": 4, "label_fraction": 1.0, "skip_broken": False, "temperature": None}
+    args = SimpleNamespace(**args)
+    train = [
+        open_data(args, [source], [1.0], times).clips[0].episodes.tolist() for times in ((0.0, 0.5), (0.0, 0.5, 1.0))
+    ]
+    (part,) = choose_parts(args, [source], [1.0])
+    assert train[0] == train[1] == part.train.tolist()
+    assert source.lengths[part.val].max() == source.lengths[part.train].max() == 40
 
 
 def test_one_episode_cannot_be_split():

@@ -448,7 +448,7 @@ def test_a_file_too_coarse_or_too_short_is_left_out_by_its_path_and_counted(tmp_
     with pytest.raises(ValueError, match=r"no clip is left: 1 of 3 episodes, first .*timelapse.mp4: .*blink.mp4"):
         Clips(source, odd, (0.0, 0.2), 32)
     for seed in range(8):  # one file is held out, which would be an odd one in half of the cases
-        train, val = split_episodes(source, 0.1, seed, (0.0, 0.2))
+        train, val = split_episodes(source, 0.1, seed)
         assert sorted([*train, *val]) == list(range(6))
         assert min(len(Clips(source, side, (0.0, 0.2), 32)) for side in (train, val)) >= 54
 
