@@ -85,6 +85,7 @@ class Args(RunArgs):
     eval_freq: int | None = None
     # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 500
     save_freq: int | None = None
+
     env: EnvArgs = field(default_factory=EnvArgs)
     env_eval_freq: int = 0  # try the policy in the environment every so many steps; 0: only after the last one
     eval: EvalArgs = field(default_factory=EvalArgs)

@@ -1,12 +1,12 @@
-"""The LeRobot policy `hlrp`: what a VLA has seen, turned into a chunk of robot actions.
+"""The LeRobot policy `hlrp`: it turns what a VLA sees into a chunk of robot actions.
 
 LeRobot's commands find it once hlrp is installed: `lerobot-train --policy.type=hlrp`, `lerobot-eval --policy.path=...`.
 
     prompt  = vlm(images, instruction)                    as in stage 2; computed once for a chunk
-    actions = expert(noise | prompt, state)               flow matching, or another head of `ACTION_HEADS`
+    actions = expert(noise | prompt, state)               flow matching; or regression, or bins of each dimension
     loss    = error(actions) + latent_weight * error(latent actions | prompt)
 
-The second term is the head of stage 2, kept where the batch has latent actions, on episodes with and without labels.
+The head of stage 2 gives the second term, for every sample that has latent actions, with or without actions.
 """
 
 import json
@@ -47,7 +47,7 @@ INSTRUCTIONS = "instructions.json"  # in a checkpoint folder
 @PreTrainedConfig.register_subclass("hlrp")
 @dataclass
 class HLRPConfig(PolicySettings, PreTrainedConfig):
-    """The settings of an hlrp policy, beside what LeRobot's commands set themselves."""
+    """The policy's settings as LeRobot's commands take them. finetune_policy.py makes one of its `PolicySettings`."""
 
     vla: str | None = None
     push_to_hub: bool = True
@@ -67,7 +67,7 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
     scheduler_warmup_steps: int = 500
     scheduler_decay_steps: int = 20_000
 
-    stage2: dict[str, Any] | None = None  # of the checkpoint that it started from; not to be set
+    stage2: dict[str, Any] | None = None  # configs of the checkpoint of stage 2 that it started from; hlrp sets it
 
     def __post_init__(self):
         if self.device is None:
@@ -79,16 +79,15 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
         if self.n_action_steps > self.chunk_size:
             raise ValueError(f"n_action_steps={self.n_action_steps} is more than chunk_size={self.chunk_size}")
-        heads = ("flow", "l1", "bins")
-        if self.action_head not in heads:
-            raise ValueError(f"action_head={self.action_head!r}; expected one of {', '.join(heads)}")
+        if self.action_head not in ("flow", "l1", "bins"):
+            raise ValueError(f"action_head={self.action_head!r}; expected one of flow, l1, bins")
         if self.latent_weight < 0:
             raise ValueError(f"latent_weight={self.latent_weight}; expected 0 or more")
         bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES)
         if self.action_head == "bins" and self.normalization_mapping["ACTION"] not in bounded:
             raise ValueError(
                 f"action_head=bins with normalization_mapping ACTION={self.normalization_mapping['ACTION'].value}; "
-                "bins lie between -1 and 1: MIN_MAX or QUANTILES fits"
+                "expected MIN_MAX or QUANTILES, since the bins lie between -1 and 1"
             )
 
     def validate_features(self) -> None:
@@ -127,21 +126,26 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
 
 
 class Rtc(TypedDict, total=False):
-    """What real-time chunking tells a prediction."""
+    """What real-time chunking gives to a prediction."""
 
-    inference_delay: int | None  # actions of the last chunk that are executed meanwhile
-    prev_chunk_left_over: Tensor | None  # its actions that are left, normalised
-    execution_horizon: int | None
+    inference_delay: int | None  # actions of the last chunk that the robot executes meanwhile
+    prev_chunk_left_over: Tensor | None  # the actions of the last chunk that are not executed yet, normalised
+    execution_horizon: int | None  # actions over which the new chunk follows the last one
 
 
 class HLRPPolicy(PreTrainedPolicy):
     """`forward(batch) -> (loss, metrics)`; `predict_action_chunk` and `select_action` for a robot.
 
-    A batch is LeRobot's, behind the policy's preprocessor: a camera float (b, c, h, w) or (b, t, c, h, w) in [0, 1]
-    under each of `config.image_features`, observation.state (b, s) where the robot has one, task; in training also
-    action (b, chunk_size, a) with action_is_pad, and latent_indices or latent_vectors of what follows, where they are
-    known, with latent_is_pad bool (b, t) where some of them lie past the episode. A sample whose actions are all
-    padding has no action loss.
+    A batch is LeRobot's, after the policy's preprocessor:
+
+        each of config.image_features     float (b, c, h, w) or (b, t, c, h, w) in [0, 1]
+        observation.state                 float (b, s), if the policy reads the state
+        task                              list of b instructions
+        action, action_is_pad             float (b, chunk_size, a), bool (b, chunk_size); in training
+        latent_indices or latent_vectors  (b, t, n) or (b, t, d); in training, if they are known
+        latent_is_pad                     bool (b, t): which latent actions lie past the end of the episode
+
+    A sample whose actions are all padding has no action loss.
     """
 
     config_class = HLRPConfig
@@ -156,7 +160,7 @@ class HLRPPolicy(PreTrainedPolicy):
         **kwargs,
     ):
         """folder: a checkpoint of this policy, which describes the vlm; the caller loads its weights.
-        instructions: what the tokenizer of a vlm from scratch learns from; by default those of dataset_meta."""
+        instructions: a vlm from scratch learns its tokenizer from them; by default the tasks of dataset_meta."""
         super().__init__(config)
         config.validate_features()
         if dataset_meta is not None and not instructions:
@@ -165,7 +169,7 @@ class HLRPPolicy(PreTrainedPolicy):
             instructions = json.loads((folder / INSTRUCTIONS).read_text())
         self.instructions = list(instructions)  # of the demonstrations, which a roll-out tells the policy
         if dataset_meta is not None and dataset_meta.stats is not None:
-            # lerobot-train hands these to the normaliser of a checkpoint itself
+            # lerobot-train gives these to the preprocessor of a checkpoint itself
             dataset_meta.stats = numbers_normalisable(config, dataset_meta.stats)
         self.vlm, self.latent_head = parts(config, folder, instructions)
         shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
@@ -190,7 +194,7 @@ class HLRPPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True):
         super().train(mode)
         if isinstance(self.latent_head, FlowHead):
-            self.latent_head.norm.eval()  # what latent actions are like is as stage 2 found it
+            self.latent_head.norm.eval()  # it keeps the statistics of stage 2
         return self
 
     @property
@@ -198,24 +202,24 @@ class HLRPPolicy(PreTrainedPolicy):
         return self.latent_head.expert if self.expert is None else self.expert
 
     def forward(self, batch: dict, reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
-        """reduction: "none" gives the loss (b,) of each sample."""
-        images, tasks = self.images(batch), batch["task"]
+        """The loss and its parts. reduction: "none" gives the loss (b,) of each sample, "mean" one of the batch."""
+        images, tasks = self.images(batch), batch["task"]  # b v c h w, b
         latents = batch.get("latent_vectors" if isinstance(self.latent_head, FlowHead) else "latent_indices")
         latent_errors = None
         if self.latent_head is not None and self.config.latent_weight and latents is not None:
             is_absent = batch.get("latent_is_pad")
             if is_absent is None:
                 is_absent = torch.zeros(latents.shape[:2], dtype=torch.bool, device=latents.device)
-            latents = torch.where(is_absent[..., None], 0, latents)
-            scored = self.latent_head(self.vlm, images, tasks, latents, is_absent)
-            prompt, latent_errors, has_latents = scored.prompt, scored.errors, (~is_absent).any(1)
+            latents = torch.where(is_absent[..., None], 0, latents)  # b t n, or b t d
+            predicted = self.latent_head(self.vlm, images, tasks, latents, is_absent)
+            prompt, latent_errors, has_latents = predicted.prompt, predicted.errors, (~is_absent).any(1)
         else:
             prompt = self.vlm(images, tasks)
         is_pad = batch.get("action_is_pad")
-        actions = batch[ACTION]
+        actions = batch[ACTION]  # b t a
         if is_pad is None:
             is_pad = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
-        errors, is_labelled = (self.action_errors(actions, is_pad, self.context(prompt, batch)), (~is_pad).any(1))
+        errors, is_labelled = self.action_errors(actions, is_pad, self.context(prompt, batch)), (~is_pad).any(1)
         losses = errors if latent_errors is None else errors + self.config.latent_weight * latent_errors
         action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
         loss, metrics = action_loss, {"action_loss": action_loss.item()}
@@ -226,14 +230,14 @@ class HLRPPolicy(PreTrainedPolicy):
         return losses if reduction == "none" else loss, metrics
 
     def action_errors(self, actions: Tensor, is_pad: Tensor, context: Context) -> Tensor:
-        """The loss (b,) of normalised actions (b, t, a), 0 where all of them are padding."""
+        """The loss (b,) of normalised actions (b, t, a); 0 for a sample whose actions are all padding."""
         if self.config.action_head == "flow":
             return self.trunk.errors("action", actions, context, is_pad)
-        said = self.trunk.regress("action", actions.shape[1], context)
+        predicted = self.trunk.regress("action", actions.shape[1], context)
         actions = actions.masked_fill(is_pad[..., None], 0.0)
         if self.config.action_head == "l1":
-            return mean_over_steps((said - actions).abs().mean(-1), is_pad)
-        logits = said.unflatten(-1, (-1, self.config.num_bins)).movedim(-1, 1)  # b k t a
+            return mean_over_steps((predicted - actions).abs().mean(-1), is_pad)
+        logits = predicted.unflatten(-1, (-1, self.config.num_bins)).movedim(-1, 1)  # b k t a
         bins = ((actions.clamp(-1, 1) + 1) / 2 * self.config.num_bins).long().clamp(max=self.config.num_bins - 1)
         return mean_over_steps(F.cross_entropy(logits, bins, reduction="none").mean(-1), is_pad)
 
@@ -243,10 +247,10 @@ class HLRPPolicy(PreTrainedPolicy):
         prompt = self.vlm(self.images(batch), batch["task"])
         context, config = self.context(prompt, batch), self.config
         if config.action_head != "flow":
-            said = self.trunk.regress("action", config.chunk_size, context)
+            predicted = self.trunk.regress("action", config.chunk_size, context)
             if config.action_head == "l1":
-                return said
-            bins = said.unflatten(-1, (-1, config.num_bins)).argmax(-1)  # b t a
+                return predicted
+            bins = predicted.unflatten(-1, (-1, config.num_bins)).argmax(-1)  # b t a
             return (bins + 0.5) / config.num_bins * 2 - 1
         if noise is None:
             shape = len(prompt.hidden), config.chunk_size, config.action_feature.shape[0]
@@ -268,7 +272,7 @@ class HLRPPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict, noise: Tensor | None = None) -> Tensor:
         """The next action (b, a). A new chunk is predicted when n_action_steps of the last one are executed."""
         if self.rtc_processor is not None:
-            raise ValueError("rtc_config.enabled with select_action; real-time chunking calls predict_action_chunk")
+            raise ValueError("rtc_config.enabled=True with select_action; call predict_action_chunk instead")
         if self.config.n_obs_steps > 1:
             keys = {key: batch[key] for key in self.config.image_features}
             self._queues = populate_queues(self._queues, keys)
@@ -280,7 +284,7 @@ class HLRPPolicy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
     def reset(self) -> None:
-        """Forgets the observations and actions of an episode."""
+        """Forgets the observations and actions of the last episode."""
         self._action_queue: deque[Tensor] = deque()
         length = (self.config.n_obs_steps - 1) * self.config.action_repeat + 1
         self._queues = {key: deque(maxlen=length) for key in self.config.image_features}
@@ -294,16 +298,16 @@ class HLRPPolicy(PreTrainedPolicy):
         return self.config.action_head == "flow"
 
     def images(self, batch: dict) -> Tensor:
-        """uint8 (b, v, c, h, w): the cameras in the order of their names, of each the older frames first."""
+        """uint8 (b, v, c, h, w): the cameras in the order of their names, the older frames of each camera first."""
         views = []
         for key in sorted(self.config.image_features):
             if key not in batch:
-                found = ", ".join(sorted(name for name in batch if name.startswith("observation.image"))) or "none"
-                raise ValueError(f"the policy sees {key}, the batch has {found}; --rename_map maps other names")
+                cameras = ", ".join(sorted(name for name in batch if name.startswith("observation.image"))) or "none"
+                raise ValueError(f"the policy sees {key}, the batch has {cameras}; --rename_map maps other names")
             frames = batch[key] if batch[key].ndim == 5 else batch[key][:, None]  # b t c h w
             if frames.shape[1] != self.config.n_obs_steps:
                 raise ValueError(
-                    f"{key} has {frames.shape[1]} frames, the policy sees {self.config.n_obs_steps}, one step apart"
+                    f"{key} has {frames.shape[1]} frames; expected {self.config.n_obs_steps}, one step apart"
                 )
             pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8)
             views.append(fit(pixels.flatten(0, 1), self.vlm.image_size).unflatten(0, frames.shape[:2]))
@@ -314,7 +318,7 @@ class HLRPPolicy(PreTrainedPolicy):
         hidden, mask = prompt.hidden, prompt.mask
         if self.from_state is not None:
             if OBS_STATE not in batch:
-                raise ValueError(f"the policy reads {OBS_STATE}, and the batch has none")
+                raise ValueError(f"the policy reads {OBS_STATE}, but the batch has none")
             state = batch[OBS_STATE]
             state = state[:, -1] if state.ndim == 3 else state
             hidden = torch.cat([hidden, self.from_state(state)[:, None].to(hidden.dtype)], dim=1)
@@ -322,7 +326,7 @@ class HLRPPolicy(PreTrainedPolicy):
         return self.trunk.read(hidden, mask)
 
     def hidden_classes(self) -> set[type[nn.Module]]:
-        """Whose matrices Muon takes: the VLM, with what joins its towers, and the expert."""
+        """The modules whose matrices Muon trains: the VLM and the blocks of the expert."""
         return {type(self.vlm.model), ExpertBlock}
 
     def get_optim_params(self) -> list[nn.Parameter]:
@@ -338,7 +342,7 @@ class HLRPPolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: HLRPConfig | None = None, revision=None, **kwargs
     ) -> "HLRPPolicy":
-        """A folder or a hub id; in evaluation mode. Every weight must be there, and no other."""
+        """The policy of a folder or a hub id, in evaluation mode. Raises if a weight is missing or is one too many."""
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(pretrained_name_or_path), revision=revision))
@@ -347,9 +351,9 @@ class HLRPPolicy(PreTrainedPolicy):
 
 
 def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) -> tuple[VLM, nn.Module | None]:
-    """The vision-language model, and the head of stage 2 where the policy starts or started from its checkpoint.
+    """The vision-language model, and the head of stage 2 (None: the policy did not start from stage 2).
 
-    Of a new policy the weights of stage 2 come along, and `config.stage2` says what it was.
+    A new policy gets the weights of stage 2, and `config.stage2` gets its configs.
     """
     chosen = {name: getattr(config, name) for name in ("freeze_layers", "lora_rank", "gradient_checkpointing")}
     chosen["freeze"] = tuple(config.freeze)
@@ -377,7 +381,7 @@ def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) 
 def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None = None, dataset_meta=None):
     """LeRobot's standard pipelines: rename, batch, device, normalise; and back.
 
-    Raises ValueError where the statistics are missing or of another robot.
+    Raises ValueError if statistics are missing or have other sizes than the policy.
     """
     dataset_stats = None if dataset_stats is None else numbers_normalisable(config, dataset_stats)
     for key, feature in {**config.input_features, **config.output_features}.items():
@@ -386,14 +390,14 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
             continue
         if key not in dataset_stats:
             raise ValueError(f"no statistics of {key} among those of {', '.join(sorted(dataset_stats))}")
-        found = {tuple(np.shape(x)) for name, x in dataset_stats[key].items() if name != "count"}
-        if found != {tuple(feature.shape)}:
-            raise ValueError(f"statistics of {key} are of shape {sorted(found)}, the policy's is {feature.shape}")
+        shapes = {tuple(np.shape(x)) for name, x in dataset_stats[key].items() if name != "count"}
+        if shapes != {tuple(feature.shape)}:
+            raise ValueError(f"statistics of {key} are of shape {sorted(shapes)}, the policy's is {feature.shape}")
     return make_default_pre_post_processors(config, dataset_stats)
 
 
 def numbers_normalisable(config: HLRPConfig, dataset_stats: dict) -> dict:
-    """The statistics, those of states and actions as `normalisable` has them. ValueError where one is not finite."""
+    """The statistics after `normalisable`, for states and actions. Raises ValueError if one of them is not finite."""
     mended = dict(dataset_stats)
     for key, feature in {**config.input_features, **config.output_features}.items():
         if feature.type is FeatureType.VISUAL or key not in dataset_stats:
@@ -439,7 +443,7 @@ def start_from(folder: Path, given: PolicySettings, names: Collection[str], with
 
 
 def data_of(config: HLRPConfig, policy_path: Path | None) -> tuple[str, ...]:
-    """The sources that the checkpoint which a policy starts from learned from."""
+    """The sources from which the checkpoint learned that the policy starts from."""
     if policy_path is not None:
         file = policy_path / "provenance.json"
         if not file.is_file():
@@ -451,7 +455,7 @@ def data_of(config: HLRPConfig, policy_path: Path | None) -> tuple[str, ...]:
 
 
 def push_to_hub(policy: HLRPPolicy, folder: Path, data: Sequence[str]) -> None:
-    """Uploads a checkpoint with LeRobot's model card, as one commit."""
+    """Uploads a checkpoint with LeRobot's model card in one commit."""
     api, config = HfApi(), policy.config
     repo_id = api.create_repo(config.repo_id, private=config.private, exist_ok=True).repo_id
     card = policy.generate_model_card(", ".join(data), config.type, config.license, config.tags)

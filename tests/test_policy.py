@@ -1,5 +1,6 @@
 """The policy by LeRobot's own classes and commands."""
 
+import json
 import os
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_a_history_of_images_is_the_same_in_training_and_on_a_robot():
         policy.select_action(moment)
     assert torch.equal(shown[1], seen)
     assert torch.equal(shown[0][:, 0], seen[:, 0]) and torch.equal(shown[0][:, 1], seen[:, 0])
-    with pytest.raises(ValueError, match="top has 1 frames, the policy sees 2"):
+    with pytest.raises(ValueError, match="top has 1 frames; expected 2"):
         policy.predict_action_chunk(later)
 
 
@@ -267,7 +268,7 @@ def test_no_control_tick_waits_for_a_chunk_that_comes_200_ms_late():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda batch: batch.pop("observation.state"), "reads observation.state, and the batch has none"),
+        (lambda batch: batch.pop("observation.state"), "reads observation.state, but the batch has none"),
         (lambda batch: batch.update({WRIST: batch.pop(TOP)}), f"sees {TOP}, the batch has {WRIST}; --rename_map"),
     ],
 )
@@ -317,7 +318,7 @@ def test_another_image_size_than_that_of_stage_2_is_refused(stage2):
         ({"chunk_size": 2, "n_action_steps": 3}, "n_action_steps=3 is more than chunk_size=2"),
         ({"action_repeat": 0}, "action_repeat=0; expected 1 or more"),
         ({"latent_weight": -1.0}, "latent_weight=-1.0"),
-        ({"action_head": "bins"}, "MIN_MAX or QUANTILES fits"),
+        ({"action_head": "bins"}, "expected MIN_MAX or QUANTILES"),
         ({"action_head": "words"}, "action_head='words'; expected one of flow, l1, bins"),
         ({"cameras": ()}, "no camera among the inputs"),
         ({"vla": "nowhere"}, "nowhere holds no config.json"),
@@ -467,3 +468,22 @@ def test_lerobot_train_tries_it_in_metaworld_on_the_way(env, camera, tmp_path):
     log = subprocess.run(command, check=True, env=os.environ | variables, capture_output=True, text=True)
     assert "pc_success" in log.stdout + log.stderr
     assert [*(tmp_path / "run").rglob("*.mp4")]
+
+
+def test_a_config_that_hlrp_0_1_0_has_saved_is_read_as_it_was(tmp_path):
+    saved = {"type": "hlrp", "n_obs_steps": 2, "device": "cpu", "use_amp": False, "use_peft": False}
+    saved |= {"input_features": {TOP: {"type": "VISUAL", "shape": [3, 64, 64]}}}
+    saved |= {"output_features": {"action": {"type": "ACTION", "shape": [2]}}, "push_to_hub": False, "repo_id": "me/x"}
+    saved |= {"private": None, "tags": ["arm"], "license": None, "pretrained_path": None, "pretrained_revision": None}
+    saved |= {"vla": "vla", "vlm": "tiny", "image_size": None, "freeze": ["vision"], "freeze_layers": 0, "lora_rank": 0}
+    saved |= {"gradient_checkpointing": False, "chunk_size": 9, "n_action_steps": 8, "action_repeat": 1}
+    saved |= {"action_head": "bins", "num_bins": 32, "num_inference_steps": 10, "expert_dim": 32, "expert_depth": 2}
+    saved |= {"latent_weight": 0.5, "rtc_config": None, "optimizer_lr": 1e-4, "optimizer_weight_decay": 0.05}
+    saved |= {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"}}
+    saved |= {"optimizer_betas": [0.9, 0.95], "optimizer_grad_clip_norm": 1.0, "scheduler_warmup_steps": 500}
+    saved |= {"scheduler_decay_steps": 20000, "stage2": {"vla": {"head": "flow"}, "latent_space": {"delta": 0.2}}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = PreTrainedConfig.from_pretrained(tmp_path)
+    assert isinstance(config, HLRPConfig) and config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == saved
