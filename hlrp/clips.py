@@ -113,7 +113,8 @@ class Clips(Dataset):
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
-        if any(episode in source.uneven for episode in self.episodes.tolist()):
+        uneven = getattr(source, "uneven", {})  # a plain class with what is read of it is a source, too
+        if any(episode in uneven for episode in self.episodes.tolist()):
             self.starts = self._evenly_spaced(self.starts or [np.arange(n) for n in num_clips])
         if self.starts is not None:
             num_clips = np.array([len(starts) for starts in self.starts], dtype=np.int64)

@@ -11,6 +11,7 @@ from 0 in each episode, and `indices` are such numbers, in any order.
     lengths                       int64 (episodes,)       frames of each episode
     fps                           float64 (episodes,)     frames per second of each episode [1/s]
     read(episode, indices)        dict                    `frames` uint8 (t, c, h, w) in their own size;
+                                                          `task` str, the instruction at the first of them;
                                                           `state` float32 (t, s) if state_dim > 0;
                                                           `point` float32 (t, 2) if known: where in the image
                                                           the thing is that the task names, x right and y down
@@ -144,7 +145,8 @@ class EncodedSource(Source):
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         frames = decode_all(self.encoded(episode, indices), lambda i: f"{self.place(episode)}, frame {indices[i]}")
-        return {"frames": frames} | self.about(episode, indices)
+        task = self.instructions(episode, indices)[0]
+        return {"frames": frames, "task": task} | self.about(episode, indices)
 
 
 class Stream(Described):

@@ -149,7 +149,7 @@ class LeRobotData(Source):
             at = {key: self.episodes[key][episode] for key in ("data_file", "row_in_file", "first_row")}
             in_file = self.places[rows] - at["first_row"] + at["row_in_file"]
             frames = read_images(self.data_files[at["data_file"]], self.camera, in_file)
-        read = {"frames": frames}
+        read = {"frames": frames, "task": self.instructions(episode, indices)[0]}
         if self.state_dim:
             read["state"] = self.states(episode, indices)
         if POINT in self.numbers:

@@ -193,7 +193,7 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
     parts: dict[str, list[Tensor]] = {}
     for chunk in np.split(indices, range(CHUNK, len(indices), CHUNK)):
         read = view.read(chunk)
-        native = read.pop("frames")
+        native, _ = read.pop("frames"), read.pop("task")  # the tasks of all frames stand in the header
         frames = native if settings.image_size is None else fit(native, settings.image_size)
         data = view.encoded(chunk) if view.encoded and frames is native else []
         if not data or not all(d.startswith(FIRST_BYTES[settings.codec]) for d in data):

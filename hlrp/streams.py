@@ -61,7 +61,7 @@ class Episode:
 
     def read(self, indices: Sequence[int]) -> dict:
         frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
-        read: dict = {"frames": frames}
+        read: dict = {"frames": frames, "task": self.instructions(indices)[0]}
         if self.state is not None:
             read["state"] = self.states(indices)
         for name, column in self.columns.items():

@@ -285,4 +285,4 @@ class Videos(Source):
             raise ValueError(f"{path}: expected {length} frames as when it was indexed, got {len(video.grid)}")
         if indices.min() < 0 or indices.max() >= length:
             raise ValueError(f"{path}: expected frame numbers below {length}, got {indices.min()} to {indices.max()}")
-        return {"frames": video.numbered(video.grid[indices])}
+        return {"frames": video.numbered(video.grid[indices]), "task": self.instructions(episode, indices)[0]}

@@ -198,7 +198,7 @@ class World(Source):
         embodiment = embodiments[int(scene.embodiment[i] * len(embodiments))]
 
         tip = scene.tip[i, indices]
-        sample = {"embodiment": EMBODIMENTS.index(embodiment)}
+        sample = {"task": scene.task[i], "embodiment": EMBODIMENTS.index(embodiment)}
         if self.variant.has_actions:
             sample["state"] = normalised(tip)
         shift = np.zeros_like(tip)
