@@ -37,7 +37,7 @@ from 0 in each episode, and `indices` are such numbers, in any order.
 An `EncodedSource` stores each frame on its own, in a format that `hlrp.images` decodes. It has, in place of read():
 
     encoded(episode, indices)     list[bytes]             the frames, not decoded
-    about(episode, indices)       dict                    what read() gives beside `frames`
+    about(episode, indices)       dict                    what read() gives beside `frames` and `task`
 
 A `Stream` is read from one end to the other, because its data allow nothing else (`hlrp.streams`). It has uri, name,
 fingerprint, camera, action_dim, state_dim and num_skipped as above, the defaults of views, uneven and latent_space,

@@ -452,7 +452,7 @@ def test_the_instruction_is_that_of_each_step_and_an_empty_first_one_empties_no_
     episode = max(episodes(source), key=lambda e: len(e.frames))
     length = len(episode.frames)
     assert length > 2 and episode.instructions([0, 1, length - 1]) == ["", "push", "let go"]
-    assert "task" not in episode.read([1, 0])
+    assert episode.read([1, 0])["task"] == episode.instructions([1])[0]
     assert instructions([source]) == ["", "let go", "push"]
 
 
