@@ -21,23 +21,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hlrp.checkpoints import write_json
 from hlrp.cli import tell_mistakes
-from hlrp.distributed import distribute, first_alone, gathered, sharding
-from hlrp.idle import IdleConfig, save_picture
-from hlrp.label import cached_space
-from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-from hlrp.policy_data import (
+from hlrp.demonstrations import (
+    PolicySettings,
     alarms,
     choose_parts,
     evaluate,
+    lerobot_flags,
     mix,
     refuse_other_cameras,
     robot_features,
     robots_of,
+    settings_given,
     statistics,
     teacher_of,
     to_lerobot,
 )
-from hlrp.policy_settings import PolicySettings, lerobot_flags, settings_given
+from hlrp.distributed import distribute, first_alone, gathered, sharding
+from hlrp.idle import IdleConfig, save_picture
+from hlrp.label import cached_space
+from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.rollout import is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
 from hlrp.training import Run, RunArgs

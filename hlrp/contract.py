@@ -75,15 +75,12 @@ action_is_pad is true. A point that is not known is nan.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from hlrp.images import decode_all
-
-if TYPE_CHECKING:
-    from hlrp.streams import Episode
 
 NONE = MappingProxyType({})  # an empty dict that nobody can fill
 
@@ -157,7 +154,7 @@ class Stream(Described):
     skip_broken: bool = False
 
     @abstractmethod
-    def episodes(self, shard: int) -> Iterator["Episode"]: ...
+    def episodes(self, shard: int) -> Iterator[Any]: ...
 
 
 class EpisodeRange(NamedTuple):

@@ -49,7 +49,7 @@ def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
     """All `actions` or `states` of these episodes, (frames, d). Raises ValueError if a number is not finite."""
     parts = []
     for episode in map(int, episodes):
-        column = {"actions": source.actions, "states": source.states}[name]
+        column = source.actions if name == "actions" else source.states
         part = column(episode, np.arange(source.lengths[episode])).numpy()
         refuse_not_finite(f"{source.uri}, episode {episode}: {name.removesuffix('s')}", part)
         parts.append(part)

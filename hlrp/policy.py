@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from hlrp.action_expert import ActionExpert, Context, ExpertBlock, mean_over_steps
 from hlrp.checkpoints import load_config, write_json
+from hlrp.demonstrations import PolicySettings
 from hlrp.images import fit
 from hlrp.metrics import normalisable
-from hlrp.policy_settings import PolicySettings
 from hlrp.transformer import masked_mean
 from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig

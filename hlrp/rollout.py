@@ -21,8 +21,8 @@ import tyro
 
 from hlrp.checkpoints import write_json
 from hlrp.cli import tell_mistakes
+from hlrp.demonstrations import dicts
 from hlrp.metrics import wilson
-from hlrp.policy_settings import dicts
 
 
 @dataclass

@@ -19,8 +19,8 @@ from hlrp import shards
 from hlrp.clips import Clips
 from hlrp.contract import Source, choose_demonstrations, labelled_episodes, labelled_share, split_episodes
 from hlrp.data import BLOCK_SIZE, Mixture, action_statistics, choose_clips, collate, loader, open_data
+from hlrp.demonstrations import choose_parts
 from hlrp.laq import LAQConfig
-from hlrp.policy_data import choose_parts
 from hlrp.sources import FORMATS, Format, expand, instructions, open_source, open_sources, parse_uri
 
 

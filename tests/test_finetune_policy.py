@@ -20,10 +20,10 @@ from toys import TOP, WRIST, write_lerobot
 import finetune_policy
 from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
+from hlrp.demonstrations import PolicySettings, lerobot_flags, settings_given
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.policy import HLRPPolicy
-from hlrp.policy_settings import PolicySettings, lerobot_flags, settings_given
 from hlrp.sources import instructions, open_source
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig

@@ -18,9 +18,9 @@ from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy_all
 from toys import META
 
+from hlrp.demonstrations import dicts
 from hlrp.envs import env_configs, make_envs, no_questions
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
-from hlrp.policy_settings import dicts
 from hlrp.rollout import Args, main, summary, table
 
 STATS = {key: {"mean": torch.zeros(4), "std": torch.ones(4)} for key in ("observation.state", "action")}
