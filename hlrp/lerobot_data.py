@@ -225,7 +225,7 @@ def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
         if (folder / "meta" / "info.json").is_file():
             return folder.resolve()
     if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"lerobot:{name}: no meta/info.json there; the folder of a LeRobot dataset fits")
+        raise ValueError(f"lerobot:{name}: no meta/info.json there; expected the folder of a LeRobot dataset")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -280,7 +280,7 @@ def check_points(points: np.ndarray, uri: str) -> None:
     if points.shape[1] != 2 or (np.abs(points) > 1).any():
         found = f"{points.shape[1]} numbers up to {np.nanmax(np.abs(points)):g}"
         expected = "x and y from the middle of the image, in halves of its longer side, -1 to 1 or nan"
-        raise ValueError(f"{uri}: {POINT} has {found}; {expected} fit")
+        raise ValueError(f"{uri}: {POINT} has {found}; expected {expected}")
 
 
 def frame_rates(

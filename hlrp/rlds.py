@@ -116,7 +116,9 @@ class RLDS(Stream):
         self.instruction_path = self._choose_instruction(instruction or (known and known.instruction))
         self.fps = known.fps if known and fps is None else fps
         if not 0 < (self.fps or 0) < math.inf:
-            raise ValueError(f"{self.uri}: fps={fps}, and that of {info['name']} is not known; ?fps=10, say, fits")
+            raise ValueError(
+                f"{self.uri}: fps={fps}, and that of {info['name']} is not known; expected ?fps=10 or another rate"
+            )
 
         self.action = self._choose_columns("action", known.action if known and action is None else action)
         self.state = self._choose_columns("state", known.state if known and state is None else state)
@@ -212,7 +214,7 @@ class RLDS(Stream):
         names = ", ".join(path.removeprefix("steps/observation/") for path in cameras) or "none"
         if key is None:
             if len(cameras) != 1:
-                raise ValueError(f"{self.uri}: which camera? ?camera=KEY fits, of these: {names}")
+                raise ValueError(f"{self.uri}: several cameras; expected ?camera=KEY with one of {names}")
             return cameras[0]
         path = self._find("camera", key, names)
         if path not in cameras:
@@ -243,14 +245,14 @@ class RLDS(Stream):
 
     def _column(self, setting: str, key: str, name: str, numbers: str = "") -> Column:
         ends = re.fullmatch(r"\[(-?\d+)?:(-?\d+)?\]", numbers or "[:]")
-        fits = ", ".join(path for path, feature in self.features.items() if feature.dtype in NUMBERS)
-        path = self._find(setting, name, fits)
+        known = ", ".join(path for path, feature in self.features.items() if feature.dtype in NUMBERS)
+        path = self._find(setting, name, known)
         self._check_numbers(setting, path)
         column = ends and Column(path, slice(*(int(end) if end else None for end in ends.groups())))
         if not column or not self._num_numbers([column]):
             raise ValueError(
                 f"{self.uri}: {setting}={key} of {self._num_numbers([Column(path, slice(None))])} numbers; "
-                "a key fits, or a range of its numbers such as KEY[:7]"
+                "expected a key, or a range of its numbers such as KEY[:7]"
             )
         return column
 
@@ -263,14 +265,14 @@ class RLDS(Stream):
         if feature.dtype not in NUMBERS or feature.kind == "image" or feature.depth != 1 or not is_constant:
             raise ValueError(
                 f"{self.uri}: {setting}={path} is a {feature.kind} of {feature.dtype or '?'} {list(feature.shape)}; "
-                "numbers of a constant shape in each step fit"
+                "expected numbers of a constant shape in each step"
             )
 
-    def _find(self, setting: str, key: str, fits: str) -> str:
+    def _find(self, setting: str, key: str, known: str) -> str:
         for folder in FOLDERS[setting]:
             if folder + key in self.features:
                 return folder + key
-        raise ValueError(f"{self.uri}: {setting}={key} is not in features.json; these fit: {fits}")
+        raise ValueError(f"{self.uri}: {setting}={key} is not in features.json; expected one of {known}")
 
 
 def open_rlds(location: str, uri: str, skip_broken: bool, root: str | None = None, **options) -> RLDS:
@@ -321,7 +323,9 @@ def find_version(uri: str, location: str) -> tuple[str, list[str]]:
         versions = [known.version]
     if len(versions) != 1:
         found = ", ".join(sorted(versions or files)[:20]) or "nothing"
-        raise ValueError(f"{uri}: no features.json there, and no single version, but {found}; one of its folders fits")
+        raise ValueError(
+            f"{uri}: no features.json there, and no single version, but {found}; expected one of its folders"
+        )
     location += f"/{versions[0]}"
     return location, list_folder(uri, location)
 
@@ -349,7 +353,7 @@ def list_shards(uri: str, info: dict, split: str, root: str, files: Sequence[str
     splits = {found["name"]: found for found in info["splits"]}
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
-        raise ValueError(f"{uri}: files of format {file_format}; tfrecord fits")
+        raise ValueError(f"{uri}: files of format {file_format}; expected tfrecord")
     shards = {}
     for name in split.split(","):
         if name not in splits:
@@ -434,9 +438,9 @@ DATASETS["bridge"] = OpenX(5, 0, "image", NATURAL, f"{MOVE},open_gripper", "stat
 def mixture(name: str, root: str | None) -> list[tuple[str, float]]:
     """The sources of a mixture: a URI each, of the folder in `root` named after the data set; weights of sum 1."""
     if name not in MIXTURES:
-        raise ValueError(f"rlds:{name}: no mixture of this name; {', '.join(MIXTURES)} fits")
+        raise ValueError(f"rlds:{name}: no mixture of this name; expected {', '.join(MIXTURES)}")
     if not root:
-        raise ValueError(f"rlds:{name}: where are its data sets? ?root=DIR or ?root={BUCKET} fits")
+        raise ValueError(f"rlds:{name}: no folder of its data sets; expected ?root=DIR or ?root={BUCKET}")
     root, total = root.rstrip("/"), sum(MIXTURES[name].values())
     folders = {"bridge_dataset": "bridge_data_v2"} if root == BUCKET else {}  # tfds/robotics/rtx/rtx.py
     return [

@@ -45,7 +45,7 @@ def find_tars(location: str | Path) -> list[str]:
     try:
         return list(braceexpand(str(location)))
     except UnbalancedBracesError as error:
-        raise ValueError(f"shards:{location}: {error}; {{000000..000127}}.tar fits") from error
+        raise ValueError(f"shards:{location}: {error}; expected a pattern such as {{000000..000127}}.tar") from error
 
 
 def is_indexed(location: str | Path) -> bool:
@@ -273,10 +273,10 @@ class ShardStream(Stream):
             if width(column) != getattr(self, f"{name}_dim"):
                 raise ValueError(
                     f"{episode.name}: {name} of {width(column)} numbers, {getattr(self, f'{name}_dim')} in the first "
-                    "episode; episodes of one kind fit"
+                    "episode; expected episodes of one kind"
                 )
         if (camera := sample.header.get("camera") or "") != self.camera:
-            raise ValueError(f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; one fits")
+            raise ValueError(f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; expected one")
         return episode
 
     def _first(self) -> Sample:

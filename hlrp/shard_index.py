@@ -170,7 +170,7 @@ def read_index(path: Path) -> Index:
     header = json.loads(head[8:data_start])
     facts = json.loads(header.pop("__metadata__")["hlrp"])
     if facts["format"] != FORMAT:
-        raise ValueError(f"{path}: of format {facts['format']}; {FORMAT} fits, as python -m hlrp.shards writes it")
+        raise ValueError(f"{path}: of format {facts['format']}; expected {FORMAT}, as python -m hlrp.shards writes it")
     end = data_start + max(entry["data_offsets"][1] for entry in header.values())
     if size != end:
         raise ValueError(f"{path}: {size} bytes, expected {end}; is it cut off?")
@@ -219,7 +219,7 @@ def index_tar(
             first = first or (sample.key, shapes)
             if shapes != first[1]:
                 raise ValueError(
-                    f"{tar}: {sample.key} has arrays {shapes}, but {first[0]} {first[1]}; one kind of episode fits"
+                    f"{tar}: {sample.key} has arrays {shapes}, but {first[0]} {first[1]}; expected one kind of episode"
                 )
             lengths.append(len(images))
             rates.append(sample.fps(fps))
@@ -244,7 +244,7 @@ def index_tar(
     tables |= {f"idle.{name}": score for name, score in (scores or {}).items()}
     size, checksum = file_checksum(tar)
     if any(space != same["latent_space"][0] for space in same["latent_space"]):
-        raise ValueError(f"{tar}: episodes with latent actions of several kinds; those of one LAQ fit")
+        raise ValueError(f"{tar}: episodes with latent actions of several kinds; expected one LAQ")
     everywhere = {name: values[0] for name, values in same.items() if all(v == values[0] for v in values)}
     known = {"format": FORMAT, "tar_size": size, "tar_checksum": checksum}
     known |= {"kinds": kinds, "columns": first[1]} | everywhere

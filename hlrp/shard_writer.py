@@ -107,7 +107,7 @@ def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
             if not scores:
                 raise ValueError(
                     f"{job.uri}, episodes from {job.start} on: none of this shard can be read: {skipped}; "
-                    "a source without them fits, or a larger frames_per_shard in another folder"
+                    "expected a source without them, or a larger frames_per_shard in another folder"
                 )
             tar.write(END)
         sync(partial_tar)
@@ -239,7 +239,7 @@ def frame_numbers(view: View, settings: Settings) -> np.ndarray:
     if fps is None or abs(view.fps / fps - 1) <= SAME_RATE:
         return np.arange(view.length)
     if fps > view.fps:
-        raise ValueError(f"fps={fps:g}, but it has {view.fps:g} fps; no more than that fits")
+        raise ValueError(f"fps={fps:g}, but it has {view.fps:g} fps; expected that or less")
     if (view.actions or view.labels) and not settings.drop_actions:
         raise ValueError(
             f"fps={fps:g}, but it has actions, one for each of its frames at {view.fps:g} fps, and no rule makes "
@@ -261,7 +261,7 @@ def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
 
     height, width = frame.shape[1:]
     if height % 2 or width % 2:
-        raise ValueError(f"codec=yuv420, but its frames are of {width} x {height} pixels; even sizes fit")
+        raise ValueError(f"codec=yuv420, but its frames are of {width} x {height} pixels; expected even sizes")
     image = frame.permute(1, 2, 0).contiguous().numpy()
     return array_bytes(av.VideoFrame.from_ndarray(image, "rgb24").to_ndarray(format="yuv420p"))
 

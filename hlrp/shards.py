@@ -113,10 +113,10 @@ def plan(args: Args, settings: Settings) -> list[Job]:
     for text in args.data:
         uri, *_, weight = parse_uri(text)
         if weight != 1:
-            raise ValueError(f"{text}: shards have no weight; {uri} fits")
+            raise ValueError(f"{text}: shards have no weight; expected {uri}")
         source = opened(uri, args.skip_broken)
         if source.views:
-            raise ValueError(f"{uri}: shards hold one camera; ?camera={source.camera} fits")
+            raise ValueError(f"{uri}: shards hold one camera; expected ?camera={source.camera}")
         if isinstance(source, Stream):
             spans += [(uri, number, number + 1) for number in range(source.num_shards)]
             continue
@@ -157,11 +157,13 @@ def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
         for name in content:
             if name != "hlrp_version" and before.get(name) != content[name]:
                 was, now = (str(c.get(name))[:200] for c in (before, content))
-                raise ValueError(f"{path}: made with {name}={was}, but now {name}={now}; another output_dir fits")
+                raise ValueError(
+                    f"{path}: made with {name}={was}, but now {name}={now}; expected the same, or another output_dir"
+                )
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for tar in sorted(args.output_dir.glob("*.tar")):
-        raise ValueError(f"output_dir={args.output_dir} has {tar.name}, but no {PLAN}; a new folder fits")
+        raise ValueError(f"output_dir={args.output_dir} has {tar.name}, but no {PLAN}; expected a new folder")
     mine = args.output_dir / f"{PLAN}.{args.part}"  # parts may start at once, and write the same
     write_json(mine, content)
     mine.replace(path)

@@ -52,9 +52,9 @@ class Sample:
         suffixes = [suffix for suffix in self.members if is_image(suffix)]
         kinds = sorted({re.sub(r"\d+", "#", suffix) for suffix in suffixes})
         if not suffixes:
-            raise ValueError(f"{self.path}: {self.key}: an episode without frames; .jpg, .png or .{YUV} fit")
+            raise ValueError(f"{self.path}: {self.key}: an episode without frames; expected .jpg, .png or .{YUV}")
         if len(kinds) > 1:
-            raise ValueError(f"{self.path}: {self.key}: images of several kinds, {', '.join(kinds)}; one fits")
+            raise ValueError(f"{self.path}: {self.key}: images of several kinds, {', '.join(kinds)}; expected one")
         numbers = {suffix: [int(number) for number in re.findall(r"\d+", suffix)] for suffix in suffixes}
         return [self.members[suffix] for suffix in sorted(suffixes, key=lambda suffix: numbers[suffix])]
 
@@ -68,7 +68,7 @@ class Sample:
                 continue
             name, place = suffix.removesuffix(".npy"), f"{self.path}: {member.name}"
             if name in SAMPLE_KEYS - {"state", "action"}:
-                raise ValueError(f"{place}: a sample has its own {name}; an array of another name fits")
+                raise ValueError(f"{place}: a sample has its own {name}; expected an array of another name")
             array = to_array(member.data, place)
             if array.ndim == 0 or len(array) != num_frames:
                 raise ValueError(f"{place}: of shape {array.shape}, but the episode has {num_frames} frames")
@@ -101,12 +101,12 @@ class Sample:
             place = f"{self.path}: {self.members['timestamp.npy'].name}"
             fps = (len(times) - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else 1.0
             if not np.abs(times - times[0] - np.arange(len(times)) / fps).max() <= 0.5 / fps:  # nan is not, either
-                raise ValueError(f"{place}: not the times of a regular frame rate; fps in the JSON fits")
+                raise ValueError(f"{place}: not the times of a regular frame rate; expected fps in the JSON")
         fps = default if fps is None else fps
         if type(fps) not in (int, float) or not 0 < fps < float("inf"):
             name = self.members["json"].name if "json" in self.members else f"{self.key}.json"
             found = "without a frame rate" if fps is None else f"fps={fps!r}"
-            raise ValueError(f"{self.path}: {name}: {found}; fps there, {self.key}.timestamp.npy or ?fps=10 fits")
+            raise ValueError(f"{self.path}: {name}: {found}; expected fps there, {self.key}.timestamp.npy or ?fps=10")
         return float(fps)
 
 
@@ -133,7 +133,7 @@ def to_object(data: bytes, name: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: a JSON {type(content).__name__}; an object fits")
+        raise ValueError(f"{name}: a JSON {type(content).__name__}; expected an object")
     return content
 
 
@@ -146,9 +146,9 @@ def facts_of(header: dict, name: str) -> dict:
     """What the JSON `name` knows of an episode beside its own keys."""
     facts = header.get("facts", {})
     if not isinstance(facts, dict):
-        raise ValueError(f"{name}: facts={facts!r}; an object fits")
+        raise ValueError(f"{name}: facts={facts!r}; expected an object")
     if taken := sorted(SAMPLE_KEYS & facts.keys()):
-        raise ValueError(f"{name}: facts has {', '.join(taken)}, which a sample has itself; other names fit")
+        raise ValueError(f"{name}: facts has {', '.join(taken)}, which a sample has itself; expected names of its own")
     return facts
 
 
@@ -195,7 +195,7 @@ def to_array(data: bytes, name: str) -> np.ndarray:
         shape, order, dtype = _npy_header(data[:size])
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
             what = "Python objects, a pickle, which can run any code" if dtype.hasobject else f"{dtype} values"
-            raise ValueError(f"it holds {what}; numbers fit")
+            raise ValueError(f"it holds {what}; expected numbers")
         count = prod(shape)
         if len(data) != size + count * dtype.itemsize:
             raise ValueError(f"{len(data) - size} bytes, but {dtype} {shape} has {count * dtype.itemsize}")
@@ -225,7 +225,7 @@ def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: st
         stem, _, suffix = base.partition(".")
         extension = suffix.rpartition(".")[2]
         if extension.lower() in PICKLES:
-            raise ValueError(f"{path}: {member.name} is a pickle, which can run any code; NPY or JSON fits")
+            raise ValueError(f"{path}: {member.name} is a pickle, which can run any code; expected NPY or JSON")
         if extension in ignore or (stem.startswith("__") and stem.endswith("__")):  # webdataset's own notes
             continue
         if not stem or extension not in (*IMAGES, "json", "txt", "npy"):
@@ -259,7 +259,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
             offset = info.offset
             if not info.isdir():
                 if not info.isreg() or info.issparse() or info.size < 0:
-                    raise ValueError(f"{path}: {info.name} is no plain file; a TAR of plain files fits")
+                    raise ValueError(f"{path}: {info.name} is no plain file; expected a TAR of plain files")
                 tar.fileobj.seek(info.offset_data)
                 data = tar.fileobj.read(info.size)
                 if len(data) < info.size:

@@ -173,13 +173,15 @@ class World(Source):
     def __init__(self, variant: str = "default", episodes: int = 3000, seed: int = 0, kinds: str | None = None):
         """kinds: of task, by commas, each as often; by default all, of which two are twice as frequent."""
         if variant not in VARIANTS:
-            raise ValueError(f"world:{variant}: unknown variant; one of {', '.join(VARIANTS)} fits")
+            raise ValueError(f"world:{variant}: unknown variant; expected one of {', '.join(VARIANTS)}")
         if episodes < 1 or seed < 0:
-            raise ValueError(f"world:{variant}: episodes={episodes}, seed={seed}; from 1 and from 0 on fit")
+            raise ValueError(f"world:{variant}: episodes={episodes}, seed={seed}; expected at least 1 and 0")
         self.kinds = KINDS if kinds is None else tuple(kinds.split(","))
         if unknown := set(self.kinds) - set(KINDS):
-            fits = ", ".join(dict.fromkeys(KINDS))
-            raise ValueError(f"world:{variant}: kinds={kinds!r}: {unknown.pop()!r} is none; some of {fits} fit")
+            known = ", ".join(dict.fromkeys(KINDS))
+            raise ValueError(
+                f"world:{variant}: kinds={kinds!r}: {unknown.pop()!r} is unknown; expected some of {known}"
+            )
         self.variant, self.seed = VARIANTS[variant], seed
         self.uri = f"world:{variant}?episodes={episodes}&seed={seed}"
         if kinds is not None:

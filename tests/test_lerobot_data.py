@@ -121,7 +121,7 @@ def test_an_older_version_names_lerobots_converter(copy):
 
 @pytest.mark.parametrize("points", [[[1.5, 0.0]], [[0.0, 0.0, 0.0]]], ids=["pixels", "three"])
 def test_points_outside_the_image_are_named(points):
-    with pytest.raises(ValueError, match="lerobot:x: annotation.point has [23] numbers up to .*-1 to 1 or nan fit"):
+    with pytest.raises(ValueError, match="lerobot:x: annotation.point has [23] numbers up to .*-1 to 1 or nan"):
         check_points(np.array(points), "lerobot:x")
     check_points(np.array([[np.nan, np.nan], [-1.0, 1.0]]), "lerobot:x")
 

@@ -482,7 +482,7 @@ FOREIGN_FAULTS = [
     (faulty(plain_sample(), json={"fps": "fast"}), "a/e0.json: fps='fast'"),
     (faulty(plain_sample(), json=[1]), "a/e0.json: a JSON list"),
     (faulty(plain_sample(), json=b"{"), "a/e0.json: not readable as JSON"),
-    (faulty(plain_sample(), json={"fps": 5, "facts": None}), "a/e0.json: facts=None; an object fits"),
+    (faulty(plain_sample(), json={"fps": 5, "facts": None}), "a/e0.json: facts=None; expected an object"),
     (faulty(plain_sample(), json={"fps": 5, "facts": {"fps": 9}}), "a/e0.json: facts has fps, which a sample has"),
     (faulty(plain_sample(), index__npy=np.zeros(3)), "a/e0.index.npy: a sample has its own index"),
     (faulty(plain_sample(), x__npy=array_bytes(np.zeros(3))[:-1]), "a/e0.x.npy: not a readable NPY array"),

@@ -41,7 +41,9 @@ def test_a_world_of_some_kinds_of_task_has_no_others():
     world = World("clean", 40, kinds="touch,edge")
     tasks = {world.instructions(i, [0])[0].split()[0] for i in range(40)}
     assert tasks == {"touch", "push"} and "kinds=touch,edge" in world.uri
-    with pytest.raises(ValueError, match="kinds='touch,grab': 'grab' is none; some of move, touch, edge, block fit"):
+    with pytest.raises(
+        ValueError, match="kinds='touch,grab': 'grab' is unknown; expected some of move, touch, edge, block"
+    ):
         World("clean", 40, kinds="touch,grab")
 
 
