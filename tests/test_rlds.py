@@ -175,7 +175,7 @@ def test_a_url_reads_the_same():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"camera": None}, "which camera.*image, pixels, wrist_image"),
+        ({"camera": None}, "several cameras; expected .*image, pixels, wrist_image"),
         ({"camera": "depth"}, "camera=depth has no RGB frames of 8 bits; these have: image, pixels, wrist_image"),
         ({"camera": "top"}, "camera=top is not in features.json; expected one of image, pixels, wrist_image"),
         (
