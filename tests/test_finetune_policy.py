@@ -319,7 +319,7 @@ def test_a_finished_policy_goes_to_the_hub_with_its_card(stages, tmp_path, monke
             pushed.update({path.name: repo_id for path in Path(folder_path).iterdir()})
             pushed["card"] = (Path(folder_path) / "README.md").read_text()
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("hlrp.policy.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)
     train(
         tmp_path,

@@ -1,6 +1,6 @@
 """Needs OpenGL (libegl1, libgl1-mesa-dri): without it these tests fail with the line that installs it."""
 
-import threading
+import multiprocessing
 import time
 
 import numpy as np
@@ -66,21 +66,23 @@ def test_what_a_killed_run_left_behind_is_done_anew(folder):
 
 
 def test_processes_that_ask_for_the_same_video_render_it_once(tmp_path, monkeypatch):
-    calls = []
+    calls = tmp_path / "calls"
 
     def slow_render(output_dir, *args, **kwargs):
-        calls.append(args)
+        with calls.open("a") as file:
+            file.write(f"{args}\n")
         time.sleep(0.2)
         output_dir.mkdir()
 
     monkeypatch.setenv("HLRP_CACHE", str(tmp_path))
     monkeypatch.setattr(metaworld, "render", slow_render)
-    threads = [threading.Thread(target=cached, args=("reach-v3", 1)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert calls == [("reach-v3", 1, ("corner2",), 128)]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=cached, args=("reach-v3", 1)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert calls.read_text().splitlines() == ["('reach-v3', 1, ('corner2',), 128)"]
     assert cached("reach-v3", 1).parent == tmp_path / "metaworld"
     assert cached("reach-v3", 2) != cached("reach-v3", 1)
 

@@ -187,11 +187,11 @@ def test_a_url_reads_the_same():
         ({"action": "world_vector[x]"}, r"action=world_vector\[x\] of 3 numbers"),
         (
             {"state": "touches"},
-            r"state=steps/observation/touches is a tensor of int64 \[\]; numbers of a constant shape",
+            r"state=steps/observation/touches is a tensor of int64 \[\]; expected numbers of a constant shape",
         ),
         ({"state": "image"}, "state=steps/observation/image is a image of uint8"),
         ({"state": "success"}, "state=success is a tensor of bool"),
-        ({"fps": None}, "fps=None, and that of tiny_robot is not known; .fps=10"),
+        ({"fps": None}, "fps=None, and that of tiny_robot is not known; expected .fps=10"),
         ({"fps": 0}, "fps=0"),
         ({"split": "test"}, "split=test; its splits: train, val, empty"),
     ],

@@ -186,7 +186,7 @@ def test_every_head_looks_and_reads_and_tells_the_actions_of_the_world(head, cle
 
 def test_continuous_latents_want_the_flow_head(tmp_path):
     LAQ(LAQConfig(image_size=32, quantizer="gaussian")).save_pretrained(tmp_path, data=DATA, step=0, report=None)
-    with pytest.raises(ValueError, match="head=flow fits"):
+    with pytest.raises(ValueError, match="expected head=flow"):
         train(tmp_path / "run", tmp_path)
     train(tmp_path / "run", tmp_path, {"head": "flow"}, steps=2)
     figures = json.loads((tmp_path / "run/checkpoints/last/pretrained_model/config.json").read_text())["report"]
