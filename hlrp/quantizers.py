@@ -163,9 +163,11 @@ class VQ(Quantizer):
 
     rotation: the gradient reaches z by the rotation trick (arXiv:2410.06424), not straight through.
     ema: codes follow the running mean of their inputs (App. A.1), and the first term is left out.
+    commitment_weight: the paper has .25. Inputs are normalised here, so that term would be larger than the error of the
+    pixels, and the inputs would gather in clusters that say nothing.
     """
 
-    def __init__(self, dim: int, codebook_size: int, rotation=False, ema=False, commitment_weight=0.25):
+    def __init__(self, dim: int, codebook_size: int, rotation=False, ema=False, commitment_weight=0.005):
         super().__init__(dim, codebook_size)
         self.codebook = Codebook(dim, codebook_size, ema)
         self.pass_gradient = rotate if rotation else straight_through
