@@ -100,6 +100,8 @@ def test_a_broken_clip_names_its_episode_and_source_from_a_worker_too():
 
 def test_a_process_that_fails_ends_though_its_workers_wait_for_it():
     code = """
+import sys
+sys.path.append("tests")
 from test_data import Counting, Mixture, clips_of, loader
 class Broken(Counting):
     def read(self, episode, indices):
@@ -108,7 +110,7 @@ batches = iter(loader(Mixture([clips_of(Broken([9]))]), batch_size=2, num_worker
 next(batches)
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "cannot be decoded" in done.stderr
 
 
@@ -447,7 +449,7 @@ def test_uris_carry_options_and_a_weight():
         ("lerobot:x?view=top", "unknown option 'view'; options of lerobot: camera"),
         ("world:clean?episodes=many", "expected episodes of type int, got 'many'"),
         ("rlds:/data?bgr=2", "expected bgr of type boolean, got '2'"),
-        ("rlds:octo24", "rlds:octo24: where are its data sets"),
+        ("rlds:octo24", "rlds:octo24: no folder of its data sets; expected .root=DIR"),
     ],
 )
 def test_a_wrong_uri_says_what_would_fit(text, message):
