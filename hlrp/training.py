@@ -242,10 +242,10 @@ class Run:
             "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
             "git": git_state(),
         }
-        if self.is_main:
-            write_json(record, self.record)
         run_id, project = f"{folder.name}-{self.record['started']}", os.environ.get("WANDB_PROJECT", "hlrp")
         self.output = Log(accelerator, folder, self.step, args.steps, self.settings, run_id, project)
+        if self.is_main:
+            write_json(record, self.record)
         self.handlers = {number: signal.signal(number, self.request_stop) for number in STOP}
         wait_for_all()
 
