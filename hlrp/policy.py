@@ -204,7 +204,7 @@ class HLRPPolicy(PreTrainedPolicy):
     def forward(self, batch: dict, reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """The loss and its parts. reduction: "none" gives the loss (b,) of each sample, "mean" one of the batch."""
         images, tasks = self.images(batch), batch["task"]  # b v c h w, b
-        latents = batch.get("latent_vectors" if isinstance(self.latent_head, FlowHead) else "latent_indices")
+        latents = None if self.latent_head is None else batch.get(self.latent_head.target)
         latent_errors = None
         if self.latent_head is not None and self.config.latent_weight and latents is not None:
             is_absent = batch.get("latent_is_pad")
