@@ -35,6 +35,7 @@ setup(
         "av>=15,<16",
         "simplejpeg>=1.8,<2",
         "opencv-python-headless>=4.9,<5",
+        "h5py>=3.10,<4",
         "datasets>=4.8,<5",
         "pyarrow>=21",
         "webdataset>=1.0,<2",

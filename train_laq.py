@@ -33,7 +33,7 @@ from hlrp.transformer import Block
 class Args(VideoArgs):
     model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
 
-    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...; one may end in @WEIGHT
+    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR hdf5:DIR shards:DIR rlds:DIR world:NAME ...; @0.5: a weight
     data: tuple[str, ...] = ("metaworld:mt10",)
     output_dir: Path = Path("outputs/laq")  # folder of this run: checkpoints, pictures and log
     lr: float = 3e-3  # highest learning rate; use 3e-4 or less for the larger sizes

@@ -72,6 +72,7 @@ A batch stacks samples (`hlrp.data.collate`). Human video has no state and no ac
 action_is_pad is true. A point that is not known is nan.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -166,6 +167,28 @@ class EpisodeRange(NamedTuple):
 
     def __contains__(self, episode: object) -> bool:
         return self.low <= hash_integers(self.seed, 3, episode)[0] / 2**64 < self.high
+
+
+class Column(NamedTuple):
+    """Some of the numbers of a column."""
+
+    path: str
+    range: slice
+
+    def __str__(self) -> str:
+        start, stop = ("" if end is None else end for end in (self.range.start, self.range.stop))
+        return self.path if self.range == slice(None) else f"{self.path}[{start}:{stop}]"
+
+
+def parse_columns(uri: str, setting: str, keys: str) -> list[Column]:
+    """`KEY,KEY[:7]` as columns, each with a range of its numbers or whole; "" is none."""
+    columns = []
+    for key in filter(None, keys.split(",")):
+        found = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", key)
+        if found is None:
+            raise ValueError(f"{uri}: {setting}={key}; expected a key, or a range of its numbers such as KEY[:7]")
+        columns.append(Column(found[1], slice(*(int(end) if end else None for end in found.groups()[1:]))))
+    return columns
 
 
 def split_episodes(

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Stream
+from hlrp.contract import Column, Stream, parse_columns
 from hlrp.images import decode
 from hlrp.streams import Episode, LateFrames
 from hlrp.tfrecord import (
@@ -65,13 +65,6 @@ DEFAULTS = {  # of these, the first that there is
 }
 MENDED = (256, 256)  # size of frames whose channels rlds_dataset_mod has put in order
 FILE_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-
-
-class Column(NamedTuple):
-    """Some of the numbers of a feature."""
-
-    path: str
-    range: slice
 
 
 class RLDS(Stream):
@@ -240,18 +233,16 @@ class RLDS(Stream):
                 if path.startswith("steps/action/") and "float" in feature.dtype and setting == "action"
             ]
             paths = [path for path in whole if path in self.features][:1] or inside
-            return [self._column(setting, path, path) for path in paths]
-        return [self._column(setting, key, *re.split(r"(?=\[)", key, maxsplit=1)) for key in keys.split(",") if key]
+            keys = ",".join(paths)
+        return [self._column(setting, column) for column in parse_columns(self.uri, setting, keys)]
 
-    def _column(self, setting: str, key: str, name: str, numbers: str = "") -> Column:
-        ends = re.fullmatch(r"\[(-?\d+)?:(-?\d+)?\]", numbers or "[:]")
+    def _column(self, setting: str, wanted: Column) -> Column:
         known = ", ".join(path for path, feature in self.features.items() if feature.dtype in NUMBERS)
-        path = self._find(setting, name, known)
-        self._check_numbers(setting, path)
-        column = ends and Column(path, slice(*(int(end) if end else None for end in ends.groups())))
-        if not column or not self._num_numbers([column]):
+        column = Column(self._find(setting, wanted.path, known), wanted.range)
+        self._check_numbers(setting, column.path)
+        if not self._num_numbers([column]):
             raise ValueError(
-                f"{self.uri}: {setting}={key} of {self._num_numbers([Column(path, slice(None))])} numbers; "
+                f"{self.uri}: {setting}={wanted} of {self._num_numbers([Column(column.path, slice(None))])} numbers; "
                 "expected a key, or a range of its numbers such as KEY[:7]"
             )
         return column

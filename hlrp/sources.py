@@ -31,6 +31,11 @@ class Format(NamedTuple):
 FORMATS = {
     "videos": Format("hlrp.videos:Videos"),
     "lerobot": Format("hlrp.lerobot_data:LeRobotData", {"camera": str}),
+    "hdf5": Format(
+        "hlrp.hdf5_data:HDF5Data",
+        {"camera": str, "state": str, "action": str, "task": str, "fps": float}
+        | {"mask": str, "flip": str, "bgr": boolean},
+    ),
     "world": Format("hlrp.world:open_world", {"episodes": int, "seed": int, "kinds": str}),
     "metaworld": Format(
         "hlrp.metaworld:open_metaworld", {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str}

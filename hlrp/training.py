@@ -74,7 +74,7 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # save and stop
 class RunArgs:
     """The settings that all three scripts share."""
 
-    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR shards:DIR rlds:DIR world:NAME ...; one may end in @WEIGHT
+    # sources to learn from: videos:DIR lerobot:REPO_OR_DIR hdf5:DIR shards:DIR rlds:DIR world:NAME ...; @0.5: a weight
     data: tuple[str, ...] = ()
     val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
     val_samples: int = 512  # most samples of each source in a validation

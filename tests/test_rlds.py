@@ -184,7 +184,7 @@ def test_a_url_reads_the_same():
         ),
         ({"action": "torque"}, "action=torque is not in features.json; expected one of .*steps/action/world_vector"),
         ({"action": "world_vector[3:]"}, r"action=world_vector\[3:\] of 3 numbers"),
-        ({"action": "world_vector[x]"}, r"action=world_vector\[x\] of 3 numbers"),
+        ({"action": "world_vector[x]"}, r"action=world_vector\[x\]; expected a key, or a range"),
         (
             {"state": "touches"},
             r"state=steps/observation/touches is a tensor of int64 \[\]; expected numbers of a constant shape",
