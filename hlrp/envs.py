@@ -281,7 +281,8 @@ class SideBySide(gym.vector.VectorEnv):
     """`copies` of the environment that LeRobot makes for one episode at a time. Each runs every len(copies)-th of
     `episodes` and stands still once its episode has ended.
 
-    `rows` says of each episode: seed, init_state (None where the environment has none), success, return, length.
+    `rows` says of each episode: seed, init_state (None where the environment has none), success, return, max_reward,
+    length. Rows that are there before the first reset are of episodes that need not run again.
     """
 
     def __init__(self, copies: Sequence[gym.vector.VectorEnv], config: EnvConfig, episodes: int):
@@ -294,45 +295,48 @@ class SideBySide(gym.vector.VectorEnv):
         self.is_compared = False
         self.rows: list[dict] = []
         self.passed = [0] * self.num_envs  # episodes that lie behind each copy
-        self.counters: dict[str, object] = {}  # what a reset moves on, and what it was before the first one
+        self.counters: set[str] | None = None  # what a reset moves on; None: no reset has shown it yet
 
     def reset(self, *, seed: list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         first, self.observations, self.running = len(self.rows), [], []
         self.frames: list[np.ndarray | None] = [None] * self.num_envs
-        for i, copy in enumerate(self.copies[: self.episodes - first]):
+        for i in range(min(self.num_envs, self.episodes - first)):
             episode_seed = None if seed is None else seed[i]
-            before = plain_attributes(copy) if first + i == 0 else None
             self.catch_up(i, first + i, episode_seed, options)
-            row = {"seed": episode_seed, "init_state": init_state(copy), "success": False, "return": 0.0, "length": 0}
-            observation, _ = copy.reset(seed=[episode_seed], options=options)
-            if before is not None:
-                after = plain_attributes(copy)
-                self.counters = {name: x for name, x in before.items() if repr(after.get(name)) != repr(x)}
-            self.passed[i] = first + i + 1
-            self.observations.append(observation)
-            self.running.append(row)
+            row = {"seed": episode_seed, "init_state": init_state(self.copies[i]), "success": False}
+            self.running.append(row | {"return": 0.0, "max_reward": -np.inf, "length": 0})
+            self.observations.append(self.reset_copy(i, episode_seed, options))
         self.rows += self.running
         idle = self.num_envs - len(self.running)  # past the last episode
         self.observations += self.observations[:1] * idle
         self.is_done = np.array([False] * len(self.running) + [True] * idle)
         return stacked(self.observations), {}
 
+    def reset_copy(self, i: int, seed: int | None, options: dict | None) -> dict:
+        """The first observation of a copy's next episode. The first reset of all shows what resets count."""
+        copy = self.copies[i]
+        before = plain_attributes(copy) if self.counters is None else {}
+        observation, _ = copy.reset(seed=[seed], options=options)
+        if self.counters is None:
+            after = plain_attributes(copy)
+            self.counters = {name for name, value in before.items() if repr(after.get(name)) != repr(value)}
+        self.passed[i] += 1
+        return observation
+
     def catch_up(self, i: int, episode: int, seed: int | None, options: dict | None) -> None:
         """Brings a copy to where it is before `episode` if it has run all those before."""
-        copy, missed = self.copies[i], range(self.passed[i], episode)
-        if not self.counters:
-            return  # a reset leaves nothing behind
+        copy = self.copies[i]
         is_twice = copy.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP  # at the end, too
         stride = attribute(copy, "_reset_stride")  # LeRobot's: of LIBERO and RoboTwin
-        if stride is not None:
-            for name in {"init_state_id", "episode_index"} & self.counters.keys():
-                value = attribute(copy, name) + len(missed) * stride * (1 + is_twice)
-                copy.set_attr(name, [value])
-            return
-        for other in missed:
-            copy.reset(seed=[None if seed is None else seed + other - episode], options=options)
+        while (missed := episode - self.passed[i]) and self.counters != set():
+            if self.counters is not None and stride is not None:
+                for name in {"init_state_id", "episode_index"} & self.counters:
+                    copy.set_attr(name, [attribute(copy, name) + missed * stride * (1 + is_twice)])
+                break
+            self.reset_copy(i, None if seed is None else seed - missed, options)
             if is_twice:
                 copy.reset(options=options)
+        self.passed[i] = episode
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         rewards, successes = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
@@ -344,6 +348,7 @@ class SideBySide(gym.vector.VectorEnv):
             row = self.running[i]
             row["success"] |= bool(successes[i])
             row["return"] += float(rewards[i])
+            row["max_reward"] = max(row["max_reward"], float(rewards[i]))
             row["length"] += 1
         self.is_done |= terminated | truncated
         return stacked(self.observations), rewards, terminated, truncated, {"is_success": successes}

@@ -5,12 +5,22 @@
 
 Any LeRobot policy, in any environment of LeRobot's or of an installed plugin, and in those of hlrp's data
 (`hlrp_metaworld`, `hlrp_world`). The episodes are those of `lerobot-eval --eval.batch_size=1` with the same seed,
-whatever the number of environments at once. The result is OUTPUT_DIR/rollout.json, with a row for each episode.
+whatever the number of environments at once. A policy of hlrp that draws noise draws it from the seed of the episode.
+The same command goes on where a run was cut, and the tables are those of a run that was not. OUTPUT_DIR holds
+    rollout.json    success of each task, of each suite and of `all`, with 95 % intervals and mean return
+    episodes.csv    a row for each episode: suite, task, episode (0 to --episodes - 1 in its task), seed, init_state
+                    (empty where the environment has none), success (0 or 1), return, max_reward, length [steps],
+                    video (its file below OUTPUT_DIR, or empty)
+    episodes.json   the settings that an episode depends on
 """
 
+import csv
+import io
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +28,16 @@ from typing import Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
-from hlrp.checkpoints import write_json
+from hlrp.checkpoints import weights_hash, write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.demonstrations import dicts
 from hlrp.metrics import wilson
+
+EPISODES, SETTINGS = "episodes.csv", "episodes.json"
+FIRST_SEED = 1000  # of the roll-outs in training
+COLUMNS = ("suite", "task", "episode", "seed", "init_state", "success", "return", "max_reward", "length", "video")
 
 
 @dataclass
@@ -67,14 +82,23 @@ def main(args: Args) -> None:
     policy = make_policy(config, env_cfg=configs[0], rename_map=args.rename_map).eval()
     overrides = {"device_processor": {"device": config.device}, "rename_observations_processor": {"rename_map": {}}}
     processors = make_pre_post_processors(config, pretrained_path=args.policy, preprocessor_overrides=overrides)
-    videos_dir = args.output_dir / "videos" if args.videos else None
-    settings = {"rename_map": args.rename_map, "task_text": args.task_text}
-    result = evaluate(policy, *processors, envs, args.episodes, args.seed, args.videos, videos_dir, **settings)
-    result["args"] = asdict(args) | {"output_dir": str(args.output_dir)}
+    told = {"rename_map": args.rename_map, "task_text": args.task_text}
+    settings = settings_of(policy, processors, envs, seed=args.seed, **told)
+    if other := differences(args.output_dir, settings):
+        raise ValueError(
+            f"{args.output_dir} holds episodes of other settings ({', '.join(other)} changed); "
+            "give another --output-dir"
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / SETTINGS, settings)
+    videos_dir = args.output_dir / "videos"
+    result = evaluate(
+        policy, *processors, envs, args.episodes, args.seed, args.output_dir, args.videos, videos_dir, **told
+    )
+    result["args"] = asdict(args) | {"output_dir": str(args.output_dir)}
     write_json(args.output_dir / "rollout.json", result)
     print(table(result))
-    print(f"{args.output_dir / 'rollout.json'}" + (f", {videos_dir}" if args.videos else ""))
+    print(f"{args.output_dir / 'rollout.json'}, {EPISODES}" + (f", {videos_dir}" if args.videos else ""))
 
 
 def every(envs: dict[str, dict]) -> list:
@@ -110,14 +134,23 @@ def is_tried(args) -> bool:
     return file.is_file() and json.loads(file.read_text()).get("of") == tried_as(args)
 
 
-def try_policy(policy, preprocessor, postprocessor, args, videos_dir: Path) -> dict:
-    """`evaluate` for a policy in training, with a video of each task. args: `env`, `eval` and `seed` are read."""
+def try_policy(policy, preprocessor, postprocessor, args, folder: Path) -> dict:
+    """`evaluate` for a policy in training, with a video of each task. args: `env`, `eval` and `seed` are read.
+
+    Episodes of the same policy and settings that lie in the folder count; others are removed."""
     from lerobot.utils.random_utils import set_seed
 
     set_seed(args.seed)
     envs = envs_of(args, args.eval.batch_size)
     told = {"rename_map": args.env.rename_map, "task_text": args.env.task_text}
-    result = evaluate(policy, preprocessor, postprocessor, envs, args.eval.n_episodes, 1000, 1, videos_dir, **told)
+    settings = settings_of(policy, (preprocessor, postprocessor), envs, seed=FIRST_SEED, **told)
+    if differences(folder, settings):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)
+    result = evaluate(
+        policy, preprocessor, postprocessor, envs, args.eval.n_episodes, FIRST_SEED, folder, 1, folder, **told
+    )
     print(table(result))
     return result | {"of": tried_as(args)}
 
@@ -130,49 +163,121 @@ def evaluate(
     envs: dict[str, dict],
     episodes: int,
     seed: int,
+    folder: Path,
     videos: int = 0,
     videos_dir: Path | None = None,
     rename_map: dict[str, str] | None = None,
     task_text: str | None = None,
 ) -> dict:
-    """Success of a policy in `episodes` of each task of `hlrp.envs.make_envs`, as `summary` gives it, a row for each
-    episode, and videos of the first ones."""
+    """Success of a policy in `episodes` of each task of `hlrp.envs.make_envs`, as `summary` gives it.
+
+    folder: of the table of episodes; those that are in it are not run again. videos: how many of the first episodes of
+    each task to write below videos_dir.
+    """
     from lerobot.envs import make_env_pre_post_processors
     from lerobot.processor import RenameObservationsProcessorStep
-    from lerobot.scripts.lerobot_eval import eval_policy_all
+    from lerobot.scripts.lerobot_eval import eval_policy
 
     before, behind = make_env_pre_post_processors(every(envs)[0].config, policy.config)
     before.steps = [*before.steps, RenameObservationsProcessorStep(rename_map or {})]
-    for env in every(envs):
+    processors = before, behind, preprocessor, postprocessor
+    done = read_episodes(folder)
+    latencies: list[float] = []
+    bar = tqdm(total=episodes * len(every(envs)), unit="episode", disable=None)
+    for (suite, i), name in names_of(envs).items():
+        env, rows = envs[suite][i], done.setdefault(name, [])
         env.task_text, env.learned = task_text, getattr(policy, "instructions", ())
-    names = {(group, i): env.task for group, tasks in envs.items() for i, env in tasks.items()}
+        env.rows = [*rows]
+        bar.update(min(len(rows), episodes))
+        while (first := len(rows)) < episodes:
+            torch.manual_seed(seed + first)
+            count = min(env.num_envs, episodes - first)
+            num_videos = min(max(0, videos - first), count)
+            partial = folder / "videos.partial" if num_videos else None
+            with watched(policy, range(seed + first, seed + first + env.num_envs), latencies), no_bars():
+                eval_policy(env, policy, *processors, env.num_envs, num_videos, partial, start_seed=seed + first)
+            for k, row in enumerate(env.rows[first:], first):
+                video = ""
+                if k < videos:
+                    file = videos_dir / f"{suite}_{i}" / f"eval_episode_{k}.mp4"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    (partial / f"eval_episode_{k - first}.mp4").replace(file)
+                    video = str(file.relative_to(folder))
+                rows.append({"suite": suite, "task": name, "episode": k} | row | {"video": video})
+            if partial is not None:
+                shutil.rmtree(partial)
+            write_episodes(folder, done)
+            bar.update(count)
+        env.close()
+    bar.close()
+    rows = [row for name in names_of(envs).values() for row in done[name][:episodes]]
+    return summary(rows, latencies)
+
+
+def names_of(envs: dict[str, dict]) -> dict[tuple[str, int], str]:
+    """The name of each task, by its suite and number in `envs`."""
+    names = {(suite, i): env.task for suite, tasks in envs.items() for i, env in tasks.items()}
     if len(set(names.values())) < len(names):  # two suites may have a task of one name
-        names = {(group, i): f"{group}/{i} {name}" for (group, i), name in names.items()}
-    with latencies_of(policy) as latencies, plain_lines():
-        info = eval_policy_all(
-            envs,
-            policy,
-            before,
-            behind,
-            preprocessor,
-            postprocessor,
-            n_episodes=episodes,
-            max_episodes_rendered=videos,
-            videos_dir=videos_dir,
-            start_seed=seed,
-        )
-    successes = {names[task["task_group"], task["task_id"]]: task["metrics"]["successes"] for task in info["per_task"]}
-    rows = [{"task": name} | row for (group, i), name in names.items() for row in envs[group][i].rows]
-    return summary(successes, latencies) | {"rows": rows}
+        names = {(suite, i): f"{suite}/{i} {name}" for (suite, i), name in names.items()}
+    return names
+
+
+def settings_of(policy, processors: Sequence, envs: dict[str, dict], **told) -> dict:
+    """What an episode depends on, beside its task and number: the policy's weights and settings, and the environment's.
+
+    told: other such settings."""
+    unimportant = ("device", "pretrained_path", "push_to_hub", "repo_id", "private", "tags", "license")
+    config = {name: value for name, value in vars(policy.config).items() if name not in unimportant}
+    states = [
+        sorted((name, tensor.tolist()) for name, tensor in step.state_dict().items())
+        for processor in processors
+        for step in processor.steps
+    ]
+    env = asdict(every(envs)[0].config)
+    env = {name: value for name, value in env.items() if name not in ("task", "task_ids", "max_parallel_tasks")}
+    env = {"type": every(envs)[0].config.type} | env
+    found = {"policy": weights_hash(policy, sorted(config.items()), states)} | told
+    found |= {f"env.{name}": value for name, value in env.items()}
+    return json.loads(json.dumps(found, default=str))
+
+
+def differences(folder: Path, settings: dict) -> list[str]:
+    """The settings in which the episodes of a folder differ from others; none where it has no episodes."""
+    if not (folder / EPISODES).is_file():
+        return []
+    was = json.loads((folder / SETTINGS).read_text())
+    return [name for name in settings if was.get(name) != settings[name]]
+
+
+def read_episodes(folder: Path) -> dict[str, list[dict]]:
+    """The rows of a table of episodes, by the names of their tasks."""
+    rows: dict[str, list[dict]] = {}
+    if (folder / EPISODES).is_file():
+        for row in csv.DictReader((folder / EPISODES).read_text().splitlines()):
+            row |= {name: int(row[name]) for name in ("episode", "seed", "length")}
+            row |= {name: float(row[name]) for name in ("return", "max_reward")}
+            state = row["init_state"]
+            row |= {"success": row["success"] == "1", "init_state": int(state) if state else None}
+            rows.setdefault(row["task"], []).append(row)
+    return rows
+
+
+def write_episodes(folder: Path, rows: dict[str, list[dict]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in (row for task in rows.values() for row in task):
+        writer.writerow(row | {"success": int(row["success"])})
+    write_text(folder / EPISODES, text.getvalue())
 
 
 @contextmanager
-def plain_lines():
-    """No bar where standard error is no terminal: a log would hold each of its states."""
+def no_bars() -> Iterator[None]:
+    """LeRobot shows a bar for each batch of episodes; `evaluate` shows one for all."""
     from lerobot.scripts import lerobot_eval
 
     was = lerobot_eval.inside_slurm  # what LeRobot asks whether to show bars
-    lerobot_eval.inside_slurm = lambda: was() or not sys.stderr.isatty()
+    lerobot_eval.inside_slurm = lambda: True
     try:
         yield
     finally:
@@ -188,34 +293,53 @@ def check(args: Args) -> None:
 
 
 @contextmanager
-def latencies_of(policy):
-    """Yields a list that takes how long each chunk of the policy lasts, from the observation on its device on [s]."""
-    latencies, predict = [], policy.predict_action_chunk
+def watched(policy, seeds: Sequence[int], latencies: list[float]) -> Iterator[None]:
+    """Adds to `latencies` how long each chunk of the policy lasts, from the observation on its device on [s].
 
-    def timed(*args, **kwargs):
+    seeds: of the episodes that run at once. A flow policy of hlrp gets the noise of each from its seed, so that an
+    episode does not depend on those beside it and before it.
+    """
+    predict, config = policy.predict_action_chunk, policy.config
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def timed(batch, *args, **kwargs):
+        if config.type == "hlrp" and config.action_head == "flow":
+            size = config.chunk_size, config.action_feature.shape[0]
+            noise = torch.stack([torch.randn(size, generator=generator) for generator in generators])
+            args = (noise.to(config.device),)
         start = time.perf_counter()
-        chunk = predict(*args, **kwargs)
+        chunk = predict(batch, *args, **kwargs)
         chunk.cpu()  # waits for the device
         latencies.append(time.perf_counter() - start)
         return chunk
 
     policy.predict_action_chunk = timed
     try:
-        yield latencies
+        yield
     finally:
         del policy.predict_action_chunk  # the class's own again
 
 
-def summary(successes: dict[str, list[bool]], latencies: list[float]) -> dict:
-    """Success rates with 95 % Wilson intervals, of each task and of all; latency of a chunk [ms]."""
+def summary(rows: Sequence[dict], latencies: Sequence[float]) -> dict:
+    """Success rates with 95 % Wilson intervals and mean returns, of each task, of each suite, and of all; where there
+    are several suites, the mean of theirs. Latency of a chunk [ms]."""
 
-    def rate(outcomes: list[bool]) -> dict:
-        low, high = wilson(sum(outcomes), len(outcomes))
-        count = {"successes": int(sum(outcomes)), "episodes": len(outcomes)}
-        return count | {"success": sum(outcomes) / len(outcomes), "interval": [low, high]}
+    def rate(rows: Sequence[dict]) -> dict:
+        successes = sum(row["success"] for row in rows)
+        low, high = wilson(successes, len(rows))
+        found = {"successes": successes, "episodes": len(rows), "success": successes / len(rows)}
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in ("return", "max_reward")}
+        return found | {"interval": [low, high]} | means
 
-    every = [outcome for outcomes in successes.values() for outcome in outcomes]
-    result = {"tasks": {name: rate(outcomes) for name, outcomes in successes.items()}, "all": rate(every)}
+    def rates(column: str) -> dict:
+        return {name: rate([r for r in rows if r[column] == name]) for name in dict.fromkeys(r[column] for r in rows)}
+
+    result = {"tasks": rates("task"), "suites": rates("suite"), "all": rate(rows)}
+    if len(result["suites"]) > 1:
+        successes = [suite["success"] for suite in result["suites"].values()]
+        result["mean_of_suites"] = sum(successes) / len(successes)
+    # where the reward tells more than success
+    result["is_graded"] = any(row["return"] != float(row["success"]) for row in rows)
     if latencies:
         p50, p99 = torch.tensor(latencies, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99]).double()).tolist()
         result["latency_ms"] = {"p50": 1e3 * p50, "p99": 1e3 * p99, "chunks": len(latencies)}
@@ -223,12 +347,20 @@ def summary(successes: dict[str, list[bool]], latencies: list[float]) -> dict:
 
 
 def table(result: dict) -> str:
-    rows = [*result["tasks"].items(), ("all", result["all"])]
+    """Of a `summary`, for the terminal; with returns where rewards are more than success."""
+    rows = [*result["tasks"].items()]
+    if len(result["suites"]) > 1:
+        rows += result["suites"].items()
+    rows.append(("all", result["all"]))
     width = max(len(name) for name, _ in rows)
-    lines = [f"{'task':{width}}  success  95 % interval  episodes"]
+    graded = "  return  max reward" if result["is_graded"] else ""
+    lines = [f"{'task':{width}}  success  95 % interval  episodes{graded}"]
     for name, row in rows:
         low, high = row["interval"]
-        lines.append(f"{name:{width}}  {row['success']:7.2f}  {low:.2f} to {high:.2f}  {row['episodes']:8}")
+        graded = f"  {row['return']:6.2f}  {row['max_reward']:10.3f}" if result["is_graded"] else ""
+        lines.append(f"{name:{width}}  {row['success']:7.2f}  {low:.2f} to {high:.2f}  {row['episodes']:9}{graded}")
+    if "mean_of_suites" in result:
+        lines.append(f"{'mean of suites':{width}}  {result['mean_of_suites']:7.3f}")
     if "latency_ms" in result:
         p50, p99, chunks = result["latency_ms"].values()
         lines.append(f"observation to chunk: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({chunks} chunks)")

@@ -11,17 +11,18 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors
-from lerobot.scripts.lerobot_eval import eval_policy_all
+from lerobot.scripts.lerobot_eval import eval_policy, eval_policy_all
 from toys import META
 
 from hlrp.demonstrations import dicts
 from hlrp.envs import env_configs, make_envs, no_questions
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
-from hlrp.rollout import Args, main, summary, table
+from hlrp.rollout import Args, main, read_episodes, summary, table
 
 STATS = {key: {"mean": torch.zeros(4), "std": torch.ones(4)} for key in ("observation.state", "action")}
 
@@ -78,12 +79,36 @@ def test_a_camera_that_the_policy_does_not_know_is_named(short_episodes, metawor
         main(Args(str(metaworld_policy), env="metaworld", tasks=("reach-v3",), episodes=1, output_dir=tmp_path / "out"))
 
 
+def rows_of(suite, task, outcomes, rewards=None):
+    """Rows of episodes of one step each."""
+    rewards = map(float, outcomes) if rewards is None else rewards
+    kinds = ("success", "return", "max_reward")
+    return [
+        {"suite": suite, "task": task} | dict(zip(kinds, (outcome, reward, reward), strict=True))
+        for outcome, reward in zip(outcomes, rewards, strict=True)
+    ]
+
+
 def test_the_summary_counts_each_task_and_all():
-    result = summary({"a": [True] * 8 + [False] * 2, "b": [False] * 10}, [0.01, 0.02, 0.03])
+    rows = rows_of("s", "a", [True] * 8 + [False] * 2) + rows_of("s", "b", [False] * 10)
+    result = summary(rows, [0.01, 0.02, 0.03])
     assert result["tasks"]["a"]["success"] == 0.8 and result["all"]["successes"] == 8
     assert result["tasks"]["a"]["interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert result["latency_ms"] == pytest.approx({"p50": 20, "p99": 29.8, "chunks": 3})
     assert deque(table(result).splitlines(), maxlen=2)[0].split() == ["all", "0.40", *"0.22 to 0.61 20".split()]
+    assert "mean_of_suites" not in result and "return" not in table(result)
+
+
+def test_the_mean_of_suites_counts_each_suite_alike_and_graded_rewards_are_shown():
+    rows = rows_of("easy", "a", [True] * 3) + rows_of("easy", "b", [True, False, False])
+    result = summary(rows + rows_of("hard", "c", [False] * 2, [0.25, 0.5]), [])
+    assert {name: suite["success"] for name, suite in result["suites"].items()} == {"easy": 4 / 6, "hard": 0}
+    assert result["mean_of_suites"] == pytest.approx(1 / 3) and result["all"]["success"] == 0.5
+    assert result["tasks"]["c"]["return"] == 0.375 and result["tasks"]["c"]["max_reward"] == 0.375
+    lines = [line.split() for line in table(result).splitlines()]
+    assert [line[0] for line in lines] == ["task", "a", "b", "c", "easy", "hard", "all", "mean"]
+    assert lines[3] == ["c", *"0.00 0.00 to 0.66 2 0.38 0.375".split()]
+    assert lines[-1] == ["mean", "of", "suites", "0.333"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,7 @@ class Bare(Counting):
     """Counts its resets under a name of its own, and each copy from 0 on."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__()
+        super().__init__(*args, **kwargs)
         self.number = -1
         del self.init_state_id, self._reset_stride
 
@@ -169,7 +194,7 @@ class ShiftedSeed(Counting):
     """Moves the seed by the number of the environment, as RoboCasa does."""
 
     def __init__(self, episode_index=0, n_envs=1, task="stack"):
-        super().__init__()
+        super().__init__(task=task)
         self.index = episode_index
         del self.init_state_id, self._reset_stride
 
@@ -248,6 +273,11 @@ def roll_out(policy, folder, task, batch_size, episodes=6, **settings) -> dict:
     return json.loads((folder / "rollout.json").read_text())
 
 
+def episodes_of(policy, folder, task, batch_size, **settings) -> list[dict]:
+    roll_out(policy, folder, task, batch_size, **settings)
+    return read_episodes(folder)[task.partition("/")[0]]
+
+
 def of_lerobot(policy, task) -> list[bool]:
     """The successes that lerobot-eval counts with --eval.batch_size=1."""
     config = CountingConfig(task)
@@ -270,7 +300,7 @@ def of_lerobot(policy, task) -> list[bool]:
     ],
 )
 def test_episodes_are_those_of_lerobot_eval_with_one_environment_whatever_the_batch(saved, tmp_path, task, states):
-    results = [roll_out(saved, tmp_path / str(n), task, n)["rows"] for n in (1, 3, 5)]
+    results = [episodes_of(saved, tmp_path / str(n), task, n) for n in (1, 3, 5)]
     assert results[0] == results[1] == results[2]
     assert [row["seed"] for row in results[0]] == [3, 4, 5, 6, 7, 8]
     assert [row["init_state"] for row in results[0]] == (states or [None] * 6)
@@ -279,6 +309,79 @@ def test_episodes_are_those_of_lerobot_eval_with_one_environment_whatever_the_ba
         assert [row["return"] for row in results[0]] == [2 + state % 3 for state in states]
     theirs = of_lerobot(saved, task)
     assert [row["success"] for row in results[0]] == theirs and any(theirs) and not all(theirs)
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("task", "batch_size"), [("libero", 2), ("libero/SAME_STEP", 1), ("bare", 2), ("bare/SAME_STEP", 2)]
+)
+def test_a_run_that_was_cut_goes_on_and_its_table_is_that_of_a_whole_run(
+    saved, tmp_path, monkeypatch, task, batch_size
+):
+    whole = roll_out(saved, tmp_path / "whole", task, batch_size, videos=3)
+    num_batches = []
+
+    def cut(*args, **kwargs):
+        if len(num_batches) == 2:
+            raise Cut
+        num_batches.append(1)
+        return eval_policy(*args, **kwargs)
+
+    with monkeypatch.context() as context, pytest.raises(Cut):
+        context.setattr("lerobot.scripts.lerobot_eval.eval_policy", cut)
+        roll_out(saved, tmp_path / "cut", task, batch_size, videos=3)
+    assert len(read_episodes(tmp_path / "cut")[task.partition("/")[0]]) == 2 * batch_size
+    resumed = roll_out(saved, tmp_path / "cut", task, batch_size, videos=3)
+    assert (tmp_path / "cut/episodes.csv").read_text() == (tmp_path / "whole/episodes.csv").read_text()
+    assert resumed["tasks"] == whole["tasks"] and resumed["all"] == whole["all"]
+    assert len([*(tmp_path / "cut/videos").rglob("*.mp4")]) == 3 and not [*(tmp_path / "cut").glob("*.partial")]
+
+
+def test_the_table_of_episodes_is_read_by_others(saved, tmp_path):
+    roll_out(saved, tmp_path, "libero", 2, episodes=3, videos=1)
+    table = pd.read_csv(tmp_path / "episodes.csv")
+    assert table.success.tolist() == PATTERN[:3] and table.length.tolist() == [2, 3, 4]
+    assert table["return"].tolist() == [2.0, 3.0, 4.0] and table.max_reward.tolist() == [1.0] * 3
+    assert table.suite.tolist() == ["counting"] * 3 and table.task.tolist() == ["libero"] * 3
+    assert table.init_state.tolist() == table.episode.tolist() == [0, 1, 2] and table.seed.tolist() == [3, 4, 5]
+    assert table.video.fillna("").tolist() == ["videos/counting_0/eval_episode_0.mp4", "", ""]
+    assert (tmp_path / table.video[0]).is_file()
+
+
+def test_more_episodes_and_tasks_come_to_those_that_are_there_but_none_of_other_settings(saved, tmp_path):
+    whole = episodes_of(saved, tmp_path / "whole", "libero", 2)
+    roll_out(saved, tmp_path / "out", "libero", 2, episodes=3)
+    assert roll_out(saved, tmp_path / "out", "bare", 2, episodes=2)["all"]["episodes"] == 2
+    assert episodes_of(saved, tmp_path / "out", "libero", 2) == whole
+    assert set(read_episodes(tmp_path / "out")) == {"libero", "bare"}
+    assert roll_out(saved, tmp_path / "out", "libero", 2, episodes=2)["all"]["episodes"] == 2  # the first ones
+    with pytest.raises(ValueError, match=r"out holds episodes of other settings \(seed changed\)"):
+        roll_out(saved, tmp_path / "out", "libero", 2, seed=4)
+    with pytest.raises(ValueError, match=r"other settings \(policy changed\); give another --output-dir"):
+        roll_out(save(tmp_path / "other"), tmp_path / "out", "libero", 2)
+
+
+def test_a_policy_that_draws_noise_draws_that_of_the_episode_whatever_runs_beside_it(saved, tmp_path, monkeypatch):
+    noise = {1: {}, 3: {}}
+    predict = HLRPPolicy.predict_action_chunk
+
+    def heard(policy, batch, samples):
+        states = batch["observation.image"][:, 0, 0, 0].mul(255).round().int().tolist()
+        for state, sample in zip(states, samples, strict=True):
+            noise[len(states)].setdefault(state, []).append(sample)
+        return predict(policy, batch, samples)
+
+    monkeypatch.setattr(HLRPPolicy, "predict_action_chunk", heard)
+    for batch_size in (1, 3):
+        roll_out(saved, tmp_path / str(batch_size), "libero", batch_size)
+    for state, samples in noise[1].items():
+        assert len(samples) == -(-(2 + state % 3) // 2)  # a chunk of two actions each
+        assert all(torch.equal(x, y) for x, y in zip(samples, noise[3][state][: len(samples)], strict=True))
+    every = torch.stack([sample for samples in noise[1].values() for sample in samples])
+    assert len(noise[1]) == 6 and len(every.unique(dim=0)) == len(every)
 
 
 def test_tasks_of_a_one_task_environment_run_one_after_another(saved, tmp_path):
