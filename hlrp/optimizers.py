@@ -12,17 +12,67 @@ from torch.optim import Optimizer
 from hlrp.checkpoints import save_tensors, write_json
 
 
-class MuonAdamW(Optimizer):
-    """One optimizer: Muon for the matrices of the hidden layers, AdamW for all other parameters.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic whose slope at 0 is the largest
 
-    Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's,
-    so that both share a learning rate (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal before each step (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
+
+    Its updates are scaled to the size of AdamW's, so that both share a learning rate (Liu et al. 2025,
+    arXiv:2502.16982, Eq. 4). Matrices of one shape are made orthogonal together.
     """
+
+    def __init__(self, params: list[dict], lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            updates: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = {}  # by shape
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                # a matrix in shards stays by itself
+                key = (p.shape, p.device) if type(p.data) is Tensor else (id(p),)
+                updates.setdefault(key, []).append((p, p.grad.lerp(buffer, momentum)))  # Nesterov's momentum
+            for same in updates.values():
+                matrices = [update for _, update in same]
+                whole = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+                scale = lr * 0.2 * max(same[0][0].shape) ** 0.5
+                for (p, _), update in zip(same, orthogonal(whole), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update, alpha=-scale)
+
+
+def orthogonal(matrices: Tensor, num_steps: int = 5) -> Tensor:
+    """About U V' of each matrix (b, n, m) = U S V', by a Newton-Schulz iteration.
+
+    In bfloat16 on a GPU, where it suffices; in float32 on a CPU, since many have no instructions for bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class MuonAdamW(Optimizer):
+    """One optimizer: Muon for the matrices of the hidden layers, AdamW for all other parameters."""
 
     def __init__(self, matrices: list[dict], others: list[dict], lr: float):
         """matrices, others: parameter groups, each with its weight_decay."""
-        muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
-        self.parts = [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True)]
+        self.parts = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True)]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self.link()
 

@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from hlrp.optimizers import cosine_lr, load_optimizer, make_optimizer, parameter_groups, save_optimizer, set_lr
+from hlrp.optimizers import (
+    Muon,
+    cosine_lr,
+    load_optimizer,
+    make_optimizer,
+    orthogonal,
+    parameter_groups,
+    save_optimizer,
+    set_lr,
+)
 from hlrp.training import seed_step
 from hlrp.transformer import FeedForward
 
@@ -66,6 +75,33 @@ def test_muon_turns_the_matrices_of_the_layers_and_adamw_steps_the_rest():
     step = (model.layer.to_hidden.weight - Model().layer.to_hidden.weight).detach()
     size = step.square().mean().sqrt()
     assert size == pytest.approx(0.2 * 0.1, rel=0.3)  # of AdamW's steps (Liu et al., Eq. 4)
+
+
+def test_muon_steps_as_torchs_does_matrix_by_matrix():
+    """torch's rounds to bfloat16 on the way."""
+    torch.manual_seed(0)
+    shapes = [(16, 48), (16, 48), (48, 16), (20, 20)]
+    found = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    expected = [nn.Parameter(p.detach().clone()) for p in found]
+    optimizers = [
+        Muon([{"params": found}], lr=0.1, weight_decay=0.3),
+        torch.optim.Muon(expected, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+    ]
+    starts = [p.detach().clone() for p in found]
+    for _ in range(3):
+        gradients = [torch.randn(shape) for shape in shapes]
+        for params, optimizer in zip((found, expected), optimizers, strict=True):
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+    for start, p, other in zip(starts, found, expected, strict=True):
+        assert (p - other).norm() < 0.02 * (p - start).norm()
+
+
+def test_a_step_makes_matrices_orthogonal():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 12, 40)))
+    assert 0.6 < values.min() and values.max() < 1.3  # the iteration does not converge to 1, by design
 
 
 def test_an_optimizer_that_does_not_fit_is_named():
