@@ -33,6 +33,7 @@ from 0 in each episode, and `indices` are such numbers, in any order.
                                                           (t, e), `latent_indices` int64 (t, m) if discrete
     idle_scores(span)             dict                    precomputed scores, as `hlrp.idle` defines them  None
     num_skipped                   int                     broken files or episodes that were left out      0
+    unread                        str                     columns of the data that read() leaves out       ""
 
 An `EncodedSource` stores each frame on its own, in a format that `hlrp.images` decodes. It has, in place of read():
 
@@ -96,6 +97,7 @@ class Described(ABC):
     action_dim: int = 0
     state_dim: int = 0
     num_skipped: int = 0
+    unread: str = ""
     views: Mapping[str, "Source"] = NONE
     uneven: Mapping[int, np.ndarray] = NONE
     latent_space: dict | None = None

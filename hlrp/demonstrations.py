@@ -53,7 +53,7 @@ class Part:
 def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part]:
     """A part for each source. args: `val_fraction`, `seed`, `demonstrations`, `episodes`, `pseudo_actions` are read.
 
-    Raises ValueError for settings that are of one source, where there are several.
+    Raises ValueError for settings that are of one source, where there are several, and where none has demonstrations.
     """
     for name in ("episodes", "pseudo_actions"):
         if (value := getattr(args, name)) is not None and len(sources) > 1:
@@ -67,6 +67,12 @@ def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part
         else:
             demonstrations = check_episodes(args.episodes, source, train)
         parts.append(Part(source, source, weight, train, val, demonstrations))
+    if not any(len(part.demonstrations) for part in parts):
+        unread = [f"; {s.uri} has {s.unread}, which are not read: ?action=KEY chooses one" for s in sources if s.unread]
+        raise ValueError(
+            "no source has actions that can be read at random; a policy needs some labelled demonstrations, and "
+            f"python -m hlrp.shards makes them of a stream{''.join(unread)}"
+        )
     if args.pseudo_actions is not None:
         (part,) = parts
         part.source = PseudoLabelled(part.truth, args.pseudo_actions, part.demonstrations)
@@ -122,16 +128,11 @@ def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, c
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
     """Inputs and outputs of a policy that learns from labelled clips: their cameras, the state where they have one.
 
-    Raises ValueError where there is no action, and where sources differ in action or state.
+    Raises ValueError where sources differ in action or state.
     """
     from lerobot.configs import FeatureType, PolicyFeature
 
     sources = [c.source for c in clips]
-    if not sources:
-        raise ValueError(
-            "no source has actions that can be read at random; a policy needs some labelled demonstrations, and "
-            "python -m hlrp.shards makes them of a stream"
-        )
     first = sources[0]
     for source in sources[1:]:
         if (source.action_dim, source.state_dim) != (first.action_dim, first.state_dim):

@@ -53,7 +53,7 @@ class Args:
 
 def main(args: Args) -> None:
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # LeRobot decodes nothing here
-    scheme, location = parse_uri(args.data)[1:3]
+    _, scheme, location, options, _ = parse_uri(args.data)
     is_lerobot = scheme in ("lerobot", "metaworld")
     if args.output_dir.exists():
         raise ValueError(f"output_dir={args.output_dir} exists already; delete it or choose another folder")
@@ -66,7 +66,7 @@ def main(args: Args) -> None:
 
     laq = LAQ.from_pretrained(args.laq).requires_grad_(False).to(device)
     if scheme == "lerobot":
-        find_dataset(location, "*")  # also the cameras that are not labelled
+        find_dataset(location, "*", revision=options.get("revision"))  # also the cameras that are not labelled
     source = open_source(args.data)
     if isinstance(source, Stream):
         raise ValueError(f"{source.uri} is a stream; make a source with python -m hlrp.shards --data '{source.uri}'")

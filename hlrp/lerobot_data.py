@@ -1,4 +1,4 @@
-"""LeRobot datasets (format v3), read directly: `lerobot:REPO_OR_DIR?camera=KEY,KEY`.
+"""LeRobot datasets (format v3): `lerobot:REPO_OR_DIR?camera=KEY,KEY&state=KEY,KEY&action=KEY[:7]&revision=TAG`.
 
 The format: many episodes share a file, and meta/episodes says in which rows of which parquet file, and from
 which time on in which mp4, each of them lies. The frame of a row is the one that the mp4 shows at this start plus the
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Source
+from hlrp.contract import Column, Source, parse_columns
 from hlrp.lerobot_files import (
     POINT,
     Columns,
@@ -32,6 +32,7 @@ from hlrp.lerobot_files import (
     read_numbers,
     read_table,
     read_tasks,
+    read_texts,
     to_numpy,
 )
 from hlrp.video_index import probe_all
@@ -49,6 +50,9 @@ class LeRobotData(Source):
     """One camera of a LeRobot dataset: a source, as the data contract has it. Further ones are views for a policy.
 
     camera: features, or the last parts of their names (`top` for observation.images.top), by commas; else the first.
+    state, action: features side by side, by commas, each with a range of its numbers or whole; "" for none. Else
+    observation.state and action, where they are. task: the feature with the instruction of each row, a text or a number
+    in meta/tasks; else task_index. revision: branch, tag or commit on the Hub.
     Raises ValueError for another version of the format, for files that are missing, broken, or shorter than their
     episodes, and for rows that are null, not finite, or of another size. With `skip_broken`, episodes with such rows
     and of broken videos are left out, logged, and counted in `num_skipped`.
@@ -61,15 +65,23 @@ class LeRobotData(Source):
         uri: str | None = None,
         name: str | None = None,
         skip_broken: bool = False,
+        state: str | None = None,
+        action: str | None = None,
+        task: str | None = None,
+        revision: str | None = None,
     ):
         camera, *others = camera.split(",") if camera else [None]
         self.uri = uri or f"lerobot:{repo_or_dir}"
-        self.root = root = find_dataset(repo_or_dir, "meta/*")
-        info = read_info(root)
+        self.root = root = find_dataset(repo_or_dir, "meta/*", revision=revision)
+        info = read_info(root, str(repo_or_dir))
         features = info["features"]
         self.camera = choose_camera(self.uri, features, camera)
         self.is_video = features[self.camera]["dtype"] == "video"
-        find_dataset(repo_or_dir, "data/*", f"videos/{self.camera}/*")
+        columns = {STATE: choose_columns(self.uri, features, "state", state, STATE)}
+        columns[ACTION] = choose_columns(self.uri, features, "action", action, ACTION)
+        if task is not None:
+            task = choose_task(self.uri, features, task)
+        find_dataset(repo_or_dir, "data/*", f"videos/{self.camera}/*", revision=revision)
         self.name = name or f"lerobot-{Path(repo_or_dir).name or root.name}"
         if camera and not name:
             self.name += "-" + short_name(self.camera, features)
@@ -83,19 +95,27 @@ class LeRobotData(Source):
             logger.warning("skipped %s, episode %d: it has no frames", self.uri, episode)
         episodes = {key: np.delete(column, empty) for key, column in episodes.items()}
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
-        keys = [key for key in (STATE, ACTION, POINT) if key in features]
+        chosen = [column.path for name in (STATE, ACTION) for column in columns[name]]
+        keys = list(dict.fromkeys([*chosen, *([POINT] if POINT in features else [])]))
         self.tasks = read_tasks(root) if "task_index" in features else None
         self.numbers, self.places, broken = read_numbers(self.data_files, episodes, keys, self.tasks)
-        self.state_dim, self.action_dim = (self.numbers[key].shape[1] if key in keys else 0 for key in (STATE, ACTION))
+        others_kept = {key: column for key, column in self.numbers.items() if key not in keys}
+        point = {POINT: self.numbers[POINT]} if POINT in features else {}
+        self.numbers = others_kept | side_by_side(self.uri, columns, self.numbers) | point
+        self.state_dim, self.action_dim = (self.numbers[key].shape[1] if columns[key] else 0 for key in (STATE, ACTION))
+        if task is not None:
+            texts, self.tasks = read_texts(self.data_files, task, self.tasks)
+            self.numbers["task_index"] = texts[self.places]
         if not self.is_video:
             for path in self.data_files:
                 check_columns(path, [self.camera])
-        if POINT in keys:
+        if point:
             check_points(self.numbers[POINT], self.uri)
         self.latent_space = read_json(root / LATENT_SPACE) if (root / LATENT_SPACE).is_file() else None
         cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-        others_read = {*keys, *cameras, *FRAME_KEYS, LATENT_ACTION, LATENT_INDICES}
-        tell_columns(self.uri, tuple(key for key in features if key not in others_read))
+        read = {*keys, *cameras, *FRAME_KEYS, LATENT_ACTION, LATENT_INDICES, task}
+        self.unread = listed({key: feature for key, feature in features.items() if key not in read})
+        tell_columns(self.uri, self.unread)
 
         stamps = self.numbers["timestamp"]
         episodes["fps"], is_even = frame_rates(stamps, episodes["first_row"], episodes["length"], float(info["fps"]))
@@ -116,7 +136,8 @@ class LeRobotData(Source):
         kept = np.setdiff1d(np.arange(len(episodes["length"])), list(broken))
         used = "episode_index length fps data_file row_in_file first_row video_file video_start first_shown num_shown"
         self.episodes = {key: episodes[key][kept] for key in used.split() if key in episodes}
-        views = [LeRobotData(repo_or_dir, other, self.uri, skip_broken=skip_broken) for other in others]
+        options = {"state": state, "action": action, "task": task, "revision": revision, "skip_broken": skip_broken}
+        views = [LeRobotData(repo_or_dir, other, self.uri, **options) for other in others]
         self.views = {view.camera: view for view in views if view.camera != self.camera}
         whole = reduce(np.intersect1d, (camera.episodes["episode_index"] for camera in (self, *views)))
         if not len(whole):
@@ -216,14 +237,17 @@ class LeRobotData(Source):
         }
 
 
-def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
-    """Folder of a dataset: this one, one that LeRobot recorded here, or one on the Hub (`patterns` of it)."""
+def find_dataset(repo_or_dir: str | Path, *patterns: str, revision: str | None = None) -> Path:
+    """Folder of a dataset: this one, one that LeRobot recorded here, or one on the Hub (`patterns` of it). Only the Hub
+    has revisions."""
     name, path = str(repo_or_dir), Path(repo_or_dir).expanduser()
     hf_home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     lerobot_home = Path(os.environ.get("HF_LEROBOT_HOME", f"{hf_home}/lerobot")).expanduser()
-    for folder in (path, lerobot_home / path):
+    for folder in (path, lerobot_home / path) if revision is None else ():
         if (folder / "meta" / "info.json").is_file():
             return folder.resolve()
+    if revision is not None and path.is_dir():
+        raise ValueError(f"lerobot:{name}: revision={revision}; expected a dataset on the Hub, got a folder")
     if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"lerobot:{name}: no meta/info.json there; expected the folder of a LeRobot dataset")
 
@@ -231,9 +255,10 @@ def find_dataset(repo_or_dir: str | Path, *patterns: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
     except (OSError, HfHubHTTPError) as error:
-        raise ValueError(f"lerobot:{name}: no such folder, and the Hub does not give it: {error}") from error
+        at = "" if revision is None else f" at revision {revision}"
+        raise ValueError(f"lerobot:{name}: no such folder, and the Hub does not give it{at}: {error}") from error
 
 
 def is_depth(feature: dict) -> bool:
@@ -268,11 +293,51 @@ def short_name(camera: str, features: dict) -> str:
     return next(end for end in ends if sum(f".{key}".endswith(f".{end}") for key in features) == 1 or end == camera)
 
 
+def listed(features: dict) -> str:
+    """The names of features with their shapes."""
+    return ", ".join(f"{key} {list(feature.get('shape') or [])}" for key, feature in features.items())
+
+
+def choose_columns(uri: str, features: dict, setting: str, keys: str | None, default: str) -> list[Column]:
+    """The features of numbers that `keys` names, by their whole names or the last parts; None: the default, if any."""
+    numeric = {k: f for k, f in features.items() if f["dtype"] not in ("video", "image", "string", "language")}
+    if keys is None:
+        return [Column(default, slice(None))] if default in features else []
+    columns = []
+    for column in parse_columns(uri, setting, keys):
+        found = [k for k in numeric if k == column.path] or [k for k in numeric if f".{k}".endswith(f".{column.path}")]
+        if len(found) != 1:
+            raise ValueError(f"{uri}: {setting}={column}; expected one of {listed(numeric) or 'none'}")
+        columns.append(Column(found[0], column.range))
+    return columns
+
+
+def choose_task(uri: str, features: dict, key: str) -> str:
+    known = {k: f for k, f in features.items() if f["dtype"] == "string" or f["dtype"].startswith("int")}
+    if key not in known:
+        raise ValueError(f"{uri}: task={key}; expected a column of texts or task numbers: {listed(known) or 'none'}")
+    return key
+
+
+def side_by_side(uri: str, columns: dict[str, list[Column]], numbers: Columns) -> Columns:
+    """State and action, each of its columns. Raises ValueError where a range holds no number."""
+    found = {}
+    for name, chosen in columns.items():
+        parts = [numbers[path][:, part] for path, part in chosen]
+        for column, part in zip(chosen, parts, strict=True):
+            if not part.shape[1]:
+                of = numbers[column.path].shape[1]
+                raise ValueError(f"{uri}: {column} of {of} numbers; expected a key, or a range such as KEY[:7]")
+        if parts:
+            found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return found
+
+
 @lru_cache
-def tell_columns(uri: str, columns: tuple[str, ...]) -> None:
+def tell_columns(uri: str, unread: str) -> None:
     """Says once which columns are not read, in the first of all processes."""
-    if columns and parent_process() is None and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s: columns not read: %s", uri, ", ".join(columns))
+    if unread and parent_process() is None and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s: columns not read: %s; ?action=KEY&state=KEY,KEY[:7]&task=KEY chooses others", uri, unread)
 
 
 def check_points(points: np.ndarray, uri: str) -> None:

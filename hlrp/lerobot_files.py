@@ -29,15 +29,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_info(root: Path) -> dict:
-    """meta/info.json. Raises ValueError where it is unusable, or of another version."""
+def read_info(root: Path, name: str) -> dict:
+    """meta/info.json of the dataset `name`, in `root`. Raises ValueError where it is unusable, or of another version.
+    LeRobot's converter puts a dataset of the Hub where hlrp looks first, and mends a folder in its place."""
     path = root / "meta" / "info.json"
     info = read_json(path)
     version = info.get("codebase_version")
     if not str(version).startswith("v3."):
+        where = f"--repo-id={name}" if "snapshots" in root.parts else f"--repo-id=local/{root.name} --root={root}"
         raise ValueError(
-            f"{path}: expected version v3 of the LeRobot format, got version {version} of it. To convert it: python -m "
-            f"lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
+            f"{path}: expected version v3 of the LeRobot format, got version {version} of it. To convert v2.1: "
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 {where} --push-to-hub=false"
         )
     features = info.get("features")
     if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
@@ -221,6 +223,21 @@ def read_tasks(root: Path) -> dict[int, str]:
         raise ValueError(f"{path}: expected columns task_index and task, got {', '.join(kinds)}")
     texts = [text or "" for text in table[named[0]].to_pylist()]
     return dict(zip(table["task_index"].to_pylist(), texts, strict=True))
+
+
+def read_texts(paths: list[Path], key: str, tasks: dict[int, str] | None) -> tuple[np.ndarray, dict[int, str]]:
+    """The instructions in a column of all data files, a text or a number of `tasks` in each row: as numbers, int64
+    (rows,), and what they stand for."""
+    numbers, known = [], {}
+    for path in paths:
+        rows = read_table(path, [key])[key].to_pylist()
+        rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
+        for row, value in enumerate(rows):
+            if not isinstance(value, str) and (type(value) is not int or value not in (tasks or {})):
+                raise ValueError(f"{path}: {key}, row {row}: expected a text or a number of meta/tasks, got {value}")
+        texts = [value if isinstance(value, str) else tasks[value] for value in rows]
+        numbers += [known.setdefault(text, len(known)) for text in texts]
+    return np.array(numbers, dtype=np.int64), {number: text for text, number in known.items()}
 
 
 def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:

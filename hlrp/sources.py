@@ -30,7 +30,9 @@ class Format(NamedTuple):
 
 FORMATS = {
     "videos": Format("hlrp.videos:Videos"),
-    "lerobot": Format("hlrp.lerobot_data:LeRobotData", {"camera": str}),
+    "lerobot": Format(
+        "hlrp.lerobot_data:LeRobotData", {"camera": str, "state": str, "action": str, "task": str, "revision": str}
+    ),
     "hdf5": Format(
         "hlrp.hdf5_data:HDF5Data",
         {"camera": str, "state": str, "action": str, "task": str, "fps": float}

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,8 +18,9 @@ from toys import FPS, LENGTHS, TOP, WRIST, numbers, picture, write_lerobot
 from hlrp.clips import Clips
 from hlrp.contract import choose_demonstrations
 from hlrp.data import Mixture, loader
+from hlrp.demonstrations import choose_parts
 from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
-from hlrp.sources import instructions, open_source
+from hlrp.sources import instructions, open_source, open_sources
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +114,16 @@ def test_video_without_state_and_action_is_a_source_too(tmp_path):
     }  # fmt: skip
 
 
-def test_an_older_version_names_lerobots_converter(copy):
+def test_an_older_version_names_lerobots_converter(copy, tmp_path, monkeypatch):
     info = json.loads((copy / "meta/info.json").read_text())
     (copy / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
-    with pytest.raises(ValueError, match="version v2.1 .* lerobot.scripts.convert_dataset_v21_to_v30"):
+    command = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+    with pytest.raises(ValueError, match=f"version v2.1 .*: {command} --repo-id=local/copy --root={copy} --push"):
         LeRobotData(copy)
+    snapshot = shutil.copytree(copy, tmp_path / "snapshots" / "0123")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: snapshot)
+    with pytest.raises(ValueError, match=f"version v2.1 .*: {command} --repo-id=me/pick --push-to-hub=false"):
+        LeRobotData("me/pick")
 
 
 @pytest.mark.parametrize("points", [[[1.5, 0.0]], [[0.0, 0.0, 0.0]]], ids=["pixels", "three"])
@@ -367,7 +374,79 @@ def test_columns_that_are_not_needed_may_be_null_and_are_named_once(copy, caplog
     sources = [open_source(f"lerobot:{copy}?camera=top,wrist") for _ in range(2)]
     assert sources[0].lengths.tolist() == list(LENGTHS)
     lines = [record.getMessage() for record in caplog.records if "columns not read" in record.getMessage()]
-    assert lines == [f"lerobot:{copy}?camera=top,wrist: columns not read: next.reward"]
+    (line,) = lines
+    assert line.startswith(f"lerobot:{copy}?camera=top,wrist: columns not read: next.reward [1]; ?action=KEY&state=KEY")
+
+
+def rename(folder, names):
+    """Gives columns the names that openpi's converters give them."""
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = {names.get(key, key): feature for key, feature in info["features"].items()}
+    (folder / "meta/info.json").write_text(json.dumps(info | {"features": features}))
+    for path in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), path)
+
+
+def test_columns_of_other_names_are_chosen_and_else_listed(h264, copy, caplog):
+    rename(copy, {"action": "actions", "observation.state": "state"})
+    unread = LeRobotData(copy)
+    assert (unread.state_dim, unread.action_dim) == (0, 0) and unread.unread == "state [3], actions [2]"
+    assert "columns not read: state [3], actions [2]; ?action=KEY&state=KEY,KEY[:7]" in caplog.text
+    args = SimpleNamespace(val_fraction=0.4, seed=0, demonstrations=None, episodes=None, pseudo_actions=None)
+    with pytest.raises(ValueError, match=r"no source has actions .*/copy has state \[3\], actions \[2\], which are"):
+        choose_parts(args, [unread], [1.0])
+    chosen, usual = open_source(f"lerobot:{copy}?action=actions&state=state"), LeRobotData(h264)
+    assert (chosen.state_dim, chosen.action_dim, chosen.unread) == (3, 2, "")
+    for episode, length in enumerate(LENGTHS):
+        assert torch.equal(*(s.actions(episode, range(length)) for s in (chosen, usual)))
+        assert torch.equal(*(s.states(episode, range(length)) for s in (chosen, usual)))
+    assert chosen.fingerprint == usual.fingerprint != unread.fingerprint
+
+    several = open_source(f"lerobot:{copy}?camera=top,wrist&action=actions[:1]&state=state[-2:],actions,state[:1]")
+    expected = torch.cat([usual.states(1, [4, 2])[:, 1:], usual.actions(1, [4, 2]), usual.states(1, [4, 2])[:, :1]], 1)
+    assert torch.equal(several.states(1, [4, 2]), expected) and torch.equal(several.read(1, [4, 2])["state"], expected)
+    assert torch.equal(several.actions(1, [4, 2]), usual.actions(1, [4, 2])[:, :1])
+    assert (open_source(f"lerobot:{copy}?state=&action=actions").state_dim) == 0
+    for options, message in {
+        "action=act": r"action=act; expected one of state \[3\], actions \[2\], annotation.point \[2\], timestamp",
+        "state=state[5:]": r"state\[5:\] of 3 numbers; expected a key, or a range",
+        "task=speech": r"task=speech; expected a column of texts or task numbers: frame_index \[1\], ",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_source(f"lerobot:{copy}?{options}")
+
+
+def test_the_instruction_may_be_a_column_of_texts_or_of_numbers_of_tasks(copy):
+    before = LeRobotData(copy).fingerprint
+    info = json.loads((copy / "meta/info.json").read_text())
+    new = {"said": {"dtype": "string", "shape": [1]}, "annotation.task": {"dtype": "int64", "shape": [1]}}
+    edit_info(copy, features=info["features"] | new)
+    (path,) = (copy / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    rows = zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist(), strict=True)
+    texts = [f"{episode} {frame // 5}" for episode, frame in rows]
+    table = table.append_column("said", pa.array(texts)).append_column("annotation.task", pa.array([1] * len(table)))
+    pq.write_table(table.take(np.arange(len(table)).reshape(-1, 3)[:, ::-1].ravel()), path)  # rows of any order
+    source = open_source(f"lerobot:{copy}?task=said")
+    assert source.instructions(1, [4, 5, 29]) == ["1 0", "1 1", "1 5"] and source.fingerprint != before
+    assert instructions([source]) == sorted(set(texts))
+    assert open_source(f"lerobot:{copy}?task=annotation.task").instructions(0, [3, 11]) == ["task 1"] * 2
+    change(path, **{"annotation.task": [1] * 7 + [9] * (len(table) - 7)})
+    with pytest.raises(ValueError, match="annotation.task, row 7: expected a text or a number of meta/tasks, got 9"):
+        open_source(f"lerobot:{copy}?task=annotation.task")
+
+
+def test_a_revision_is_asked_of_the_hub_and_a_weight_stays_one(h264, copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+    shutil.copytree(h264, tmp_path / "me" / "toy")
+    asked = []
+    download = lambda name, revision, **options: asked.append((name, revision)) or h264  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (source,), weights = open_sources(["lerobot:me/toy?camera=top,wrist&revision=v1.0@0.5"], False, 0)
+    assert set(asked) == {("me/toy", "v1.0")} and weights == [0.5] and source.lengths.tolist() == list(LENGTHS)
+    with pytest.raises(ValueError, match="revision=v1.0; expected a dataset on the Hub, got a folder"):
+        open_source(f"lerobot:{copy}?revision=v1.0")
 
 
 @pytest.mark.parametrize(
