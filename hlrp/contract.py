@@ -73,9 +73,13 @@ A batch stacks samples (`hlrp.data.collate`). Human video has no state and no ac
 action_is_pad is true. A point that is not known is nan.
 """
 
+import logging
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from multiprocessing import parent_process
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -84,6 +88,7 @@ from torch import Tensor
 
 from hlrp.images import decode_all
 
+logger = logging.getLogger(__name__)
 NONE = MappingProxyType({})  # an empty dict that nobody can fill
 
 
@@ -169,6 +174,13 @@ class EpisodeRange(NamedTuple):
 
     def __contains__(self, episode: object) -> bool:
         return self.low <= hash_integers(self.seed, 3, episode)[0] / 2**64 < self.high
+
+
+@lru_cache
+def tell_once(message: str) -> None:
+    """Warns of it once, in the first of all processes."""
+    if parent_process() is None and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", message)
 
 
 class Column(NamedTuple):

@@ -10,8 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, reduce
-from multiprocessing import parent_process
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Column, Source, parse_columns
+from hlrp.contract import Column, Source, parse_columns, tell_once
 from hlrp.lerobot_files import (
     POINT,
     Columns,
@@ -115,7 +114,9 @@ class LeRobotData(Source):
         cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
         read = {*keys, *cameras, *FRAME_KEYS, LATENT_ACTION, LATENT_INDICES, task}
         self.unread = listed({key: feature for key, feature in features.items() if key not in read})
-        tell_columns(self.uri, self.unread)
+        if self.unread:
+            choice = "?action=KEY&state=KEY,KEY[:7]&task=KEY chooses others"
+            tell_once(f"{self.uri}: columns not read: {self.unread}; {choice}")
 
         stamps = self.numbers["timestamp"]
         episodes["fps"], is_even = frame_rates(stamps, episodes["first_row"], episodes["length"], float(info["fps"]))
@@ -331,13 +332,6 @@ def side_by_side(uri: str, columns: dict[str, list[Column]], numbers: Columns) -
         if parts:
             found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     return found
-
-
-@lru_cache
-def tell_columns(uri: str, unread: str) -> None:
-    """Says once which columns are not read, in the first of all processes."""
-    if unread and parent_process() is None and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s: columns not read: %s; ?action=KEY&state=KEY,KEY[:7]&task=KEY chooses others", uri, unread)
 
 
 def check_points(points: np.ndarray, uri: str) -> None:

@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "videos": Format("hlrp.videos:Videos"),
+    "videos": Format("hlrp.videos:Videos", {"table": str}),
     "lerobot": Format(
         "hlrp.lerobot_data:LeRobotData", {"camera": str, "state": str, "action": str, "task": str, "revision": str}
     ),

@@ -1,13 +1,18 @@
-"""Video files: the frames at given times, decoded by PyAV, and the source `videos:DIR`."""
+"""Video files: the frames at given times, decoded by PyAV, and the source `videos:DIR?table=clips.csv`."""
 
+import csv
 import hashlib
+import io
+import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -16,7 +21,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Source
+from hlrp.contract import Source, tell_once
 from hlrp.video_index import (
     TOLERANCE,
     UNKNOWN,
@@ -31,7 +36,8 @@ from hlrp.video_index import (
 )
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+# the containers whose frames the tests read back at random
+SUFFIXES = tuple(f".{name}" for name in "mp4 m4v mov 3gp webm mkv avi ts mts m2ts mpg mpeg flv wmv asf gif".split())
 NUM_OPEN = 16  # videos that a process keeps open
 MAX_AGAIN = 3  # decode at most so many frames again, should the next read go on behind this one
 
@@ -237,6 +243,82 @@ def read_task(path: Path) -> str:
         raise ValueError(f"{path}: expected a text in UTF-8, got other bytes: {error}") from error
 
 
+def find_videos(uri: str, folder: Path) -> list[Path]:
+    """The videos below a folder, sorted. Tells how many other files are there, beside texts of the videos' names."""
+    files = [path for path in files_in(folder) if path.name[0] != "."]
+    videos = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    if not videos:
+        raise ValueError(f"{uri}: no video in {folder}; expected files of type {', '.join(SUFFIXES)}")
+    known = {*videos, *(path.with_suffix(".txt") for path in videos)}
+    others = Counter(path.suffix.lower() or path.name for path in files if path not in known)
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
+        tell_once(f"{uri}: left out {others.total()} files that are no videos by their names: {kinds}")
+    return videos
+
+
+class Clip(NamedTuple):
+    """A row of a table: a part of a video file."""
+
+    row: str  # its file and its number there, for errors; "": a whole file, without a table
+    path: Path
+    start: float  # [s] after the first frame
+    end: float  # where it ends, without the frame shown there [s]
+    text: str | None  # None: that beside the file
+
+
+def read_table(path: Path, folder: Path) -> list[Clip]:
+    """The rows of a CSV, TSV or JSONL file: `file`, relative to `folder`; `start`, `end` and `text` may be missing.
+
+    Times are seconds, or hours, minutes and seconds with colons. Raises ValueError, which names the row.
+    """
+    clips = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = [*csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable table in CSV, TSV or JSONL: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        name = f"{path}, row {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row}"[:80]
+            raise ValueError(f"{name}: expected file and, where known, start, end and text, got {found}")
+        start, end = (seconds(name, row, key, default) for key, default in (("start", 0.0), ("end", math.inf)))
+        if not 0 <= start < end:
+            raise ValueError(f"{name}: expected 0 <= start < end [s], got start={start:g} and end={end:g}")
+        text = row.get("text")
+        clips.append(Clip(name, (folder / row["file"]).resolve(), start, end, text and str(text).strip()))
+    if not clips:
+        raise ValueError(f"{path}: expected a row for each clip, got none")
+    return clips
+
+
+def seconds(name: str, row: dict, key: str, default: float) -> float:
+    value = row.get(key)
+    if value in (None, ""):
+        return default
+    try:
+        return sum(float(part) * 60**i for i, part in enumerate(reversed(str(value).split(":"))))
+    except ValueError:
+        raise ValueError(f"{name}: expected {key} in seconds, such as 12.5, got {value!r}") from None
+
+
+def frames_of(clip: Clip, header: Header | ValueError) -> range:
+    """The frames that a clip shows. Raises ValueError, which names the row, where the file does not show all of it."""
+    if isinstance(header, ValueError):
+        raise ValueError(f"{clip.row}: {header}") if clip.row else header
+    if clip.end == math.inf and not clip.start:
+        return range(header.num_frames)
+    lasts = header.num_frames / header.fps
+    if clip.start >= lasts or (clip.end > lasts + 1 / header.fps and clip.end < math.inf):
+        raise ValueError(f"{clip.row}: {clip.path} lasts {lasts:.3f} s, got {clip.start:g} to {clip.end:g} s")
+    first, end = (math.ceil((time - TOLERANCE) * header.fps) for time in (clip.start, min(clip.end, lasts)))
+    return range(first, max(min(end, header.num_frames), first + 1))
+
+
 class Videos(Source):
     """A folder of video files, searched recursively: each file is an episode, in the order of their paths.
 
@@ -244,45 +326,63 @@ class Videos(Source):
     half a frame, frame i is the one shown i / fps seconds after the first. A text file of the same name (wave.txt for
     wave.mp4) holds the task.
 
+    table: a file, in the folder or elsewhere, whose rows are the episodes in place of whole files (`read_table`).
     skip_broken: leave out files that cannot be read, log them and count them in `num_skipped`.
     Raises ValueError where the folder has no video, or a file cannot be read.
     """
 
-    def __init__(self, folder: str | Path, uri: str | None = None, skip_broken: bool = False):
+    def __init__(self, folder: str | Path, uri: str | None = None, skip_broken: bool = False, table: str | None = None):
         folder = Path(folder).expanduser().resolve()
         self.uri, self.name = uri or f"videos:{folder}", f"videos-{folder.name}"
-        paths = sorted(p for p in files_in(folder) if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-        if not paths:
-            raise ValueError(f"{self.uri}: no video in {folder}; expected files of type {', '.join(SUFFIXES)}")
-
-        headers = probe_all(paths)
-        errors = [header for header in headers.values() if isinstance(header, ValueError)]
-        if errors and (not skip_broken or len(errors) == len(paths)):
-            raise ValueError(f"{self.uri}: {len(errors)} of {len(paths)} files cannot be read, first: {errors[0]}")
+        if table is None:
+            clips = [Clip("", path, 0.0, math.inf, None) for path in find_videos(self.uri, folder)]
+        else:
+            path = next((p for p in (folder / table, Path(table).expanduser()) if p.is_file()), folder / table)
+            clips = read_table(path, folder)
+            self.name += f"-{path.stem}"
+        headers = probe_all(list(dict.fromkeys(clip.path for clip in clips)))
+        errors, found = [], []
+        for clip in clips:
+            try:
+                found.append((clip, frames_of(clip, headers[clip.path])))
+            except ValueError as error:
+                errors.append(error)
+        if errors and (not skip_broken or not found):
+            what = "files" if table is None else f"rows of {path}"
+            raise ValueError(f"{self.uri}: {len(errors)} of {len(clips)} {what} cannot be read, first: {errors[0]}")
         for error in errors:
             logger.warning("skipped %s", error)
         self.num_skipped = len(errors)
 
-        self.paths = [path for path, header in headers.items() if isinstance(header, Header)]
+        self.clips, self.frames = [clip for clip, _ in found], [frames for _, frames in found]
+        self.paths = [clip.path for clip in self.clips]
+        self.num_frames = {path: headers[path].num_frames for path in self.paths}
         self.fps = np.array([headers[path].fps for path in self.paths])
-        self.lengths = np.array([headers[path].num_frames for path in self.paths])
-        self.tasks = [read_task(path.with_suffix(".txt")) for path in self.paths]
+        self.lengths = np.array([len(frames) for frames in self.frames])
+        self.tasks = [
+            read_task(clip.path.with_suffix(".txt")) if clip.text is None else clip.text for clip in self.clips
+        ]
 
-        names = [path.relative_to(folder).as_posix() for path in self.paths]
-        what = repr((names, contents_hash(self.paths), self.lengths.tolist(), self.fps.tolist(), self.tasks))
-        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
+        names = [os.path.relpath(path, folder) for path in self.paths]
+        what = (names, contents_hash(list(self.num_frames)), self.lengths.tolist(), self.fps.tolist(), self.tasks)
+        if table is not None:
+            what += ([frames.start for frames in self.frames],)
+        self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
     def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
         return [self.tasks[episode]] * len(indices)
 
     def place(self, episode: int) -> str:
-        return str(self.paths[episode])
+        clip = self.clips[episode]
+        return f"{clip.path}, {clip.row}" if clip.row else str(clip.path)
 
     def read(self, episode: int, indices: Sequence[int]) -> dict:
         path, length, indices = self.paths[episode], int(self.lengths[episode]), np.asarray(indices)
         video = open_video(path)
-        if len(video.grid) != length:
-            raise ValueError(f"{path}: expected {length} frames as when it was indexed, got {len(video.grid)}")
+        if len(video.grid) != self.num_frames[path]:
+            expected = f"expected {self.num_frames[path]} frames as when it was indexed"
+            raise ValueError(f"{path}: {expected}, got {len(video.grid)}")
         if indices.min() < 0 or indices.max() >= length:
             raise ValueError(f"{path}: expected frame numbers below {length}, got {indices.min()} to {indices.max()}")
-        return {"frames": video.numbered(video.grid[indices]), "task": self.instructions(episode, indices)[0]}
+        numbers = video.grid[self.frames[episode].start + indices]
+        return {"frames": video.numbered(numbers), "task": self.instructions(episode, indices)[0]}

@@ -17,7 +17,7 @@ from hlrp.contract import split_episodes
 from hlrp.data import Mixture
 from hlrp.sources import named_apart, open_source, open_sources
 from hlrp.video_index import probe
-from hlrp.videos import VideoReader, Videos, open_video
+from hlrp.videos import SUFFIXES, VideoReader, Videos, open_video
 
 FORMATS = [
     ("b_frames.mp4", "libx264", 30, {"g": "12", "bf": "3"}),
@@ -27,7 +27,22 @@ FORMATS = [
     ("vp9.webm", "libvpx-vp9", 30, {"g": "16"}),
     ("ntsc.mov", "libx264", Fraction(30000, 1001), {}),
     ("old.avi", "mpeg4", 30, {"g": "12", "bf": "2"}),
+    ("apple.m4v", "libx264", 24, {"g": "12"}),
+    ("phone.3gp", "mpeg4", 15, {"g": "12"}),
+    ("broadcast.ts", "libx264", 25, {"g": "12", "bf": "2"}),
+    ("camera.m2ts", "mpeg2video", 25, {"g": "12"}),
+    ("camera.mts", "libx264", 25, {"g": "25", "bf": "2"}),
+    ("disc.mpg", "mpeg2video", 25, {"g": "12", "bf": "2"}),
+    ("disc.mpeg", "mpeg1video", 25, {"g": "12"}),
+    ("web.flv", "flv1", 20, {"g": "12"}),
+    ("windows.wmv", "wmv2", 25, {"g": "12"}),
+    ("windows.asf", "msmpeg4", 20, {"g": "12"}),
+    ("loop.gif", "gif", 10, {}),
 ]
+
+
+def test_every_suffix_that_is_read_is_tried_here():
+    assert sorted({name[name.index(".") :] for name, *_ in FORMATS}) == sorted(SUFFIXES)
 
 
 def set_matrix(path, a, b, c, d):
@@ -322,6 +337,72 @@ def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
         assert numbers(inside) == [start, start + (15 if i < 35 else 5)]
 
 
+def test_files_that_are_no_videos_are_counted_by_their_suffixes(tmp_path, caplog):
+    write_video(tmp_path / "a.mp4")
+    for name in ("a.txt", "b.txt", "c.jpg", "d.JPG", "readme"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        Videos(tmp_path)
+    expected = f"videos:{tmp_path}: left out 4 files that are no videos by their names: 2 .jpg, 1 .txt, 1 readme"
+    assert len(caplog.messages) == 1 and sorted(caplog.messages[0].split(", ")) == sorted(expected.split(", "))
+
+
+TABLE = {  # the same clips
+    "csv": 'file,start,end,text,mark\na.mp4,0.5,1.0,wave,x\ndeep/b.webm,0:00:00.4,,,\na.mp4,,,"open, slowly",\n',
+    "tsv": "file\tstart\tend\ttext\na.mp4\t0.5\t1.0\twave\ndeep/b.webm\t0.4\t\t\na.mp4\t\t\topen, slowly\n",
+    "jsonl": '{"file": "a.mp4", "start": 0.5, "end": "1.0", "text": "wave"}\n'
+    '{"file": "deep/b.webm", "start": 0.4, "text": ""}\n\n{"file": "a.mp4", "text": "open, slowly"}\n',
+}
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_the_rows_of_a_table_are_the_episodes(tmp_path, kind):
+    (tmp_path / "deep").mkdir()
+    write_video(tmp_path / "a.mp4", fps=30)
+    write_video(tmp_path / "deep" / "b.webm", "libvpx-vp9", fps=10, num_frames=20)
+    (tmp_path / f"clips.{kind}").write_text(TABLE[kind])
+    source = open_source(f"videos:{tmp_path}?table=clips.{kind}")
+    assert source.lengths.tolist() == [15, 16, 50] and source.fps.tolist() == [30, 10, 30]
+    assert [source.instructions(episode, [0])[0] for episode in range(3)] == ["wave", "", "open, slowly"]
+    assert numbers(source.read(0, [14, 0, 7])["frames"]) == [29, 15, 22]
+    assert numbers(source.read(1, [0, 15])["frames"]) == [4, 19]
+    assert numbers(source.read(2, [49, 3])["frames"]) == [49, 3]
+    assert source.place(1) == f"{tmp_path}/deep/b.webm, {tmp_path}/clips.{kind}, row 2"
+    with pytest.raises(ValueError, match="a.mp4: expected frame numbers below 15, got 15"):
+        source.read(0, [15])
+    assert len(Clips(source, range(3), (0.0, 0.2), 32)) == 9 + 14 + 44
+    later = TABLE[kind].replace("0.5", "0.6").replace("1.0", "1.1")
+    (tmp_path / f"clips.{kind}").write_text(later)
+    moved = open_source(f"videos:{tmp_path}?table={tmp_path}/clips.{kind}")
+    assert moved.lengths.tolist() == source.lengths.tolist() and moved.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("b.mp4,0,1,", "clips.csv, row 2: .*b.mp4: not a readable video: .*No such file"),
+        ("a.mp4,1,1,", "clips.csv, row 2: expected 0 <= start < end .*, got start=1 and end=1"),
+        ("a.mp4,soon,1,", "clips.csv, row 2: expected start in seconds, such as 12.5, got 'soon'"),
+        ("a.mp4,0,1.8,", r"clips.csv, row 2: .*a.mp4 lasts 1.667 s, got 0 to 1.8 s"),
+        ("a.mp4,1.7,,", r"clips.csv, row 2: .*a.mp4 lasts 1.667 s, got 1.7 to inf s"),
+    ],
+)
+def test_a_row_that_no_file_can_show_is_named(tmp_path, row, message):
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "clips.csv").write_text(f"file,start,end,text\na.mp4,0,1,\n{row}\n")
+    with pytest.raises(ValueError, match=message):
+        Videos(tmp_path, table="clips.csv")
+    is_read = "lasts" in message or "video" in message
+    if is_read:
+        source = Videos(tmp_path, table="clips.csv", skip_broken=True)
+        assert source.num_skipped == 1 and source.lengths.tolist() == [30]
+    with pytest.raises(ValueError, match="other.csv: not a readable table in CSV, TSV or JSONL"):
+        Videos(tmp_path, table="other.csv")
+    (tmp_path / "clips.csv").write_text("path,start\na.mp4,0\n")
+    with pytest.raises(ValueError, match="row 1: expected file and, where known, start, end and text, got path, start"):
+        Videos(tmp_path, table="clips.csv")
+
+
 def test_folders_behind_links_are_searched_once_each(tmp_path):
     (tmp_path / "far").mkdir()
     write_video(tmp_path / "far" / "a.mp4")
@@ -377,7 +458,7 @@ def test_sources_of_one_name_are_told_apart_by_what_distinguishes_them(tmp_path)
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=".mp4, .webm"):
+    with pytest.raises(ValueError, match=".mp4, .m4v"):
         Videos(tmp_path)
 
 

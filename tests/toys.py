@@ -118,6 +118,8 @@ def write_video(
     with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
+        if codec == "gif":
+            stream.pix_fmt = "rgb8"
         stream.codec_context.time_base = time_base
         packets = []
         for number in range(num_frames):
