@@ -68,7 +68,6 @@ class Args(RunArgs):
     demonstrations: int | None = None  # episodes of each task whose actions are learned; None: all
     # numbers of the episodes whose actions are learned, in place of --demonstrations; with one source only
     episodes: tuple[int, ...] | None = None
-    action_free: float = 0.5  # share of the samples that come from the other episodes, which show latent actions alone
     # folder that hlrp.inverse wrote: its actions label the other episodes; with one source only
     pseudo_actions: Path | None = None
     shuffle_latents: bool = False  # a control: give each sample the latent actions of another one
@@ -81,6 +80,9 @@ class Args(RunArgs):
 
     output_dir: Path = Path("outputs/policy")  # folder of this run: checkpoints, videos and log
     steps: int = 1000  # optimizer steps of the whole run
+    batch_size: int = 32  # samples of the demonstrations in a forward pass of one process
+    # samples of the other episodes beside them, with latent actions or pseudo-actions; None: as many as --batch-size
+    video_batch_size: int | None = None
     lr: float = 1e-3  # highest learning rate; use 1e-4 or less, and adamw, for a pretrained vlm
     ema_decay: float = 0.0  # keep an exponential moving average of the weights as the policy, such as .999; 0: do not
     # validate every so many steps, and after the last one; None: a quarter of --steps, at most 250
@@ -106,8 +108,8 @@ class Args(RunArgs):
         super().check()
         if self.demonstrations is not None and (self.demonstrations < 1 or self.episodes is not None):
             raise ValueError(f"demonstrations={self.demonstrations}; expected 1 or more, and no --episodes beside it")
-        if self.action_free == 1:
-            raise ValueError("action_free=1 leaves no sample with actions; expected less than 1")
+        if (self.video_batch_size or 0) < 0:
+            raise ValueError(f"video_batch_size={self.video_batch_size}; expected 0 or more")
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError("policy.push_to_hub without policy.repo_id; expected USER/NAME")
         if self.env_eval_freq < 0 or (self.env_eval_freq and not self.env.type):
@@ -162,7 +164,9 @@ def main(args: Args) -> None:
             image_size, (cached, latents_from) = space.image_size, cached_space(sources, space)
         sizes = {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps, "image_size": image_size}
         with_video = laq is not None or args.pseudo_actions is not None
-        mixture, val_sets = mix(args, parts, times, with_video, cached, **sizes, input_size=policy.vlm.image_size)
+        mixture, val_sets, batch_size = mix(
+            args, parts, times, with_video, cached, **sizes, input_size=policy.vlm.image_size
+        )
 
         model = distribute(policy, policy.vlm.block_classes(), run.accelerator)
         optimizer = make_optimizer(args.optimizer, policy, policy.hidden_classes(), args.lr, args.weight_decay)
@@ -173,7 +177,7 @@ def main(args: Args) -> None:
                 raise ValueError(f"ema_decay={args.ema_decay}, but the model lies in shards; expected 0")
             average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         learned = policy if average is None else average.module
-        run.start(args.settings(policy=config), mixture)
+        run.start(args.settings(policy=config), mixture, batch_size)
         run.load(model, optimizer, average)
         if args.idle.is_set() and run.is_main:
             for part in parts:

@@ -100,29 +100,34 @@ def robots_of(parts: Sequence[Part], config) -> list[Clips]:
 
 
 def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, cached: dict | None, **sizes):
-    """The mixture of demonstrations and other video, and held-out samples of each source by its name.
+    """The mixture of demonstrations and other video, held-out samples of each source by its name, and the batch size:
+    `args.batch_size` samples of the demonstrations, and `args.video_batch_size` of the video where there is some.
 
     times: of the frames of a sample [s]. with_video: whether anything learns from video without actions. cached: the
-    latent space of cached latent actions. args: `action_free`, `idle`, `pseudo_actions` and those of samples are read.
+    latent space of cached latent actions. args: `idle`, `pseudo_actions` and those of samples are read too.
     """
-    clips, weights, val = [], [], {}
+    labelled, video, val = [], [], {}
     for i, part in enumerate(parts):
         settings = {"times": times, "source_index": i, "min_times": 1, **sizes}
         learned = {"latent_space": cached, "frames": None, **settings}
         if args.idle.is_set():
             learned["frames"] = busy_frames(part.source, args.idle)
         if len(part.demonstrations):
-            clips.append(Clips(part.source, part.demonstrations, **learned))
-            weights.append(part.weight * (1 - args.action_free))
+            labelled.append((part.weight, Clips(part.source, part.demonstrations, **learned)))
             held_out = Clips(part.truth, part.val, **settings)
             val[part.source.name] = choose_clips(held_out, args.val_samples, args.seed, args.skip_broken)
-        if len(part.video) and args.action_free and with_video:
-            labelled = part.video if args.pseudo_actions else ()
-            name = f"{part.source.name}-video"
-            video = clips_of(part.source, part.video, **learned, labelled_episodes=labelled, name=name, seed=args.seed)
-            clips.append(video)
-            weights.append(part.weight * args.action_free)
-    return Mixture(clips, weights, args.seed, args.skip_broken), val
+        if len(part.video) and args.video_batch_size != 0 and with_video:
+            learned |= {"labelled_episodes": part.video if args.pseudo_actions else (), "seed": args.seed}
+            clips = clips_of(part.source, part.video, **learned, name=f"{part.source.name}-video")
+            video.append((part.weight, clips))
+    batch_sizes = [args.batch_size, args.batch_size if args.video_batch_size is None else args.video_batch_size]
+    clips, weights = [], []
+    for batch_size, group in zip(batch_sizes, (labelled, video), strict=True):
+        total = sum(weight for weight, _ in group)
+        weights += [batch_size * weight / total for weight, _ in group]
+        clips += [part for _, part in group]
+    mixture = Mixture(clips, weights, args.seed, args.skip_broken)
+    return mixture, val, sum(size for size, group in zip(batch_sizes, (labelled, video), strict=True) if group)
 
 
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:

@@ -80,7 +80,7 @@ def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
     settings = record["settings"]
     step = max([record.get("step", 0), *(line["step"] for line in logged)])
     row = {"run": str(folder), "state": record["state"], "step": f"{step}/{settings['steps']}"}
-    row |= {"device": record["device"], "hours": hours(settings, logged)}
+    row |= {"device": record["device"], "hours": hours(record, logged)}
     row["script"] = Path(record["command"][0]).stem
     settings = {f"settings.{name}" if name in OWN else name: value for name, value in settings.items()}
     row["settings"] = settings
@@ -92,9 +92,11 @@ def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
     return row | settings
 
 
-def hours(settings: dict, logged: list[dict]) -> float:
+def hours(record: dict, logged: list[dict]) -> float:
     """Hours of training of all processes, by the speed that was logged."""
+    settings = record["settings"]
     samples_per_step = settings["batch_size"] * settings.get("grad_accumulation", 1) * settings["num_processes"]
+    samples_per_step = record.get("samples_per_step", samples_per_step)  # runs of 0.1.0 do not say it
     seconds, before = 0.0, 0
     for line in logged:
         if line["split"] == "train" and "samples_per_s" in line:

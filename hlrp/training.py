@@ -147,7 +147,7 @@ class RunArgs:
         for name in ("lr", "grad_clip", "temperature"):
             if (value := getattr(self, name, None)) is not None and value <= 0:
                 raise ValueError(f"{name}={value}; expected a positive number")
-        for name in ("label_fraction", "action_free", "ema_decay"):
+        for name in ("label_fraction", "ema_decay"):
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 to 1")
         count = getattr(self, "demonstrations", None)
@@ -205,13 +205,14 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def start(self, settings: dict, mixture: Mixture) -> None:
-        """Takes the folder and records the run. settings: plain values, which a resume must give again.
+    def start(self, settings: dict, mixture: Mixture, batch_size: int | None = None) -> None:
+        """Takes the folder and records the run. settings: plain values, which a resume must give again. batch_size:
+        samples in a forward pass of one process, where it is not that of the settings.
 
         Raises ValueError where another process trains in the folder, or another run is in it.
         """
         args, accelerator, folder = self.args, self.accelerator, self.args.output_dir
-        self.mixture = mixture
+        self.mixture, self.batch_size = mixture, batch_size or args.batch_size
         self.settings = settings | {
             "num_processes": accelerator.num_processes,
             "grad_accumulation": self.accumulation,
@@ -237,6 +238,7 @@ class Run:
             "started": self.before["started"] if self.before else time.strftime("%Y%m%d-%H%M%S"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "device": str(self.device),
+            "samples_per_step": self.samples_per_step,
             "mixed_precision": accelerator.mixed_precision,
             "in_shards": sharding() is not None,
             "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "accelerate", "numpy")},
@@ -301,7 +303,7 @@ class Run:
         args, accelerator = self.args, self.accelerator
         batches = loader(
             self.mixture,
-            args.batch_size,
+            self.batch_size,
             self.step * self.samples_per_step,
             **self.ranks,
             num_workers=args.num_workers,
@@ -443,7 +445,7 @@ class Run:
     @property
     def samples_per_step(self) -> int:
         """Samples of all ranks in one optimizer step."""
-        return self.args.batch_size * self.accumulation * self.accelerator.num_processes
+        return self.batch_size * self.accumulation * self.accelerator.num_processes
 
     def save(
         self,

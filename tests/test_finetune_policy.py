@@ -115,18 +115,33 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, stages, tm
 def test_accumulated_batches_with_uneven_labels_are_one_larger_batch(stages, tmp_path):
     def grad_norm(name, **settings):
         policy = {"action_head": "l1", "latent_weight": 1.0}  # no noise, which is drawn for each batch
-        train(tmp_path / name, stages, policy=policy, action_free=0.7, steps=2, eval_freq=2, **settings)
+        train(tmp_path / name, stages, policy=policy, steps=2, eval_freq=2, **settings)
         return lines(tmp_path / name)[0]["grad_norm"]
 
-    large = grad_norm("large", batch_size=8)
-    assert grad_norm("accumulated", batch_size=2, grad_accumulation=4) == pytest.approx(large, rel=2e-3)
+    large = grad_norm("large", batch_size=4, video_batch_size=8)
+    accumulated = grad_norm("accumulated", batch_size=1, video_batch_size=2, grad_accumulation=4)
+    assert accumulated == pytest.approx(large, rel=2e-3)
+
+
+@pytest.mark.parametrize("video_batch_size", [None, 3])
+def test_video_never_takes_the_place_of_demonstrations(video_batch_size, stages, tmp_path, monkeypatch):
+    """A batch has --batch-size samples with actions, whatever stands beside them."""
+    batches, advance = [], Run.batches
+    monkeypatch.setattr(Run, "batches", lambda *args: (batches.append(batch) or batch for batch in advance(*args)))
+    train(tmp_path, stages, batch_size=6, video_batch_size=video_batch_size, steps=3, eval_freq=3)
+    labelled = [int((~batch["action_is_pad"]).any(1).sum()) for batch in batches]
+    sizes = {len(batch["task"]) for batch in batches}
+    assert sizes == {6 + (6 if video_batch_size is None else video_batch_size)}
+    assert sum(labelled) == pytest.approx(6 * 3, abs=1) and min(labelled) >= 5
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["samples_per_step"] == sizes.pop()
 
 
 def test_two_processes_train_what_one_trains_however_unevenly_labels_lie(stages, tmp_path):
     policy = {"action_head": "l1", "latent_weight": 1.0}
-    train(tmp_path / "one", stages, policy=policy, action_free=0.7, steps=2, eval_freq=2)
+    train(tmp_path / "one", stages, policy=policy, batch_size=4, video_batch_size=8, steps=2, eval_freq=2)
     flags = {"policy.vla": stages / "parallel", "laq": stages / "laq", "output-dir": tmp_path / "two"}
-    flags |= {"policy.action-head": "l1", "policy.latent-weight": 1.0, "action-free": 0.7, "batch-size": 4}
+    flags |= {"policy.action-head": "l1", "policy.latent-weight": 1.0, "batch-size": 2, "video-batch-size": 4}
     flags |= {"steps": 2, "eval-freq": 2, "warmup-steps": 2, "val-samples": 16, "num-workers": 0, "log-freq": 1}
     flags |= {"demonstrations": 1, "save-freq": 2}
     flags |= {f"policy.{name}": SMALL[name] for name in SMALL if name != "push_to_hub"}
@@ -257,7 +272,7 @@ def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, t
         ({"steps": 0}, "steps=0"),
         ({"demonstrations": 0}, "demonstrations=0; expected 1 or more"),
         ({"demonstrations": 99}, "demonstrations=99, but world:clean.* has [0-9]+ training episodes of '"),
-        ({"action_free": 1.0}, "action_free=1 leaves no sample"),
+        ({"video_batch_size": -1}, "video_batch_size=-1; expected 0 or more"),
         ({"data": ("world:human?episodes=6",)}, "no source has actions"),
         ({"policy": {"push_to_hub": True}}, "policy.push_to_hub without policy.repo_id"),
         ({"policy": {"vla": "nowhere"}}, "nowhere holds no config.json"),
