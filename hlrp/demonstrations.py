@@ -320,6 +320,9 @@ class PolicySettings:
     num_inference_steps: int = 10  # with --policy.action-head flow: integration steps of a prediction
     expert_dim: int = 256  # width of the action expert, where stage 2 brings none
     expert_depth: int = 4  # transformer blocks of the action expert, where stage 2 brings none
+    # what the action expert reads: the hidden states of image and instruction, those from which stage 2 reads its
+    # latent actions, or both (UniVLA, arXiv:2505.06111); the latter two need a stage 2 of head parallel
+    action_context: Literal["prompt", "latents", "both"] = "prompt"
     latent_weight: float = 0.1  # weight of the loss of the latent actions, where the batch has them
     normalization_mapping: Normalization = field(
         default_factory=lambda: Normalization(VISUAL="IDENTITY", STATE="MEAN_STD", ACTION="MEAN_STD")

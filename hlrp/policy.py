@@ -3,7 +3,8 @@
 LeRobot's commands find it once hlrp is installed: `lerobot-train --policy.type=hlrp`, `lerobot-eval --policy.path=...`.
 
     prompt  = vlm(images, instruction)                    as in stage 2; computed once for a chunk
-    actions = expert(noise | prompt, state)               flow matching; or regression, or bins of each dimension
+    actions = expert(noise | prompt, state)               flow matching; or regression, or bins of each dimension;
+                                                          with action_context: | the queries of latent actions, too
     loss    = error(actions) + latent_weight * error(latent actions | prompt)
 
 The head of stage 2 gives the second term, for every sample that has latent actions, with or without actions.
@@ -38,7 +39,7 @@ from hlrp.demonstrations import PolicySettings
 from hlrp.images import fit
 from hlrp.metrics import normalisable
 from hlrp.transformer import masked_mean
-from hlrp.vla import VLA, FlowHead, LatentSpace, VLAConfig
+from hlrp.vla import VLA, FlowHead, LatentSpace, ParallelHead, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
 
 INSTRUCTIONS = "instructions.json"  # in a checkpoint folder
@@ -79,6 +80,8 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}; expected 1 or more")
         if self.n_action_steps > self.chunk_size:
             raise ValueError(f"n_action_steps={self.n_action_steps} is more than chunk_size={self.chunk_size}")
+        if self.action_context not in ("prompt", "latents", "both"):
+            raise ValueError(f"action_context={self.action_context!r}; expected one of prompt, latents, both")
         if self.action_head not in ("flow", "l1", "bins"):
             raise ValueError(f"action_head={self.action_head!r}; expected one of flow, l1, bins")
         if self.latent_weight < 0:
@@ -172,10 +175,17 @@ class HLRPPolicy(PreTrainedPolicy):
             # lerobot-train gives these to the preprocessor of a checkpoint itself
             dataset_meta.stats = numbers_normalisable(config, dataset_meta.stats)
         self.vlm, self.latent_head = parts(config, folder, instructions)
+        if config.action_context != "prompt" and not isinstance(self.latent_head, ParallelHead):
+            raise ValueError(
+                f"action_context={config.action_context!r}; expected prompt, since only a stage 2 of head parallel has "
+                "hidden states from which it reads all codes at once"
+            )
         shared = isinstance(self.latent_head, FlowHead)  # then one trunk serves both action spaces
         self.expert = None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
         if self.latent_head is not None and not config.latent_weight:
             self.latent_head.requires_grad_(False)
+            if config.action_context != "prompt":
+                self.latent_head.queries.requires_grad_(True)
         action_dim = config.action_feature.shape[0]
         self.trunk.requires_grad_(True)
         if shared and not config.latent_weight:
@@ -212,14 +222,15 @@ class HLRPPolicy(PreTrainedPolicy):
                 is_absent = torch.zeros(latents.shape[:2], dtype=torch.bool, device=latents.device)
             latents = torch.where(is_absent[..., None], 0, latents)  # b t n, or b t d
             predicted = self.latent_head(self.vlm, images, tasks, latents, is_absent)
-            prompt, latent_errors, has_latents = predicted.prompt, predicted.errors, (~is_absent).any(1)
+            seen = self.chosen(predicted.prompt, predicted.queries)
+            latent_errors, has_latents = predicted.errors, (~is_absent).any(1)
         else:
-            prompt = self.vlm(images, tasks)
+            seen = self.see(images, tasks)
         is_pad = batch.get("action_is_pad")
         actions = batch[ACTION]  # b t a
         if is_pad is None:
             is_pad = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
-        errors, is_labelled = self.action_errors(actions, is_pad, self.context(prompt, batch)), (~is_pad).any(1)
+        errors, is_labelled = self.action_errors(actions, is_pad, self.context(seen, batch)), (~is_pad).any(1)
         losses = errors if latent_errors is None else errors + self.config.latent_weight * latent_errors
         action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
         loss, metrics = action_loss, {"action_loss": action_loss.item()}
@@ -244,8 +255,8 @@ class HLRPPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict, noise: Tensor | None = None, **rtc: Unpack[Rtc]) -> Tensor:
         """Normalised actions (b, chunk_size, a), the first for now."""
-        prompt = self.vlm(self.images(batch), batch["task"])
-        context, config = self.context(prompt, batch), self.config
+        seen = self.see(self.images(batch), batch["task"])
+        context, config = self.context(seen, batch), self.config
         if config.action_head != "flow":
             predicted = self.trunk.regress("action", config.chunk_size, context)
             if config.action_head == "l1":
@@ -253,8 +264,8 @@ class HLRPPolicy(PreTrainedPolicy):
             bins = predicted.unflatten(-1, (-1, config.num_bins)).argmax(-1)  # b t a
             return (bins + 0.5) / config.num_bins * 2 - 1
         if noise is None:
-            shape = len(prompt.hidden), config.chunk_size, config.action_feature.shape[0]
-            noise = torch.randn(shape, device=prompt.hidden.device)
+            shape = len(seen.hidden), config.chunk_size, config.action_feature.shape[0]
+            noise = torch.randn(shape, device=seen.hidden.device)
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:  # LeRobot's time is 1 at noise
             return -self.trunk.velocity("action", x, 1 - time, context)
@@ -313,9 +324,22 @@ class HLRPPolicy(PreTrainedPolicy):
             views.append(fit(pixels.flatten(0, 1), self.vlm.image_size).unflatten(0, frames.shape[:2]))
         return torch.cat(views, dim=1)
 
-    def context(self, prompt: Encoded, batch: dict) -> Context:
-        """What the expert attends to: the prompt, and the state as one more position."""
-        hidden, mask = prompt.hidden, prompt.mask
+    def see(self, images: Tensor, tasks: Sequence[str]) -> Encoded:
+        """The hidden states that the actions are read from."""
+        if self.config.action_context == "prompt":
+            return self.vlm(images, tasks)
+        encoded, length = self.latent_head.encode(self.vlm, images, tasks), self.latent_head.length
+        return self.chosen(encoded.without(length), encoded.last(length))
+
+    def chosen(self, prompt: Encoded, queries: Encoded | None) -> Encoded:
+        """Those that `action_context` names."""
+        if self.config.action_context == "prompt":
+            return prompt
+        return queries if self.config.action_context == "latents" else prompt.followed_by(queries)
+
+    def context(self, seen: Encoded, batch: dict) -> Context:
+        """What the expert attends to: what is seen, and the state as one more position."""
+        hidden, mask = seen.hidden, seen.mask
         if self.from_state is not None:
             if OBS_STATE not in batch:
                 raise ValueError(f"the policy reads {OBS_STATE}, but the batch has none")
@@ -424,7 +448,8 @@ def start_from(folder: Path, given: PolicySettings, names: Collection[str], with
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
-    fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins expert_dim expert_depth".split()
+    fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins".split()
+    fixed += "expert_dim expert_depth action_context".split()
     default = PolicySettings()
     for name, value in ((f.name, getattr(given, f.name)) for f in fields(PolicySettings)):
         if value == getattr(default, name) and name not in names:

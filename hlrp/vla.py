@@ -55,6 +55,7 @@ class Scored(NamedTuple):
     errors: Tensor  # (b,): the loss of each sample
     prompt: Encoded  # the VLM's hidden states of images and instruction; no latent action has reached them
     metrics: dict[str, Tensor]
+    queries: Encoded | None = None  # and those from which a head reads its codes, where no latent action reaches them
 
 
 class Head(nn.Module):
@@ -177,8 +178,9 @@ class ParallelHead(CodeHead):
 
     def forward(self, vlm: VLM, images: Tensor, tasks: Sequence[str], latents: Tensor, is_pad: Tensor | None) -> Scored:
         encoded = self.encode(vlm, images, tasks)
-        logits = self.logits(encoded.hidden[:, -self.length :])  # b n k
-        return self.score(logits, latents.flatten(1), encoded.without(self.length), is_pad)
+        queries = encoded.last(self.length)
+        scored = self.score(self.logits(queries.hidden), latents.flatten(1), encoded.without(self.length), is_pad)
+        return scored._replace(queries=queries)
 
     def generate(self, vlm: VLM, images: Tensor, tasks: Sequence[str], temperature: float) -> Predicted:
         logits = self.logits(self.encode(vlm, images, tasks).hidden[:, -self.length :])

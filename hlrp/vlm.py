@@ -74,6 +74,15 @@ class Encoded(NamedTuple):
         end = self.hidden.shape[1] - length
         return Encoded(self.hidden[:, :end], self.mask[:, :end], None)
 
+    def last(self, length: int) -> "Encoded":
+        """The last `length` positions."""
+        return Encoded(self.hidden[:, -length:], self.mask[:, -length:], None)
+
+    def followed_by(self, other: "Encoded") -> "Encoded":
+        """The positions of both."""
+        hidden, mask = (torch.cat(parts, dim=1) for parts in zip(self[:2], other[:2], strict=True))
+        return Encoded(hidden, mask, None)
+
 
 class VLM(nn.Module):
     """A vision-language model without its text generation.

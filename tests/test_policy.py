@@ -101,6 +101,37 @@ def test_each_head_learns_and_its_checkpoint_predicts_the_same(head, tmp_path):
     assert predict(policy, batch).shape == (4, CHUNK, 2)
 
 
+@pytest.mark.parametrize("context", ["latents", "both"])
+@pytest.mark.parametrize("latent_weight", [0.0, 1.0])
+def test_the_actions_can_be_read_from_the_queries_of_latent_actions(context, latent_weight, stage2, tmp_path):
+    """In training, with or without the loss of latent actions, and at inference: the same hidden states."""
+    policy = nudge(make_policy(vla=stage2("parallel"), action_context=context, latent_weight=latent_weight))
+    assert policy.latent_head.queries.requires_grad
+    batch = make_batch(policy)
+    labelled = batch | {"latent_indices": torch.randint(5, (4, 1, 2)), "latent_is_pad": torch.zeros(4, 1).bool()}
+    _, metrics = policy(labelled)
+    assert ("latent_loss" in metrics) == bool(latent_weight)
+    torch.manual_seed(2)
+    with_latents = policy(labelled)[1]["action_loss"]
+    torch.manual_seed(2)
+    assert policy(batch)[1]["action_loss"] == pytest.approx(with_latents, rel=1e-4)
+
+    before = predict(policy, batch)
+    policy.latent_head.queries.data += 1.0
+    assert not torch.allclose(predict(policy, batch), before)
+    seen = policy.see(policy.images(batch), batch["task"]).hidden.shape[1]
+    prompt = policy.vlm(policy.images(batch), batch["task"]).hidden.shape[1]
+    assert seen == (2 if context == "latents" else prompt + 2)  # of two codes
+    policy.save_pretrained(tmp_path)
+    torch.testing.assert_close(predict(HLRPPolicy.from_pretrained(tmp_path), batch), predict(policy, batch))
+
+
+def test_only_a_parallel_head_has_queries_to_read_actions_from(stage2):
+    for vla in (None, stage2("flow")):
+        with pytest.raises(ValueError, match="action_context='both'; expected prompt"):
+            make_policy(action_context="both", **({} if vla is None else {"vla": vla}))
+
+
 @pytest.mark.parametrize("head", ["tokens", "parallel", "flow"])
 def test_it_starts_from_stage_2_keeps_its_head_and_needs_its_folder_no_more(head, stage2, tmp_path):
     policy = make_policy(vla=stage2(head))
@@ -486,4 +517,4 @@ def test_a_config_that_hlrp_0_1_0_has_saved_is_read_as_it_was(tmp_path):
     config = PreTrainedConfig.from_pretrained(tmp_path)
     assert isinstance(config, HLRPConfig) and config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == saved
+    assert json.loads((tmp_path / "config.json").read_text()) == saved | {"action_context": "prompt"}
