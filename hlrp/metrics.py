@@ -3,6 +3,7 @@
 A probe reads actions from latent actions: ridge regression or a small network, fitted and scored on different episodes.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import fmean
 
@@ -162,7 +163,8 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     rate = successes / trials
     centre = rate + z**2 / (2 * trials)
     spread = z * ((rate * (1 - rate) + z**2 / (4 * trials)) / trials) ** 0.5
-    return (centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)
+    low, high = ((centre + sign * spread) / (1 + z**2 / trials) for sign in (-1, 1))
+    return min(low, rate), max(high, rate)  # equal at 0 and 1, up to rounding
 
 
 def psnr(pred: Tensor, target: Tensor) -> Tensor:
@@ -324,6 +326,50 @@ def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed
 PROBES = {"ridge": ridge, "mlp": mlp}
 
 
+def few_shot(x_train: Tensor, y_train: Tensor, x_test: Tensor, seed: int = 0) -> Tensor:
+    """Prediction float64 (b_test, a) of what a few demonstrations tell: the mean of small networks.
+
+    Noise on the features and the mean over networks keep them from overfitting. No demonstration is left out to stop
+    the training: where each task has one, that would be a task unseen.
+    """
+    mean, constant = x_train.double().mean(dim=0), is_constant(x_train)
+    scale = torch.where(constant, torch.inf, x_train.double().std(dim=0, correction=0))
+    offset, spread = y_train.double().mean(dim=0), y_train.double().std(dim=0, correction=0)
+    spread = torch.where(is_constant(y_train), 1.0, spread)
+    x, x_test = (((part - mean) / scale).float() for part in (x_train, x_test))
+    y = ((y_train - offset) / spread).float()
+
+    def predict(x: Tensor) -> Tensor:  # m b d, or b d
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = F.gelu(x @ weight + bias)
+        return x @ weights[-1] + biases[-1]  # m b a
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        sizes = (x.shape[1], FEW_SHOT_HIDDEN, FEW_SHOT_HIDDEN, y.shape[1])
+        weights, biases = [], []
+        for fan_in, fan_out in pairwise(sizes):
+            weights.append(nn.Parameter(torch.randn(FEW_SHOT_NETWORKS, fan_in, fan_out).to(x) * fan_in**-0.5))
+            biases.append(nn.Parameter(torch.zeros(FEW_SHOT_NETWORKS, 1, fan_out).to(x)))
+        optimizer = torch.optim.AdamW([*weights, *biases], lr=FEW_SHOT_LR, weight_decay=FEW_SHOT_DECAY, fused=True)
+        for step in range(FEW_SHOT_STEPS):
+            optimizer.param_groups[0]["lr"] = FEW_SHOT_LR * (1 - step / FEW_SHOT_STEPS)
+            rows = torch.randint(len(x), (FEW_SHOT_NETWORKS, FEW_SHOT_BATCH)).to(x.device)
+            noisy = x[rows] + FEW_SHOT_NOISE * torch.randn(*rows.shape, x.shape[1]).to(x)
+            F.mse_loss(predict(noisy), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        predicted = torch.cat([predict(part).mean(dim=0) for part in x_test.split(8192)])
+    return offset + predicted.double() * spread
+
+
+# of `few_shot`: networks, width of their two hidden layers, optimizer steps, samples in each, learning rate, weight
+# decay, and the noise on the features [standard deviation of a feature]
+FEW_SHOT_NETWORKS, FEW_SHOT_HIDDEN, FEW_SHOT_STEPS, FEW_SHOT_BATCH = 5, 128, 300, 128
+FEW_SHOT_LR, FEW_SHOT_DECAY, FEW_SHOT_NOISE = 3e-3, 0.1, 0.2
+
+
 def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int, seed: int) -> Tensor:
     """R2 of each column over sets of episodes drawn with replacement (bootstrap): float64 (num_draws, a).
 
@@ -386,10 +432,16 @@ def probe_r2(latents: Tensor, actions: Tensor, episodes: Tensor, is_fit: Tensor 
 
 def principal_components(x: Tensor, is_fit: Tensor, num_components: int) -> Tensor:
     """Scores (b, k) of the rows (b, d) on the first components of the marked ones, at most `num_components`."""
+    return principal_axes(x[is_fit], num_components)(x)
+
+
+def principal_axes(x: Tensor, num_components: int) -> Callable[[Tensor], Tensor]:
+    """A function from rows (b, d) to their scores (b, k) on the first components of x, at most `num_components`."""
     x = x.float()
-    x = x - x[is_fit].double().mean(dim=0).float()
-    num_components = min(num_components, x.shape[1], int(is_fit.sum()) - 1)
+    mean = x.double().mean(dim=0).float()
+    num_components = min(num_components, x.shape[1], len(x) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _, _, components = torch.pca_lowrank(x[is_fit], q=min(num_components + 8, *x[is_fit].shape), niter=3)
-    return x @ components[:, :num_components]
+        _, _, components = torch.pca_lowrank(x - mean, q=min(num_components + 8, *x.shape), niter=3)
+    components = components[:, :num_components]
+    return lambda rows: (rows.float() - mean) @ components
