@@ -1,23 +1,29 @@
 """Label efficiency: success in simulation against the number of demonstrations, for hlrp and its rivals.
 
-    python -m hlrp.curve                                             # MT10, K = 1 to 50, three seeds
+    python -m hlrp.curve                                             # MT10, K = 1 to 50, four seeds
     python -m hlrp.curve --demonstrations 5 --methods hlrp bc --output-dir outputs/curve
     python -m hlrp.curve --cell $SLURM_ARRAY_TASK_ID                 # one cell of the table, for job arrays
     python -m hlrp.curve --list                                      # the cells and how each stands
 
-    hlrp       latent actions of video (stages 1 and 2), then K demonstrations beside the other video
-    bc         behaviour cloning: the same backbone and steps from K demonstrations alone
-    idm        an inverse model of the K demonstrations labels the other video, which is then cloned (hlrp.inverse)
-    random     hlrp, with a LAQ that has learned nothing
-    shuffled   hlrp, with the latent actions of other samples
+    bc          behaviour cloning: the backbone of stage 2 from scratch, K demonstrations of each task alone
+    bc_long     the same with twice the batch, so that it sees as many samples and takes as long as those with video
+    oracle      the same as bc_long with the actions of all episodes: the most that labels can give
+    pca, idm    hlrp.inverse --features pca or pixels labels the other video, which is cloned beside; no latent actions
+    labels      the same with --features laq: labels by latent actions, a policy from scratch
+    hlrp        the same, and the policy starts from stage 2
+    latents     stage 2 and its latent actions of the other video, without labels
+    random, shuffled   hlrp with a LAQ that has learned nothing, and with the latent actions of other samples
 
-Stages 1 and 2 are trained once, with seed 0; a seed is of the demonstrations, the third stage and its weights. bc and
-idm get the vlm of stage 2 as it was before. Each cell is a run folder below OUTPUT_DIR. What is finished is not run
-again, what was cut is resumed, and several processes may share the table: each waits for a stage that another one
-trains. Gives curve.json, curve.md and curve.png.
+Every method sees as many samples of the demonstrations in a step; those with video see as many of it beside. Stages 1
+and 2 are trained once, with seed 0; a seed is of the demonstrations, their labels and the policy. The episodes in
+simulation are the same in every cell, so methods are compared in pairs. Each cell is a run folder below OUTPUT_DIR.
+What is finished is not run again, what was cut is resumed, and several processes may share the table: each waits for a
+stage that another one trains. Gives curve.md, curve.png, and curve.json with a row for each episode, which a table on
+another machine can go on from.
 """
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -26,16 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import tyro
 
 from hlrp.checkpoints import hold, load_config, write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.metrics import wilson
+from hlrp.rollout import read_episodes
 from hlrp.runs import markdown_table
 
-Method = Literal["hlrp", "bc", "idm", "random", "shuffled"]
+Method = Literal["hlrp", "bc", "bc_long", "oracle", "idm", "pca", "labels", "latents", "random", "shuffled"]
+STAGED = ("hlrp", "latents", "random", "shuffled")  # methods that start from stage 2
+FEATURES = {"idm": "pixels", "pca": "pca", "labels": "laq", "hlrp": "laq", "random": "laq", "shuffled": "laq"}
 ROOT = Path(__file__).parents[1]
 LAST = "checkpoints/last/pretrained_model"
+RESULTS = "curve.json"
 
 
 @dataclass
@@ -43,7 +54,8 @@ class Args:
     data: str = "metaworld:mt10?episodes=100"  # demonstrations and, without their actions, other video
     demonstrations: tuple[int, ...] = (1, 2, 5, 10, 25, 50)  # numbers of demonstrations of each task, each a cell
     methods: tuple[Method, ...] = get_args(Method)  # methods to compare
-    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the demonstrations and the training, each a cell
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # seeds of the demonstrations and the training, each a cell
+    batch_size: int = 32  # samples of the demonstrations in a batch; bc_long and oracle take twice as many
 
     env: str = "hlrp_metaworld"  # environment in which success counts
     tasks: tuple[str, ...] = ("mt10",)  # tasks of the environment
@@ -62,26 +74,27 @@ class Args:
 
 class Cell(NamedTuple):
     method: str
-    demonstrations: int
+    demonstrations: int | None  # of each task; None: all
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.method}_k{self.demonstrations}_seed{self.seed}"
+        count = "all" if self.demonstrations is None else f"k{self.demonstrations}"
+        return f"{self.method}_{count}_seed{self.seed}"
 
 
 def main(args: Args) -> None:
     cells = cells_of(args)
     if args.list:
         for i, cell in enumerate(cells):
-            print(f"{i:4}  {cell.name:24}  {'done' if result_of(args, cell) else 'to run'}")
+            print(f"{i:4}  {cell.name:24}  {'done' if rows_of(args, cell) else 'to run'}")
         return
     record_settings(args)
     for cell in cells if args.cell is None else [cells[args.cell]]:
-        if result_of(args, cell) is None:
+        if not rows_of(args, cell):
             run_cell(args, cell)
-    results = {cell: result for cell in cells if (result := result_of(args, cell)) is not None}
-    write_json(args.output_dir / "curve.json", {cell.name: result for cell, result in results.items()})
+    results = {cell: rows for cell in cells if (rows := rows_of(args, cell))}
+    write_json(args.output_dir / RESULTS, [row for rows in results.values() for row in rows])
     text = table(args, results)
     write_text(args.output_dir / "curve.md", text)
     plot(args, results)
@@ -94,9 +107,11 @@ def cells_of(args: Args) -> list[Cell]:
         values = getattr(args, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={values}; expected one or more different values")
-    if min(args.demonstrations) < 1 or args.episodes < 1:
-        raise ValueError(f"demonstrations={args.demonstrations}, episodes={args.episodes}; expected 1 or more")
-    cells = [Cell(m, k, s) for k in args.demonstrations for s in args.seeds for m in args.methods]
+    if min(args.demonstrations) < 1 or args.episodes < 1 or args.batch_size < 1:
+        sizes = f"demonstrations={args.demonstrations}, episodes={args.episodes}, batch_size={args.batch_size}"
+        raise ValueError(f"{sizes}; expected 1 or more")
+    numbers = [(k, s, m) for k in args.demonstrations for s in args.seeds for m in args.methods]
+    cells = list(dict.fromkeys(Cell(m, None if m == "oracle" else k, s) for k, s, m in numbers))
     if args.cell is not None and not 0 <= args.cell < len(cells):
         raise ValueError(f"cell={args.cell}; expected 0 to {len(cells) - 1}")
     return cells
@@ -104,7 +119,7 @@ def cells_of(args: Args) -> list[Cell]:
 
 def record_settings(args: Args) -> None:
     """Writes what all cells share, or raises ValueError where the folder holds a table of other settings."""
-    names = ("data", "env", "tasks", "episodes", "eval_seed", "laq_flags", "vla_flags", "policy_flags", "inverse_flags")
+    names = "data batch_size env tasks episodes eval_seed laq_flags vla_flags policy_flags inverse_flags".split()
     settings = json.loads(json.dumps({name: getattr(args, name) for name in names}))
     file = args.output_dir / "settings.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -118,22 +133,21 @@ def record_settings(args: Args) -> None:
 
 def run_cell(args: Args, cell: Cell) -> None:
     """Trains what the cell needs and is not there, then its policy, and rolls that out."""
-    policy = args.output_dir / cell.name
-    shared = {"--data": args.data, "--demonstrations": cell.demonstrations, "--seed": cell.seed}
-    flags = shared | {"--output-dir": policy}
-    more = shlex.split(args.policy_flags)
-    if cell.method in ("hlrp", "random", "shuffled"):
-        laq, vla = stages(args, cell.method)
+    policy, method = args.output_dir / cell.name, cell.method
+    shared = {"--data": args.data, "--seed": cell.seed}
+    if cell.demonstrations is not None:
+        shared["--demonstrations"] = cell.demonstrations
+    batch_size = args.batch_size * (2 if method in ("bc_long", "oracle") else 1)
+    flags = shared | {"--output-dir": policy, "--batch-size": batch_size}
+    if method in STAGED:
+        laq, vla = stages(args, method)
         flags |= {"--laq": laq / LAST, "--policy.vla": vla / LAST}
-        more += ["--shuffle-latents"] if cell.method == "shuffled" else []
     else:
         flags |= {"--policy.vla": "None"} | backbone(args)
-    if cell.method == "idm":
-        labels = args.output_dir / f"inverse_k{cell.demonstrations}_seed{cell.seed}"
-        with exclusive(labels):
-            if not labels.is_dir():
-                run([*"-m hlrp.inverse".split(), *shlex.split(args.inverse_flags)], shared | {"--output-dir": labels})
-        flags["--pseudo-actions"] = labels
+    more = shlex.split(args.policy_flags)
+    if method in FEATURES:
+        flags["--pseudo-actions"] = pseudo_actions(args, cell, shared)
+        more += ["--policy.latent-weight", "0"] if method in STAGED else []
     with exclusive(policy):
         train("finetune_policy.py", policy, flags, more)
         tasks = ["--tasks", *args.tasks] if args.tasks else []
@@ -143,22 +157,42 @@ def run_cell(args: Args, cell: Cell) -> None:
             run(["-m", "hlrp.rollout", *tasks], count | batch)
 
 
+def pseudo_actions(args: Args, cell: Cell, shared: dict) -> Path:
+    """The folder of the labels that a cell's method gives the other video, made here where it is not there yet."""
+    method, features = cell.method, FEATURES[cell.method]
+    name = features if features != "laq" or method in ("hlrp", "labels") else method
+    labels = args.output_dir / f"inverse_{name}_k{cell.demonstrations}_seed{cell.seed}"
+    flags, more = shared | {"--output-dir": labels, "--features": features}, shlex.split(args.inverse_flags)
+    if features == "laq":
+        flags["--laq"] = first_stage(args, method) / LAST
+        more += ["--shuffle-latents"] if method == "shuffled" else []
+    with exclusive(labels):
+        if not labels.is_dir():
+            run(["-m", "hlrp.inverse", *more], flags)
+    return labels
+
+
 def backbone(args: Args) -> dict:
     """Flags by which rivals without stage 2 get its vlm, where the table has a method with it."""
-    staged = [method for method in args.methods if method in ("hlrp", "random", "shuffled")]
+    staged = [method for method in args.methods if method in STAGED]
     if not staged:
         return {"--policy.vlm": "tiny"}
     vlm = load_config(stages(args, staged[0])[1] / LAST, "vla")["vla"]["vlm"]
     return {"--policy.vlm": vlm["vlm"]} | ({"--policy.image-size": vlm["image_size"]} if vlm["image_size"] else {})
 
 
-def stages(args: Args, method: str) -> tuple[Path, Path]:
-    """Run folders of stage 1 and stage 2, trained here where they are not there yet."""
+def first_stage(args: Args, method: str) -> Path:
+    """Run folder of stage 1, trained here where it is not there yet."""
     laq = args.output_dir / ("laq_random" if method == "random" else "laq")
-    vla = args.output_dir / f"vla_{method}"
     untrained = "--steps 1 --warmup-steps 0 --lr 1e-12".split() if method == "random" else []
     with exclusive(laq):
         train("train_laq.py", laq, {"--data": args.data, "--output-dir": laq}, shlex.split(args.laq_flags) + untrained)
+    return laq
+
+
+def stages(args: Args, method: str) -> tuple[Path, Path]:
+    """Run folders of stage 1 and stage 2, trained here where they are not there yet."""
+    laq, vla = first_stage(args, method), args.output_dir / f"vla_{'hlrp' if method == 'latents' else method}"
     control = {"random": ["--accept-failed-laq"], "shuffled": ["--shuffle-latents"]}.get(method, [])
     with exclusive(vla):
         train("train_vla.py", vla, {"--laq": laq / LAST, "--output-dir": vla}, shlex.split(args.vla_flags) + control)
@@ -188,34 +222,84 @@ def exclusive(folder: Path):
         yield
 
 
-def result_of(args: Args, cell: Cell) -> dict | None:
-    file = args.output_dir / cell.name / "rollout.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def rows_of(args: Args, cell: Cell) -> list[dict]:
+    """A row for each episode in simulation: method, demonstrations, seed, task, episode_seed, success.
+
+    They are those of the cell's own folder, or of curve.json, which may come from another machine; none where the cell
+    is not done."""
+    facts, folder = cell._asdict(), args.output_dir / cell.name
+    if (folder / "rollout.json").is_file():
+        episodes = [row for of_task in read_episodes(folder).values() for row in of_task]
+        return [
+            facts | {"task": row["task"], "episode_seed": row["seed"], "success": int(row["success"])}
+            for row in episodes
+        ]
+    file = args.output_dir / RESULTS
+    known = json.loads(file.read_text()) if file.is_file() else []
+    return [row for row in known if facts.items() <= row.items()]
 
 
-def pooled(results: dict[Cell, dict], method: str, demonstrations: int) -> tuple[int, int]:
-    """Successes and episodes over the seeds."""
-    rows = [r["all"] for c, r in results.items() if (c.method, c.demonstrations) == (method, demonstrations)]
-    return sum(row["successes"] for row in rows), sum(row["episodes"] for row in rows)
+def successes(results: dict[Cell, list[dict]], method: str, demonstrations: int) -> dict[tuple, int]:
+    """Success by (seed, task, episode_seed)."""
+    if method == "oracle":
+        demonstrations = None
+    cells = [cell for cell in results if (cell.method, cell.demonstrations) == (method, demonstrations)]
+    rows = [row for cell in cells for row in results[cell]]
+    return {(row["seed"], row["task"], row["episode_seed"]): row["success"] for row in rows}
 
 
-def table(args: Args, results: dict[Cell, dict]) -> str:
-    """Markdown: success over all seeds and tasks, its 95 % Wilson interval, and the number of episodes."""
-    rows = [["demonstrations of each task", *args.methods]]
+class Gain(NamedTuple):
+    """How much more often one method succeeds than another, in the episodes that both tried."""
+
+    mean: float
+    error: float  # standard error of the mean over the seeds; nan with one seed
+    z: float  # of the mean over single episodes, as they come in pairs
+    episodes: int
+
+
+def gain(results: dict[Cell, list[dict]], method: str, rival: str, demonstrations: int) -> Gain | None:
+    """Paired difference of success; None where they share no episode."""
+    one, other = (successes(results, name, demonstrations) for name in (method, rival))
+    differences = {key: one[key] - other[key] for key in one if key in other}
+    if not differences:
+        return None
+    values = np.array(list(differences.values()))
+    seeds = sorted({seed for seed, _, _ in differences})
+    means = [np.mean([d for (s, _, _), d in differences.items() if s == seed]) for seed in seeds]
+    error = float(np.std(means, ddof=1) / math.sqrt(len(seeds))) if len(seeds) > 1 else math.nan
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    z = float(values.mean() / spread * math.sqrt(len(values))) if spread else 0.0
+    return Gain(float(values.mean()), error, z, len(values))
+
+
+def table(args: Args, results: dict[Cell, list[dict]]) -> str:
+    """Markdown: success over all seeds and tasks, its 95 % Wilson interval, and the number of episodes; then each
+    method's gain over bc and bc_long."""
+    lines = [["demonstrations of each task", *args.methods]]
     for k in args.demonstrations:
         row = [str(k)]
         for method in args.methods:
-            successes, episodes = pooled(results, method, k)
-            if not episodes:
+            outcomes = list(successes(results, method, k).values())
+            if not outcomes:
                 row.append("–")
                 continue
-            low, high = wilson(successes, episodes)
-            row.append(f"{successes / episodes:.2f} ({low:.2f} to {high:.2f}; {episodes})")
-        rows.append(row)
-    return markdown_table(rows) + "\n"
+            low, high = wilson(sum(outcomes), len(outcomes))
+            row.append(f"{sum(outcomes) / len(outcomes):.2f} ({low:.2f} to {high:.2f}; {len(outcomes)})")
+        lines.append(row)
+    text = markdown_table(lines) + "\n"
+    for rival in [name for name in ("bc", "bc_long") if name in args.methods]:
+        others = [method for method in args.methods if method != rival]
+        if not others:
+            continue
+        lines = [[f"gain over {rival}, ± its error over seeds; z of paired episodes", *others]]
+        for k in args.demonstrations:
+            gains = [gain(results, method, rival, k) for method in others]
+            lines.append([str(k), *(f"{g.mean:+.2f} ± {g.error:.2f}; {g.z:.1f}" if g else "–" for g in gains)])
+        text += "\n" + markdown_table(lines) + "\n"
+    return text
 
 
-def plot(args: Args, results: dict[Cell, dict]) -> None:
+def plot(args: Args, results: dict[Cell, list[dict]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,8 +307,8 @@ def plot(args: Args, results: dict[Cell, dict]) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for i, method in enumerate(args.methods):
-        counts = {k: pooled(results, method, k) for k in sorted(args.demonstrations)}
-        known = {k: (s / n, *wilson(s, n)) for k, (s, n) in counts.items() if n}
+        outcomes = {k: list(successes(results, method, k).values()) for k in sorted(args.demonstrations)}
+        known = {k: (sum(o) / len(o), *wilson(sum(o), len(o))) for k, o in outcomes.items() if o}
         if known:
             rates, lows, highs = zip(*known.values(), strict=True)
             places = [k * 1.02 ** (i - len(args.methods) / 2) for k in known]  # beside each other
