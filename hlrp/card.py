@@ -3,28 +3,26 @@
 The protocol gathers LAOM's (Nikulin et al. 2025, arXiv:2502.00379), CoMo's (Yang et al. 2025, arXiv:2505.17006) and
 Genie's (Bruce et al. 2024, arXiv:2402.15391). Probes are fitted on some episodes and scored on others. An interval
 covers 95 % of the sets of scored episodes that are drawn with replacement.
-
-In `algebra`, z(a, b) is the latent action from frame a to frame b, minus the mean of z(a, a), where nothing changes.
 """
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Subset
 
 from hlrp.clips import SAMPLE_KEYS, Clips
 from hlrp.images import resize
-from hlrp.laq import LAQ, LatentActions
-from hlrp.laq_validation import Share, partners
+from hlrp.laq import LatentActions
+from hlrp.laq_validation import Share
 from hlrp.metrics import (
     PROBES,
     code_health,
-    episode_split,
+    few_shot,
     is_constant,
     k_means,
     mutual_information,
@@ -42,12 +40,14 @@ MAX_COMPONENTS = 256  # principal components of frames that a control has, at mo
 MIN_COMPONENTS = 32  # principal components of the observation, however few dimensions a latent action has
 MIN_MISSING = 0.02  # R2 that an observation misses, below which nobody can add to it
 NUM_DRAWS = 1000  # of the bootstrap
+NUM_DEMONSTRATIONS = (1, 5)  # of each task, that a probe is fitted on
 NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # clusters of actions; shifts of the codes against them, for the null
 MIN_TRANSFERRED = 0.05  # R2 within an embodiment, below which a ratio to it means nothing
 MAX_EPISODES = 50  # that a probe tries to tell apart by their latent actions
 
 Z, OBSERVATION, BOTH, CHANGE = "z", "observation", "observation + z", "change of pixels"
 CEILING = "observation + true change"  # of the state
+STATES = "true state and change"
 RANDOM, SHUFFLED, LABELS = "random encoder", "shuffled futures", "labels only"
 
 
@@ -63,11 +63,12 @@ class Pairs(NamedTuple):
     embodiments: Tensor | None  # int64 (b,)
     latents: dict[str, LatentActions]  # vectors (b, n, e), indices (b, m)
     state_change: Tensor | None = None  # float64 (b, s), from the first frame to the second
+    tasks: Sequence[str] = ()  # the instruction of each pair
 
 
 def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
     """Reads two sets once, of the episodes to fit on and of the episodes to score, and encodes them by every model."""
-    rows, latents, num_fit = [], {name: [] for name in encoders}, len(sets[0])
+    rows, tasks, latents, num_fit = [], [], {name: [] for name in encoders}, len(sets[0])
     for side, dataset in enumerate(sets):
         for _, batch in share.batches(dataset):
             first, second = batch["frames"].unbind(1)
@@ -79,6 +80,7 @@ def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], La
             if "embodiment" in batch:
                 row["embodiments"] = batch["embodiment"]
             rows.append(row)
+            tasks += batch["task"]
             for name, encode in encoders.items():
                 latents[name].append(encode(batch["frames"]))
     changes = [state_change(dataset.dataset, i) for dataset in sets for i in dataset.indices if "state" in batch]
@@ -96,6 +98,7 @@ def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], La
         column("embodiments"),
         {name: joined(parts) for name, parts in latents.items()},
         torch.stack(changes) if changes else None,
+        tasks,
     )
 
 
@@ -259,6 +262,41 @@ def information(
     }, z
 
 
+def few_shots(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict[int, dict[str, dict]]:
+    """What networks read of few demonstrations (`hlrp.metrics.few_shot`), as `hlrp.inverse` labels video by them.
+
+    By the number of demonstrations of each task, and by what stands beside the principal components of the first frame:
+    r2 and r2_per_dim of the mean action. A number that a task does not have is left out.
+    """
+    y = pairs.actions[:, varying(pairs.actions, pairs.is_fit)].double()
+    first, second = flat(pairs.first), flat(pairs.second)
+    observation = principal_components(first, pairs.is_fit, MIN_COMPONENTS)
+    inputs = {OBSERVATION: observation.new_zeros(len(observation), 0), Z: features[Z]}
+    inputs[CHANGE] = principal_components(second - first, pairs.is_fit, MIN_COMPONENTS)
+    if RANDOM in features:
+        inputs[RANDOM] = features[RANDOM]
+    if pairs.state_change is not None:
+        inputs[STATES] = torch.cat([pairs.facts["state"], pairs.state_change], dim=1)
+    inputs["true action"] = y
+
+    episodes = {}  # of each task, those to fit on
+    for task, episode, is_fit in zip(pairs.tasks, pairs.episodes.tolist(), pairs.is_fit.tolist(), strict=True):
+        if is_fit:
+            episodes.setdefault(task, {})[episode] = None
+    figures: dict[int, dict[str, dict]] = {}
+    for count in NUM_DEMONSTRATIONS:
+        if min(map(len, episodes.values())) < count:
+            continue
+        rng = np.random.default_rng(seed)
+        chosen = [e for of_task in episodes.values() for e in rng.permutation(sorted(of_task))[:count].tolist()]
+        shown, figures[count] = torch.isin(pairs.episodes, torch.tensor(chosen)), {}
+        for name, x in inputs.items():
+            x = torch.cat([x.float(), observation], dim=1)
+            scores = r2_per_dim(few_shot(x[shown], y[shown], x[~pairs.is_fit], seed), y[~pairs.is_fit])
+            figures[count][name] = {"r2": float(scores.mean()), "r2_per_dim": scores.tolist()}
+    return figures
+
+
 def leakage(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict:
     """What z tells of what is no action: r2 with its interval.
 
@@ -365,145 +403,11 @@ def ratio_of_transfer(cells: list[dict]) -> float | None:
     return fmean(ratios) if ratios else None
 
 
-def neighbours(vectors: Tensor, episodes: Tensor, rows: Sequence[int], count: int) -> list[list[int]]:
-    """For each row the pairs of the nearest latent actions (b, d), of other episodes, one of each."""
-    vectors, found = F.normalize(vectors - vectors.mean(dim=0), dim=1), []
-    for row in rows:
-        order, seen, near = ((vectors @ vectors[row]).argsort(descending=True).tolist(), {int(episodes[row])}, [])
-        for i in order:
-            if int(episodes[i]) not in seen:
-                seen.add(int(episodes[i]))
-                near.append(i)
-            if len(near) == count:
-                break
-        found.append(near)
-    return found
-
-
 def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
     """What probes read of latent actions (b, d): one indicator per code where codes come without vectors."""
     if not actions.vectors.numel():
         return one_hot_features(actions.indices, codebook_size)
     return probe_features(actions.vectors, actions.indices, codebook_size)
-
-
-CAMERA_SHIFT = 1 / 32  # of the frame's side
-BRIGHTNESS = 0.8
-BATCH_SIZE = 64
-MIN_FITTED = 2  # episodes, to choose the penalty of a ridge on
-
-
-def shifted(frames: Tensor, pixels: int) -> Tensor:
-    """Frames uint8 (b, c, h, w) as a camera that turned sees them: moved right and down, the border repeated."""
-    size = frames.shape[-1]
-    padded = F.pad(frames.float(), (pixels, 0, pixels, 0), mode="replicate")
-    return padded[..., :size, :size].to(torch.uint8)
-
-
-def darker(frames: Tensor) -> Tensor:
-    return (frames.float() * BRIGHTNESS).to(torch.uint8)
-
-
-def relative_error(pred: Tensor, target: Tensor) -> float:
-    """Squared error (b, d) over the variance of the target: 0 is exact, 1 as good as the mean."""
-    spread = (target - target.mean(dim=0)).square().sum()
-    return float((pred - target).square().sum() / spread.clamp(min=1e-12))
-
-
-@torch.no_grad()
-def algebra(laq: LAQ, frames: Tensor, tasks: list[str], episodes: Tensor, has_third: Tensor, seed: int = 0) -> dict:
-    """frames: uint8 (b, 3, c, h, w), a, b, c, delta apart; has_third: bool (b,), whether the episode reaches c.
-
-    Plain JSON:
-        zero_transition         median length of z(a, a), over that of z(a, b)
-        camera_shift            of z(a, a shifted), likewise
-        crop, brightness        of what z(a, b) changes by where both frames are shifted, or darker, likewise;
-                                None: half of all z(a, b) are z(a, a)
-        reversal                relative error of -z(a, b) as z(b, a)
-        additivity              of z(a, b) + z(b, c) as z(a, c); None: fewer than four episodes reach c
-        cycle                   of z(a, decoded from a and z(a, b)) as z(a, b); None: no pixels are decoded
-        cycle_tokens            share of the discrete tokens that the cycle gives back; None: continuous
-    The last four are {"true", "shuffled"}: the latter with the latent action of another pair for z(a, b) or z(b, c).
-    reversal and additivity are also {"linear", "linear_shuffled"}: the error of a ridge map from z(a, b), or from both,
-    fitted on half of the episodes, which asks whether there is a rule at all, in whatever coordinates.
-    """
-    device = next(laq.parameters()).device
-
-    def linear(x: Tensor, y: Tensor, of: Tensor) -> float:
-        is_fit = episode_split(of, share=0.5, seed=seed).to(device)
-        return relative_error(ridge(x[is_fit], y[is_fit], x[~is_fit], of.to(device)[is_fit]), y[~is_fit].double())
-
-    def label(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        pairs = torch.stack([first, second], dim=1).split(BATCH_SIZE)
-        vectors, indices = zip(*(laq.label(part.to(device)) for part in pairs), strict=True)
-        return torch.cat(vectors).flatten(1), None if indices[0] is None else torch.cat(indices).flatten(1)
-
-    def z(first: Tensor, second: Tensor) -> Tensor:
-        return label(first, second)[0] - origin
-
-    a, b, c = frames.unbind(1)
-    pixels = max(1, round(CAMERA_SHIFT * frames.shape[-1]))
-    nothing, _ = label(a, a)
-    origin = nothing.mean(dim=0)
-    forward, true_indices = label(a, b)
-    forward = forward - origin
-    others = partners(torch.zeros(len(a), dtype=torch.int64), seed).to(device)
-    size = float(forward.norm(dim=-1).median())
-
-    def response(difference: Tensor) -> float | None:
-        return float(difference.norm(dim=-1).median()) / size if size else None
-
-    figures = {
-        "zero_transition": response(nothing - origin),
-        "camera_shift": response(z(a, shifted(a, pixels))),
-        "crop": response(z(shifted(a, pixels), shifted(b, pixels)) - forward),
-        "brightness": response(z(darker(a), darker(b)) - forward),
-    }
-    backward = z(b, a)
-    figures |= {"reversal": None, "additivity": None, "cycle": None, "cycle_tokens": None}
-    if len(episodes.unique()) >= 2 * MIN_FITTED:
-        figures["reversal"] = {
-            "true": relative_error(-forward, backward),
-            "shuffled": relative_error(-forward[others], backward),
-            "linear": linear(forward, backward, episodes),
-            "linear_shuffled": linear(forward[others], backward, episodes),
-        }
-    if len(episodes[has_third].unique()) >= 2 * MIN_FITTED:
-        a, b, c = frames[has_third].unbind(1)
-        first, second, both = forward[has_third.to(device)], z(b, c), z(a, c)
-        swapped = partners(torch.zeros(len(second), dtype=torch.int64), seed)
-        other, of = second[swapped.to(device)], episodes[has_third]
-        figures["additivity"] = {
-            "true": relative_error(first + second, both),
-            "shuffled": relative_error(first + other, both),
-            "linear": linear(torch.cat([first, second], dim=1), both, of),
-            "linear_shuffled": linear(torch.cat([first, other], dim=1), both, of),
-        }
-    if "pixels" in laq.weights:
-        a, b, _ = frames.unbind(1)
-        decoded = [decode(laq, *part, device) for part in parts(a, b, tasks)]
-        again, indices = label(a, torch.cat(decoded))
-        again = again - origin
-        figures["cycle"] = {"true": relative_error(again, forward), "shuffled": relative_error(again[others], forward)}
-        if indices is not None:
-            figures["cycle_tokens"] = {
-                "true": float((indices == true_indices).double().mean()),
-                "shuffled": float((indices[others] == true_indices).double().mean()),
-            }
-    return figures
-
-
-def parts(a: Tensor, b: Tensor, tasks: list[str]):
-    for i in range(0, len(a), BATCH_SIZE):
-        rows = slice(i, i + BATCH_SIZE)
-        yield a[rows], b[rows], tasks[rows]
-
-
-def decode(laq: LAQ, first: Tensor, second: Tensor, tasks: list[str], device) -> Tensor:
-    """The second frames as they are decoded, uint8."""
-    codes, _ = laq.encode(torch.stack([first, second], dim=1).to(device))
-    pixels = laq.decode(first.to(device), codes, tasks, second.to(device))["pixels"]
-    return (pixels * 255).round().to(torch.uint8).cpu()
 
 
 def flat(frames: Tensor) -> Tensor:

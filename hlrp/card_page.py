@@ -27,6 +27,12 @@ def rows(card: dict) -> Iterator[Row]:
     """Every figure of one source's card."""
     if "information" in card:
         yield from of_information(card["information"])
+    for count, figures in card.get("few_shots", {}).items():
+        beside = ", ".join(f"{name} {figures[name]['r2']:z.2f}" for name in figures if name != Z)
+        words = "one demonstration" if int(count) == 1 else f"{count} demonstrations"
+        yield Row(
+            "Few demonstrations", f"R2 of the actions from {words} of each task", f"{figures[Z]['r2']:z.2f}", beside
+        )
     if "dependence" in card:
         yield from of_dependence(card["dependence"])
     for name, figures in card.get("leakage", {}).items():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hlrp.card import BOTH, RANDOM, Pairs, Z, neighbours, varying
+from hlrp.card import BOTH, RANDOM, Pairs, Z, varying
 from hlrp.clips import short
 from hlrp.plots import BLUE, GREY, INK, MAX_SCATTERED, ORANGE, STYLE, Row, latent_map, moving, png, sheet, usage_chart
 
@@ -198,6 +198,21 @@ def transfer_matrix(cells: list[dict]) -> Figure:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
+
+
+def neighbours(vectors: Tensor, episodes: Tensor, rows: Sequence[int], count: int) -> list[list[int]]:
+    """For each row the pairs of the nearest latent actions (b, d), of other episodes, one of each."""
+    vectors, found = F.normalize(vectors - vectors.mean(dim=0), dim=1), []
+    for row in rows:
+        order, seen, near = ((vectors @ vectors[row]).argsort(descending=True).tolist(), {int(episodes[row])}, [])
+        for i in order:
+            if int(episodes[i]) not in seen:
+                seen.add(int(episodes[i]))
+                near.append(i)
+            if len(near) == count:
+                break
+        found.append(near)
+    return found
 
 
 def neighbours_grid(path: Path, pairs: Pairs, scored: Dataset) -> Path:

@@ -32,10 +32,10 @@ from hlrp.card import (
     SHUFFLED,
     Pairs,
     Z,
-    algebra,
     dependence,
     episode_identity,
     features_of,
+    few_shots,
     health,
     information,
     leakage,
@@ -43,6 +43,7 @@ from hlrp.card import (
     read_pairs,
     transfer,
 )
+from hlrp.card_algebra import algebra
 from hlrp.card_plots import draw
 from hlrp.clips import Clips
 from hlrp.contract import Stream, labelled_episodes, split_episodes
@@ -280,6 +281,7 @@ def judged(
     if pairs.actions is not None:
         card["information"], z = information(pairs, features, groups, seed)
         predicted = z.pred
+        card["few_shots"] = few_shots(pairs, features, seed)
         if pairs.latents[Z].indices is not None:
             card["dependence"] = dependence(pairs.latents[Z].indices, pairs.actions, seed)
         if pairs.embodiments is not None and len(pairs.embodiments.unique()) > 1:

@@ -6,7 +6,7 @@ from math import log
 from pathlib import Path
 from typing import NamedTuple
 
-from hlrp.card import BOTH, CHANGE, LABELS, OBSERVATION, RANDOM, SHUFFLED, Z
+from hlrp.card import BOTH, CHANGE, LABELS, OBSERVATION, RANDOM, SHUFFLED, STATES, Z
 from hlrp.checkpoints import load_config
 from hlrp.laq_validation import HEALTHY_FROM, alarms
 
@@ -38,7 +38,7 @@ def r2(figures: dict) -> str:
 
 def verdict(name: str, card: dict) -> list[Line]:
     """One line a finding, failures first. A card passes without any of these."""
-    lines = [*of_information(card), *of_use(name, card), *of_algebra(card.get("algebra"))]
+    lines = [*of_information(card), *of_few_shots(card), *of_use(name, card), *of_algebra(card.get("algebra"))]
     lines += [*of_leakage(card), *of_transfer(card)]
     order = ("fail", "alarm", "good", "note")
     return sorted(lines, key=lambda line: order.index(line.level))
@@ -121,6 +121,24 @@ def of_information(card: dict) -> Iterator[Line]:
         f"The ceiling here is R2 {top['r2']:z.2f} ({top['name']}); the observation and the latent actions reach "
         f"{both:z.2f}." + (f" Missing: {'; '.join(missing)}." if missing else ""),
     )
+
+
+def of_few_shots(card: dict) -> Iterator[Line]:
+    """Of the fewest demonstrations, where a good latent action helps most."""
+    if not card.get("few_shots"):
+        return
+    count, figures = next(iter(card["few_shots"].items()))
+    found, rival = figures[Z]["r2"], figures[CHANGE]["r2"]
+    words = "one demonstration" if int(count) == 1 else f"{count} demonstrations"
+    ceiling = f", the true state {figures[STATES]['r2']:z.2f}" if STATES in figures else ""
+    text = (
+        f"From {words} of each task, the first frame given, they tell the actions with R2 {found:z.2f}; the principal "
+        f"components of the change tell {rival:z.2f}, the first frame alone {figures[OBSERVATION]['r2']:z.2f}{ceiling}."
+    )
+    if found <= rival:
+        yield Line("alarm", f"What needs no learning does as well with few labels. {text}")
+    else:
+        yield Line("good" if found - rival >= MIN_GAP else "note", text)
 
 
 def missing_of(figures: dict, health: dict) -> list[str]:

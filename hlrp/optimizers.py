@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from hlrp.checkpoints import save_tensors, write_json
 
-
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic whose slope at 0 is the largest
 
 

@@ -12,18 +12,18 @@ from hlrp.card import (
     RANDOM,
     Pairs,
     Z,
-    algebra,
     dependence,
     episode_identity,
+    few_shots,
     health,
     information,
     leakage,
-    neighbours,
     ratio_of_transfer,
     transfer,
 )
-from hlrp.card_plots import transfer_matrix
-from hlrp.card_verdict import passed, verdict, worth
+from hlrp.card_algebra import algebra
+from hlrp.card_plots import neighbours, transfer_matrix
+from hlrp.card_verdict import of_few_shots, passed, verdict, worth
 from hlrp.laq import LatentActions
 from hlrp.metrics import episode_split
 
@@ -49,6 +49,7 @@ def pairs():
         {"motion of ball": ball, "always the same": constant},
         episodes % 2,
         {},
+        tasks=[f"task {episode % 4}" for episode in episodes.tolist()],
     )
 
 
@@ -67,6 +68,28 @@ def test_the_true_action_scores_above_99_percent_and_passes(pairs):
     assert card["constant_dims"] == 1 and [*card["probes"][Z]["ridge"]["groups"]] == ["first"]
     assert card["gains"][OBSERVATION]["interval"][0] > 0.9 and card["gains"]["increment"]["r2"] > 0.9
     assert passed(lines)
+
+
+def test_few_demonstrations_of_each_task_tell_the_actions_from_latents_that_hold_them(pairs):
+    """Four tasks: one demonstration each is 40 pairs. Frames and random vectors say nothing."""
+    random = torch.randn(800, 2, generator=torch.Generator().manual_seed(1))
+    figures = few_shots(pairs, {Z: pairs.actions[:, :2].float(), RANDOM: random}, seed=0)
+    assert [*figures] == [1, 5]
+    for count, least in {1: 0.3, 5: 0.75}.items():
+        assert figures[count][Z]["r2"] > least and figures[count]["true action"]["r2"] > least
+        assert max(figures[count][name]["r2"] for name in (OBSERVATION, RANDOM, CHANGE)) < 0.1
+    few = pairs._replace(tasks=[f"task {episode}" for episode in pairs.episodes.tolist()])
+    assert [*few_shots(few, {Z: random}, seed=0)] == [1]  # a task with one episode has no five
+
+
+def test_the_verdict_compares_few_demonstrations_with_what_needs_no_learning():
+    def level(z, change):
+        values = {Z: z, CHANGE: change, OBSERVATION: 0.4}
+        (line,) = of_few_shots({"few_shots": {1: {name: {"r2": r2} for name, r2 in values.items()}}})
+        assert "From one demonstration of each task" in line.text
+        return line.level
+
+    assert [level(0.74, 0.65), level(0.67, 0.65), level(0.6, 0.65)] == ["good", "note", "alarm"]
 
 
 def test_random_vectors_score_within_5_percent_of_0_and_are_called_useless(pairs):
