@@ -43,13 +43,12 @@ from hlrp.card import (
     read_pairs,
     transfer,
 )
-from hlrp.card_algebra import algebra
 from hlrp.card_plots import draw
 from hlrp.clips import Clips
 from hlrp.contract import Stream, labelled_episodes, split_episodes
 from hlrp.data import Mixture, action_statistics, choose_clips, collate, loader
 from hlrp.laq import LAQ, LAQConfig, LatentActions
-from hlrp.laq_validation import Share, code_use, encode_all
+from hlrp.laq_validation import Share, algebra, code_use, encode_all
 from hlrp.metrics import MIN_EPISODES, episode_split, principal_components
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.pictures import bindings_of, draw_pictures, read_buckets

@@ -21,10 +21,10 @@ from hlrp.card import (
     ratio_of_transfer,
     transfer,
 )
-from hlrp.card_algebra import algebra
 from hlrp.card_plots import neighbours, transfer_matrix
 from hlrp.card_verdict import of_few_shots, passed, verdict, worth
 from hlrp.laq import LatentActions
+from hlrp.laq_validation import algebra
 from hlrp.metrics import episode_split
 
 SIZE = {"pairs": 800, "health": {"dims": 2, "effective_dims": 2.0}}
