@@ -35,6 +35,15 @@ def under_launcher() -> bool:
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
 
 
+def choose_threads(num_processes: int) -> None:
+    """Sets how many threads compute on a CPU: OMP_NUM_THREADS, or a share of the cores that this process may use.
+
+    A launcher sets OMP_NUM_THREADS to 1 where the user did not, so there that counts as not given."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not given or (under_launcher() and given == "1"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+
+
 def die_with_launcher() -> None:
     """Asks the kernel to send this process SIGTERM when the launcher that started it dies, for any reason.
 

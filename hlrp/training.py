@@ -49,6 +49,7 @@ from hlrp.checkpoints import (
 from hlrp.data import Mixture, loader
 from hlrp.distributed import (
     Watchdog,
+    choose_threads,
     die_with_launcher,
     fails_first,
     full,
@@ -191,8 +192,8 @@ class Run:
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self.ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
         self.accumulation = accelerator.gradient_accumulation_steps  # the launcher may have set it
-        if self.device.type == "cpu":  # accelerate launch leaves one thread
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+        if self.device.type == "cpu":
+            choose_threads(accelerator.num_processes)
             keep_freed_memory()
         # how often what waits for the device is looked at [optimizer step]
         self.check_freq = 1 if self.device.type == "cpu" else 10

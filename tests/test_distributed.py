@@ -29,13 +29,30 @@ from toys import FLAGS, one_cpu, rank_of
 import train_vla
 from hlrp import laq_validation as validation
 from hlrp import pictures
-from hlrp.distributed import Watchdog, distribute
+from hlrp.distributed import Watchdog, choose_threads, distribute
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.training import Run
 from hlrp.vla import VLA, VLAConfig
 
 ROOT = Path(train_vla.__file__).parent
 DATA = ("world:clean?episodes=6", "world:human?episodes=6@0.6")  # with and without actions
+
+
+@pytest.mark.parametrize(
+    ("given", "launched", "threads"),
+    [(None, False, 3), ("2", False, 2), ("1", False, 1), ("1", True, 3), ("2", True, 2)],
+)
+def test_the_threads_that_the_user_gives_are_kept(given, launched, threads, monkeypatch):
+    """Six cores, two processes; torch itself reads OMP_NUM_THREADS when it is loaded."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("hlrp.distributed.under_launcher", lambda: launched)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    chosen = [int(given or 6)]
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    choose_threads(num_processes=2)
+    assert chosen[-1] == threads
 
 
 def train(folder, name, batch_size):
