@@ -94,7 +94,8 @@ def main(args: Args) -> None:
         if not rows_of(args, cell):
             run_cell(args, cell)
     results = {cell: rows for cell in cells if (rows := rows_of(args, cell))}
-    write_json(args.output_dir / RESULTS, [row for rows in results.values() for row in rows])
+    others = [row for row in read_results(args) if Cell(*(row[name] for name in Cell._fields)) not in results]
+    write_json(args.output_dir / RESULTS, others + [row for rows in results.values() for row in rows])
     text = table(args, results)
     write_text(args.output_dir / "curve.md", text)
     plot(args, results)
@@ -234,9 +235,12 @@ def rows_of(args: Args, cell: Cell) -> list[dict]:
             facts | {"task": row["task"], "episode_seed": row["seed"], "success": int(row["success"])}
             for row in episodes
         ]
+    return [row for row in read_results(args) if facts.items() <= row.items()]
+
+
+def read_results(args: Args) -> list[dict]:
     file = args.output_dir / RESULTS
-    known = json.loads(file.read_text()) if file.is_file() else []
-    return [row for row in known if facts.items() <= row.items()]
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def successes(results: dict[Cell, list[dict]], method: str, demonstrations: int) -> dict[tuple, int]:

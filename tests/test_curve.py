@@ -81,6 +81,9 @@ def test_each_cell_is_trained_and_rolled_out_once_and_stages_are_shared(runs, tm
     shutil.copy(tmp_path / "curve.json", elsewhere)
     main(Args(demonstrations=(1, 5), seeds=(0, 1), output_dir=elsewhere))
     assert len(runs) == len(scripts) and (elsewhere / "curve.md").read_text() == text
+    main(Args(demonstrations=(1,), seeds=(0,), methods=("bc",), output_dir=elsewhere))  # a part of it loses nothing
+    kept = json.loads((elsewhere / "curve.json").read_text())
+    assert len(kept) == len(episodes) and all(row in kept for row in episodes)
 
 
 def test_methods_are_compared_in_the_episodes_that_both_tried():
