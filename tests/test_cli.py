@@ -34,6 +34,17 @@ DERIVED = {
 }
 
 
+def test_the_list_of_commands_names_each_with_a_line():
+    listed = subprocess.run(
+        [sys.executable, "-m", "hlrp"], cwd=LIBRARY.parent, check=True, capture_output=True, text=True
+    ).stdout
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in listed.splitlines()[:-2])
+    assert {f"python -m hlrp.{name}" for name in COMMANDS} | {"python train_laq.py"} < set(lines)
+    assert lines["python train_laq.py"].startswith("Stage 1: ") and "python -m hlrp.cli" not in lines
+    readme = (LIBRARY.parent / "README.md").read_text()
+    assert not [call for call in lines if call.removeprefix("python ") not in readme]
+
+
 def help_of(parsed, config=()) -> dict[str, str]:
     """The help of each flag, without its default."""
     with warnings.catch_warnings():
