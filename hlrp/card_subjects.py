@@ -236,7 +236,7 @@ def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.get("seed", 0))
-        model = InverseModel(image_size, len(statistics[0])).to(device)
+        model = InverseModel(image_size, len(statistics[0]), num_steps=1).to(device)
     model.mean[:], model.std[:] = statistics
     return train(model, [clips], steps, edit=with_mean_action, **settings)
 
@@ -244,7 +244,7 @@ def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **
 @torch.no_grad()
 def predicted_actions(model: nn.Module, frames: Tensor) -> Tensor:
     """frames uint8 (b, 2, c, h, w) -> (b, a)."""
-    return model.standardised(frames) * model.std + model.mean
+    return model.standardised(frames)[:, 0] * model.std + model.mean
 
 
 logger = logging.getLogger(__name__)
