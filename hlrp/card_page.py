@@ -27,14 +27,14 @@ def rows(card: dict) -> Iterator[Row]:
     """Every figure of one source's card."""
     if "information" in card:
         yield from of_information(card["information"])
+    if "dependence" in card:
+        yield from of_dependence(card["dependence"])
     for count, figures in card.get("few_shots", {}).items():
         beside = ", ".join(f"{name} {figures[name]['r2']:z.2f}" for name in figures if name != Z)
         words = "one demonstration" if int(count) == 1 else f"{count} demonstrations"
         yield Row(
             "Few demonstrations", f"R2 of the actions from {words} of each task", f"{figures[Z]['r2']:z.2f}", beside
         )
-    if "dependence" in card:
-        yield from of_dependence(card["dependence"])
     for name, figures in card.get("leakage", {}).items():
         beside = [f"{other} {figures[other]['r2']:z.2f}" for other in figures if other != Z]
         yield Row("Leakage", f"R2 of the {name}", r2(figures[Z]), ", ".join(beside))
@@ -209,6 +209,13 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
             "true action in its first two dimensions (pale: slow; grey: the source has none). Colours apart: the "
             "latent actions tell directions apart.",
         },
+    ),
+    "Few demonstrations": (
+        (
+            "How many labels does it take to read the actions? Networks are fitted on the pairs of a few demonstrations "
+            "of each task; each input stands beside the first frame. This is how hlrp.inverse labels video."
+        ),
+        {},
     ),
     "Leakage": (
         (
