@@ -212,7 +212,7 @@ SECTIONS = {  # of the table's rows: why, and the pictures with what they show
     ),
     "Few demonstrations": (
         (
-            "How many labels does it take to read the actions? Networks are fitted on the pairs of a few demonstrations "
+            "How many labels does it take to read the actions? Networks are fitted on pairs of a few demonstrations "
             "of each task; each input stands beside the first frame. This is how hlrp.inverse labels video."
         ),
         {},
