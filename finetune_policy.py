@@ -143,6 +143,7 @@ def main(args: Args) -> None:
         robots = robots_of(parts, config)
         if args.policy_path is None:
             config.input_features, config.output_features = robot_features(robots, args.state)
+            config.crop = robots[0].source.crop
         refuse_other_cameras(sources, config)
         if args.env.type:
             refuse_environment(args, config)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hlrp.contract import EncodedSource, Source, too_coarse
-from hlrp.images import decode_clips, fit, fit_all
+from hlrp.images import decode_clips, fit, fit_all, point_in_middle
 
 logger = logging.getLogger(__name__)
 # keys that a sample gives a meaning; other columns and facts of a source must have other names
@@ -94,6 +94,7 @@ class Clips(Dataset):
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
+        self.crop = getattr(source, "crop", False)  # a plain class with what is read of it is a source, too
         self.min_times = len(times) if min_times is None else min_times
         self.episodes = np.asarray(episodes, dtype=np.int64)
         self.labelled_episodes = self.episodes
@@ -113,7 +114,7 @@ class Clips(Dataset):
         self.starts = None
         if frames is not None:
             self.starts = [frames[e][frames[e] < n] for e, n in zip(self.episodes, num_clips, strict=True)]
-        uneven = getattr(source, "uneven", {})  # a plain class with what is read of it is a source, too
+        uneven = getattr(source, "uneven", {})
         if any(episode in uneven for episode in self.episodes.tolist()):
             self.starts = self._evenly_spaced(self.starts or [np.arange(n) for n in num_clips])
         if self.starts is not None:
@@ -195,7 +196,8 @@ class Clips(Dataset):
         source, found = self.source, self.source.latent_space
         if found is None:
             raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
-        for name, value in (self.latent_space | {"camera": source.camera}).items():
+        found = {"crop": False} | found  # which records of earlier versions do not have
+        for name, value in (self.latent_space | {"camera": source.camera, "crop": self.crop}).items():
             if found[name] != value:
                 raise ValueError(
                     f"{source.uri}: expected latent actions of {name}={value!r}, got {name}={found[name]!r}; "
@@ -276,7 +278,7 @@ class Clips(Dataset):
         return Plan(starts, clip_frames, action_frames, action_is_pad, latent_is_pad, requests)
 
     def _read(self, plan: Plan) -> Iterator[dict]:
-        """For each request: what read() gives, with `frames` letterboxed into the square, `native` frames in their own
+        """For each request: what read() gives, with `frames` made square, `native` frames in their own
         size, and the `task` and the `labels` of each sample."""
         if isinstance(self.source, EncodedSource):
             yield from self._read_encoded(self.source, plan)
@@ -285,7 +287,7 @@ class Clips(Dataset):
             with naming(self.source, request.episode):
                 read = self.source.read(request.episode, request.frames)
                 read |= self._known(plan, request)
-            yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size)}
+            yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size, self.crop)}
 
     def _read_encoded(self, source: EncodedSource, plan: Plan) -> Iterator[dict]:
         encoded, reads = [], []
@@ -301,7 +303,7 @@ class Clips(Dataset):
             return f"{source.uri}, episode {episode}: {source.place(episode)}, frame {frame}"
 
         natives = decode_clips(encoded, name)
-        for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size), strict=True):
+        for read, native, frames in zip(reads, natives, fit_all(natives, self.image_size, self.crop), strict=True):
             yield read | {"native": native, "frames": frames}
 
     def _known(self, plan: Plan, request: Request) -> dict:
@@ -329,6 +331,8 @@ class Clips(Dataset):
         fps, num_shown = float(source.fps[episode]), len(self.times) if self.latent_space is None else 1
         native, fitted, labels, tasks = map(read.pop, ("native", "frames", "labels", "task"))
         state, point = read.pop("state", None), read.pop("point", None)
+        if point is not None and self.crop:
+            point = point_in_middle(point, *native.shape[-2:])
         pictures, where = {}, source.place(episode)
         if self.input_size is not None:
             viewed = np.array([places[num_shown:] for places in place])
@@ -350,7 +354,7 @@ class Clips(Dataset):
                 "fps": fps,
             }
             if pictures:
-                views = [fit(pictures[camera][j], self.input_size) for camera in sorted(pictures)]
+                views = [fit(pictures[camera][j], self.input_size, self.crop) for camera in sorted(pictures)]
                 sample["images"] = torch.cat(views)
             if source.state_dim:
                 sample["state"] = state[shown[0]]

@@ -34,6 +34,8 @@ from 0 in each episode, and `indices` are such numbers, in any order.
     idle_scores(span)             dict                    precomputed scores, as `hlrp.idle` defines them  None
     num_skipped                   int                     broken files or episodes that were left out      0
     unread                        str                     columns of the data that read() leaves out       ""
+    crop                          bool                    whether frames are cut to their middle square    False
+                                                          before they are used, in place of letterboxed
 
 An `EncodedSource` stores each frame on its own, in a format that `hlrp.images` decodes. It has, in place of read():
 
@@ -52,7 +54,7 @@ and in place of the rest:
 A **sample** is a flat dict of one clip: frames of one episode at given times, counted from its first frame, t = 0.
 
     key             shape                  what it is
-    frames          uint8 (t, c, h, w)     the frame at each time, letterboxed into a square
+    frames          uint8 (t, c, h, w)     the frame at each time, letterboxed into a square or cut to one (crop)
     images          uint8 (v, c, h, w)     what a policy sees at t = 0, where it is asked for (input_size)
     task            str                    the instruction at t = 0
     dataset         str                    name of the source
@@ -103,6 +105,7 @@ class Described(ABC):
     state_dim: int = 0
     num_skipped: int = 0
     unread: str = ""
+    crop: bool = False
     views: Mapping[str, "Source"] = NONE
     uneven: Mapping[int, np.ndarray] = NONE
     latent_space: dict | None = None

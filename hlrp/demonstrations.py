@@ -154,8 +154,12 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
 
 
 def refuse_other_cameras(sources: list, config) -> None:
-    """Raises ValueError for a source with more or fewer cameras than the policy."""
+    """Raises ValueError for a source with more or fewer cameras than the policy, and for a robot's whose frames are cut
+    where the policy's are not."""
     for source in sources:
+        if source.action_dim and source.crop != config.crop:
+            wanted, found = ("with" if crop else "without" for crop in (config.crop, source.crop))
+            raise ValueError(f"{source.uri}: expected it {wanted} ?crop=center, as the policy sees, got it {found}")
         found = [source.camera, *source.views]
         if len(found) != len(config.image_features):
             raise ValueError(

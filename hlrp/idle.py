@@ -76,7 +76,7 @@ def episode_scores(source: Source, episode: int, span: float) -> dict[str, np.nd
     small = []
     for start in range(0, length, CHUNK):
         frames = source.read(episode, range(start, min(start + CHUNK, length)))["frames"]
-        small.append(fit(frames, IMAGE_SIZE))
+        small.append(fit(frames, IMAGE_SIZE, getattr(source, "crop", False)))
     small = torch.cat(small).to(torch.int16)
     found = {"motion": (small[later] - small[first]).abs().float().mean(dim=(1, 2, 3)).numpy()}
     if source.action_dim:
@@ -133,7 +133,7 @@ def save_picture(path: Path, source, config: IdleConfig, episodes) -> None:
     for row, episode in enumerate(episodes.tolist()):
         length = int(source.lengths[episode])
         frames = np.linspace(0, length - 1, min(SHOWN_FRAMES, length)).astype(int)
-        pictures = fit(source.read(episode, frames)["frames"], IMAGE_SIZE)
+        pictures = fit(source.read(episode, frames)["frames"], IMAGE_SIZE, source.crop)
         task = source.instructions(episode, frames[:1])[0]
         is_busy = np.isin(frames, busy[episode])
         red = torch.tensor([230, 30, 30], dtype=torch.uint8)[:, None, None]

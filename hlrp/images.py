@@ -1,7 +1,7 @@
 """Encoded frames, and frames on their way from the decoder to the batch.
 
-An encoded frame is a JPEG, a PNG, or raw YUV 4:2:0 as an NPY array; its first bytes tell which. JPEG and PNG are turned
-as their EXIF orientation says, as a viewer shows them. No pickle is read.
+An encoded frame is a JPEG, a PNG, a WebP, or raw YUV 4:2:0 as an NPY array; its first bytes tell which. JPEG and PNG
+are turned as their EXIF orientation says, as a viewer shows them. No pickle is read.
 """
 
 import io
@@ -63,8 +63,8 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
 
 
 def decode_other(data: bytes) -> np.ndarray:
-    """Decodes PNG, NPY, and JPEG with EXIF, which simplejpeg would not turn. Returns uint8 (h, w, c)."""
-    if data.startswith((PNG, JPEG)):
+    """Decodes PNG, WebP, NPY, and JPEG with EXIF, which simplejpeg would not turn. Returns uint8 (h, w, c)."""
+    if data.startswith((PNG, JPEG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
         from torchvision.io import ImageReadMode, decode_image
 
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -73,7 +73,7 @@ def decode_other(data: bytes) -> np.ndarray:
         return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)  # the upper 8 of 16 bits
     if data.startswith(NPY):
         return from_yuv420(load_array(data))
-    raise ValueError(f"it begins with {data[:8]!r}; expected a JPEG, a PNG or an NPY array of YUV 4:2:0")
+    raise ValueError(f"it begins with {data[:8]!r}; expected a JPEG, a PNG, a WebP or an NPY array of YUV 4:2:0")
 
 
 def load_array(data: bytes) -> np.ndarray:
@@ -88,11 +88,27 @@ def from_yuv420(planes: np.ndarray) -> np.ndarray:
     return av.VideoFrame.from_ndarray(planes, "yuv420p").to_ndarray(format="rgb24")
 
 
-def fit(frames: Tensor, image_size: int) -> Tensor:
-    """Letterbox: the whole picture inside a square, aspect kept, antialiased, black around it.
+def middle(frames: Tensor) -> Tensor:
+    """The largest square in the middle of the picture."""
+    h, w = frames.shape[-2:]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    return frames[..., top : top + side, left : left + side]
+
+
+def point_in_middle(point: Tensor, h: int, w: int) -> Tensor:
+    """A point (..., 2) of `hlrp.contract` in the middle square of a picture of h x w pixels; nan outside of it."""
+    point = point * (max(h, w) / min(h, w))
+    return torch.where((point.abs() > 1).any(dim=-1, keepdim=True), math.nan, point)
+
+
+def fit(frames: Tensor, image_size: int, crop: bool = False) -> Tensor:
+    """Letterbox: the whole picture inside a square, aspect kept, antialiased, black around it. With `crop`, only the
+    middle of the picture, which fills the square.
 
     frames: uint8 (t, c, h, w) of any size; returns uint8 (t, c, image_size, image_size).
     """
+    frames = middle(frames) if crop else frames
     h, w = frames.shape[-2:]
     if h == w == image_size:
         return frames
@@ -109,12 +125,12 @@ def fit(frames: Tensor, image_size: int) -> Tensor:
     return canvas
 
 
-def fit_all(clips: Sequence[Tensor], image_size: int) -> list[Tensor]:
+def fit_all(clips: Sequence[Tensor], image_size: int, crop: bool = False) -> list[Tensor]:
     """Fits each clip as `fit` does; clips of one shape all at once, into one memory."""
     shapes = {clip.shape for clip in clips}
     if len(shapes) != 1 or shapes.pop()[-2:] == (image_size, image_size):
-        return [fit(clip, image_size) for clip in clips]
-    frames = fit(stacked(clips).flatten(0, 1), image_size)
+        return [fit(clip, image_size, crop) for clip in clips]
+    frames = fit(stacked(clips).flatten(0, 1), image_size, crop)
     return list(frames.unflatten(0, (len(clips), -1)))
 
 

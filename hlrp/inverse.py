@@ -188,7 +188,7 @@ def every_episode(source: Source) -> Sequence[int]:
 
 def frames_of(source: Source, episode: int, size: int) -> Tensor:
     """uint8 (t, c, size, size)"""
-    return fit(source.read(episode, np.arange(source.lengths[episode]))["frames"], size)
+    return fit(source.read(episode, np.arange(source.lengths[episode]))["frames"], size, source.crop)
 
 
 def learned(
@@ -289,7 +289,7 @@ class PseudoLabelled(Source):
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
         self.uri, self.name, self.camera, self.views = source.uri, source.name, source.camera, source.views
-        self.lengths, self.fps, self.uneven = source.lengths, source.fps, source.uneven
+        self.lengths, self.fps, self.uneven, self.crop = source.lengths, source.fps, source.uneven, source.crop
         self.action_dim, self.state_dim, self.latent_space = source.action_dim, source.state_dim, source.latent_space
 
     def actions(self, episode: int, indices: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ from hlrp.checkpoints import whole_folder, write_json
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
 from hlrp.contract import Stream
-from hlrp.images import fit
+from hlrp.images import fit, middle, point_in_middle
 from hlrp.laq import LAQ, LatentActions
 from hlrp.lerobot_data import ACTION, LATENT_ACTION, LATENT_INDICES, LATENT_SPACE, STATE, LeRobotData, find_dataset
 from hlrp.lerobot_files import POINT
@@ -76,6 +76,7 @@ def main(args: Args) -> None:
     frame_offsets(laq, source)  # raises before anything is written
     facts = asdict(latent_space(laq)) | {
         "camera": source.camera if is_lerobot else CAMERA,
+        "crop": is_lerobot and source.crop,  # of video, the frames that are written are cut
         "source": source.uri,
         "source_fingerprint": source.fingerprint,
         "mixed_precision": "bf16" if bf16 else "no",
@@ -160,7 +161,7 @@ def label_episode(laq: LAQ, source, episode: int, offset: int, batch_size: int) 
     length = int(source.lengths[episode])
     for start in range(0, length, batch_size):
         frames = source.read(episode, np.arange(start, min(start + batch_size, length)))["frames"]
-        frames = fit(frames, laq.config.image_size).to(laq.queries.device)  # t c h w
+        frames = fit(frames, laq.config.image_size, source.crop).to(laq.queries.device)  # t c h w
         new = laq.embed(laq.observe(frames[None]))[0]  # t n d
         embedded = new if embedded is None else torch.cat([embedded, new])
         if len(embedded) > offset:
@@ -198,6 +199,8 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
     datasets.disable_progress_bars()
     fps = common_fps(source)
     height, width = (image_size, image_size) if image_size is not None else common_size(source)
+    if source.crop:
+        height = width = min(height, width)
     if height % 2 or width % 2 or min(height, width) < 16:
         raise ValueError(
             f"{source.uri}: expected frames of an even size from 16 pixels on, got {width} x {height}; "
@@ -224,14 +227,17 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
         for start in range(0, length, QUEUE_SIZE):
             indices = np.arange(start, min(start + QUEUE_SIZE, length))
             read = source.read(episode, indices)
-            frames = read["frames"] if image_size is None else fit(read["frames"], image_size)
+            size = read["frames"].shape[-2:]
+            frames = middle(read["frames"]) if source.crop else read["frames"]
+            frames = frames if image_size is None else fit(frames, image_size)
             columns = {CAMERA: frames.permute(0, 2, 3, 1).numpy()}
             if source.state_dim:
                 columns[STATE] = read["state"].numpy()
             if source.action_dim:
                 columns[ACTION] = source.actions(episode, indices).numpy()
             if point_dim:
-                columns[POINT] = read["point"].numpy()
+                point = point_in_middle(read["point"], *size) if source.crop else read["point"]
+                columns[POINT] = point.numpy()
             tasks = source.instructions(episode, indices)
             for i in range(len(indices)):
                 while any(queue.full() for queue in queues.values()):  # LeRobot would drop the frame

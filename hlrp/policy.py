@@ -68,6 +68,7 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
     scheduler_warmup_steps: int = 500
     scheduler_decay_steps: int = 20_000
 
+    crop: bool = False  # cut frames to their middle square in place of letterboxing them, as ?crop=center does
     stage2: dict[str, Any] | None = None  # configs of the checkpoint of stage 2 that it started from; hlrp sets it
 
     def __post_init__(self):
@@ -321,7 +322,8 @@ class HLRPPolicy(PreTrainedPolicy):
                     f"{key} has {frames.shape[1]} frames; expected {self.config.n_obs_steps}, one step apart"
                 )
             pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8)
-            views.append(fit(pixels.flatten(0, 1), self.vlm.image_size).unflatten(0, frames.shape[:2]))
+            pixels = fit(pixels.flatten(0, 1), self.vlm.image_size, self.config.crop)
+            views.append(pixels.unflatten(0, frames.shape[:2]))
         return torch.cat(views, dim=1)
 
     def see(self, images: Tensor, tasks: Sequence[str]) -> Encoded:

@@ -26,6 +26,7 @@ from hlrp.tars import Sample, as_column, read_samples, tasks_of, to_array, to_ob
 
 logger = logging.getLogger(__name__)
 PLAN = "shards.json"  # in a folder that hlrp.shards writes
+ENDINGS = (".tar", ".tgz", ".tar.gz")  # a compressed one is streamed
 LABELS = ("latent_vectors", "latent_indices")
 NOT_READ = ("action", "timestamp", *LABELS)  # arrays that read() does not give
 
@@ -38,7 +39,7 @@ def find_tars(location: str | Path) -> list[str]:
     """The TARs that a folder holds, or that a path or a URL with braces names."""
     path = Path(location).expanduser()
     if not is_url(location) and path.is_dir():
-        tars = sorted(str(tar) for tar in path.glob("*.tar"))
+        tars = sorted(str(tar) for tar in path.iterdir() if tar.name.endswith(ENDINGS))
         if not tars:
             raise ValueError(f"shards:{location}: no .tar in this folder; python -m hlrp.shards writes some")
         return tars
@@ -315,7 +316,7 @@ def open_url(url: str) -> BinaryIO:
 def to_episode(sample: Sample, fps: float | None) -> Episode:
     return Episode(
         f"{sample.path}: {sample.key}",
-        [member.data for member in sample.frames()],
+        [member.data for member in sample.frames()] if sample.video is None else sample.video,
         sample.fps(fps),
         sample.task,
         sample.columns.get("state"),

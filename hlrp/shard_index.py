@@ -214,6 +214,11 @@ def index_tar(
     first, same = None, {}
     with open(tar, "rb") as file:
         for sample in read_samples(file, str(tar), ignore):
+            if sample.video is not None:
+                raise ValueError(
+                    f"{tar}: {sample.key} is a video, which is streamed; to read it at random, write its frames into "
+                    f"shards: python -m hlrp.shards --data 'shards:{tar.parent}' --output-dir DIR"
+                )
             images = sample.frames()
             shapes = {name: list(column.shape[1:]) for name, column in sorted(sample.columns.items())}
             first = first or (sample.key, shapes)

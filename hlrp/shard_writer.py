@@ -18,10 +18,10 @@ from torch import Tensor
 from hlrp.checkpoints import sync
 from hlrp.contract import EncodedSource, Stream
 from hlrp.idle import episode_scores
-from hlrp.images import JPEG, NPY, PNG, fit
+from hlrp.images import JPEG, NPY, PNG, fit, middle, point_in_middle
 from hlrp.shard_index import SUFFIX, index_tar
 from hlrp.sources import open_source
-from hlrp.streams import Episode
+from hlrp.streams import Episode, VideoFrames
 from hlrp.tars import END, array_bytes, changes_of, member_bytes
 
 logger = logging.getLogger(__name__)
@@ -168,13 +168,14 @@ def view_of(source, number: int) -> View:
 
 
 def view_passing(episode: Episode) -> View:
+    is_video = isinstance(episode.frames, VideoFrames)  # whose frames are no files
     return View(
         len(episode.frames),
         episode.fps,
         episode.read,
         None if episode.action is None else episode.actions,
         episode.instructions,
-        encoded=lambda indices: [episode.frames[i] for i in indices],
+        encoded=lambda indices: [] if is_video else [episode.frames[i] for i in indices],
     )
 
 
@@ -194,8 +195,11 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
     for chunk in np.split(indices, range(CHUNK, len(indices), CHUNK)):
         read = view.read(chunk)
         native, _ = read.pop("frames"), read.pop("task")  # the tasks of all frames stand in the header
+        if source.crop and "point" in read:
+            read["point"] = point_in_middle(read["point"], *native.shape[-2:])
+        native = middle(native) if source.crop else native
         frames = native if settings.image_size is None else fit(native, settings.image_size)
-        data = view.encoded(chunk) if view.encoded and frames is native else []
+        data = view.encoded(chunk) if view.encoded and frames is native and not source.crop else []
         if not data or not all(d.startswith(FIRST_BYTES[settings.codec]) for d in data):
             data = [encode(frame, settings.codec, settings.quality) for frame in frames]
         encoded += data

@@ -219,6 +219,8 @@ def verify(folder: Path) -> int:
 
 def index_all(args: Args) -> int:
     tars = [Path(tar) for tar in find_tars(str(args.output_dir))]
+    if packed := [tar for tar in tars if tar.suffix != ".tar"]:
+        raise ValueError(f"{packed[0]}: compressed, and so streamed; expected plain .tar for an index")
     missing = [tar for tar in tars if not tar.with_suffix(SUFFIX).is_file()]
     for tar in tqdm(missing, unit="shard", disable=None):
         content = index_tar(tar, args.fps, args.ignore, {"ignore": args.ignore, "skipped": {}})

@@ -3,6 +3,7 @@
 A new format is one class (`hlrp.contract.Source`) and one line in `FORMATS`.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +22,12 @@ def boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
+
+
+def center(text: str) -> bool:
+    if text != "center":
+        raise ValueError(text)
+    return True
 
 
 class Format(NamedTuple):
@@ -49,6 +56,7 @@ FORMATS = {
         | {"bgr": boolean, "root": str},
     ),
 }
+COMMON = {"crop": center}  # options of every format
 
 
 class SourceURI(NamedTuple):
@@ -77,7 +85,7 @@ def parse_uri(text: str) -> SourceURI:
         expected = ", ".join(f"{known}:..." for known in FORMATS)
         raise ValueError(f"{text}: not a data source; expected one of {expected}")
 
-    types, options, others = FORMATS[scheme].options, {}, []
+    types, options, others = {**FORMATS[scheme].options, **COMMON}, {}, []
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")
         value = unquote(value)
@@ -85,7 +93,7 @@ def parse_uri(text: str) -> SourceURI:
             if "://" in location:  # the query may belong to this address
                 others.append(part)
                 continue
-            raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {', '.join(types) or 'none'}")
+            raise ValueError(f"{text}: unknown option {key!r}; options of {scheme}: {', '.join(types)}")
         try:
             options[key] = types[key](value)
         except ValueError:
@@ -113,8 +121,14 @@ def expand(uris: Sequence[str]) -> tuple[str, ...]:
 def open_source(uri: str, skip_broken: bool = False) -> Source | Stream:
     """The source that a URI names. A broken file is an error; with `skip_broken` it is left out and counted."""
     uri, scheme, location, options, _ = parse_uri(uri)
+    crop = options.pop("crop", False)
     module, name = FORMATS[scheme].opener.split(":")
-    return getattr(import_module(module), name)(location, uri=uri, skip_broken=skip_broken, **options)
+    source = getattr(import_module(module), name)(location, uri=uri, skip_broken=skip_broken, **options)
+    if crop:
+        source.fingerprint = hashlib.sha256(f"{source.fingerprint} cropped".encode()).hexdigest()[:16]
+        for camera in (source, *source.views.values()):
+            camera.crop = True
+    return source
 
 
 def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tuple[list[Source | Stream], list[float]]:
@@ -159,9 +173,10 @@ def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | 
     """The parts of the path in a URI, the last of which names a source, and its options."""
     _, _, location, options, _ = parse_uri(uri)
     path = Path(location).expanduser()
-    if path.exists() or (path.parent.is_dir() and path.suffix == ".tar"):
+    is_tar = path.name.endswith((".tar", ".tgz", ".tar.gz"))
+    if path.exists() or (path.parent.is_dir() and is_tar):
         path = path.absolute()
-    return (path.parent if path.suffix == ".tar" else path).parts, sorted(options.items())
+    return (path.parent if is_tar else path).parts, sorted(options.items())
 
 
 def instructions(

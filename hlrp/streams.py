@@ -7,9 +7,14 @@ readers. A resumed run starts at the beginning of a shard, and sees again what w
 
 import hashlib
 import logging
+import os
+import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count, islice
 from operator import itemgetter
 from typing import NamedTuple
@@ -32,6 +37,59 @@ class LateFrames(Sequence[bytes]):
     """Encoded frames of an episode that are made when they are asked for; nbytes is their size in memory."""
 
     nbytes: int
+    name: str  # for errors
+
+    def decoded(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (t, c, h, w)"""
+        return decode_all([self[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
+
+
+class VideoFrames(LateFrames):
+    """The frames of a video file in memory, at its mean rate as `hlrp.videos.VideoReader.grid` has them. Raises
+    ValueError, which begins with `name`, where it cannot be read."""
+
+    def __init__(self, data: bytes, name: str):
+        self.data, self.name, self.nbytes = data, name, len(data)
+        with self.naming():
+            reader = open_in_memory(self, os.getpid())
+            self.fps, self.length = reader.index.fps, len(reader.grid)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> bytes:
+        from torchvision.io import encode_png
+
+        return encode_png(self.decoded([index])[0].contiguous(), compression_level=1).numpy().tobytes()
+
+    def decoded(self, indices: Sequence[int]) -> Tensor:
+        with self.naming():
+            reader = open_in_memory(self, os.getpid())
+            return reader.numbered(reader.grid[np.asarray(indices)])
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(re.sub(r"/proc/self/fd/\d+", lambda _: self.name, str(error))) from error
+
+
+@lru_cache(maxsize=4)
+def open_in_memory(frames: VideoFrames, process: int):
+    """A reader of a file that lies in memory alone, opened once in each process."""
+    from hlrp.videos import VideoReader
+
+    with open(os.memfd_create("video"), "wb", closefd=False) as file:
+        file.write(frames.data)
+        descriptor = file.fileno()
+    try:
+        reader = VideoReader(f"/proc/self/fd/{descriptor}")
+    except ValueError:
+        os.close(descriptor)
+        raise
+    weakref.finalize(reader, os.close, descriptor)  # it may open the file again
+    return reader
 
 
 @dataclass
@@ -60,7 +118,10 @@ class Episode:
         return self.frames.nbytes if isinstance(self.frames, LateFrames) else sum(map(len, self.frames))
 
     def read(self, indices: Sequence[int]) -> dict:
-        frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
+        if isinstance(self.frames, LateFrames):
+            frames = self.frames.decoded(indices)
+        else:
+            frames = decode_all([self.frames[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
         read: dict = {"frames": frames, "task": self.instructions(indices)[0]}
         if self.state is not None:
             read["state"] = self.states(indices)
@@ -83,7 +144,7 @@ class Held(Source):
 
     def __init__(self, stream, episodes: Sequence[Episode], numbers: Sequence[int]):
         self.uri, self.name, self.camera = stream.uri, stream.name, stream.camera
-        self.fingerprint = stream.fingerprint
+        self.fingerprint, self.crop = stream.fingerprint, stream.crop
         self.state_dim, self.action_dim = stream.state_dim, stream.action_dim
         self.episodes, self.episode_numbers = list(episodes), list(numbers)
         self.lengths = np.array([len(episode.frames) for episode in self.episodes])

@@ -1,11 +1,14 @@
 """TAR files as `webdataset` has them: members that share a name up to its first dot are a sample, here one episode.
 
 Members of an episode, by what follows the dot; any part but the frames may be missing:
-    json              an object: fps; task, or instruction, or text; task_changes, [[0, TASK], [FRAME, TASK], ...],
-                      where the task is another from a frame on; facts, an object of whatever else is known
+    json              an object: fps; task, or instruction, text or caption; task_changes, [[0, TASK],
+                      [FRAME, TASK], ...], where the task is another from a frame on; facts, an object of whatever else
+                      is known
     txt               the task, where the JSON has none
     NAME.npy          state and action (t, n), timestamp (t,) [s], or any other array (t, ...)
-    *.jpg, *.png, *.yuv.npy   the frames, in the order of the numbers in their names; YUV 4:2:0 as in `hlrp.images`
+    *.jpg, *.png, *.webp, *.yuv.npy   the frames, in the order of the numbers in their names; YUV 4:2:0 as in
+                      `hlrp.images`
+    mp4, webm, ...    or else a video of all frames, as video2dataset writes it, which tells the frame rate
 Data alone are read: a pickle, also inside an NPY, is refused. So is what is no such member, unless it is to be ignored.
 """
 
@@ -26,10 +29,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from hlrp.clips import SAMPLE_KEYS
+from hlrp.streams import VideoFrames
 
 END = bytes(2 * tarfile.BLOCKSIZE)  # of a TAR
 PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")  # what webdataset would unpickle
-IMAGES = ("jpg", "jpeg", "png")
+IMAGES = ("jpg", "jpeg", "png", "webp")
+VIDEOS = ("mp4", "m4v", "mov", "webm", "mkv")  # those whose packets tell their frames
 YUV = "yuv.npy"
 
 
@@ -47,6 +52,21 @@ class Sample:
     key: str
     members: dict[str, Member] = field(default_factory=dict)  # by what follows the key and a dot
 
+    @cached_property
+    def video(self) -> VideoFrames | None:
+        """All frames of its video, where it has one in place of images."""
+        videos = [member for suffix, member in self.members.items() if suffix.rpartition(".")[2] in VIDEOS]
+        if not videos:
+            return None
+        if len(videos) > 1 or any(map(is_image, self.members)):
+            found = f"{', '.join(self.members)}; ?ignore={videos[0].name.rpartition('.')[2]} leaves it out"
+            raise ValueError(f"{self.path}: {self.key}: expected images or one video, got {found}")
+        return VideoFrames(videos[0].data, f"{self.path}: {videos[0].name}")
+
+    @property
+    def num_frames(self) -> int:
+        return sum(map(is_image, self.members)) if self.video is None else len(self.video)
+
     def frames(self) -> list[Member]:
         """The images by number: 10 comes after 9. Raises ValueError where they are of more than one kind."""
         suffixes = [suffix for suffix in self.members if is_image(suffix)]
@@ -61,8 +81,7 @@ class Sample:
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays (t, ...) by name; state and action as float32 (t, n)."""
-        num_frames = sum(is_image(suffix) for suffix in self.members)
-        columns = {}
+        num_frames, columns = self.num_frames, {}
         for suffix, member in self.members.items():
             if is_image(suffix) or not suffix.endswith(".npy"):
                 continue
@@ -90,12 +109,15 @@ class Sample:
     def task(self) -> str | list[str]:
         """One for the episode, or of each frame."""
         text = self.members.get("txt", Member("", 0, b""))
-        num_frames = sum(is_image(suffix) for suffix in self.members) if "task_changes" in self.header else 1
+        num_frames = self.num_frames if "task_changes" in self.header else 1
         tasks = tasks_of(self.header, text.data, f"{self.path}: {text.name}", range(num_frames))
         return tasks if len(tasks) > 1 else tasks[0]
 
     def fps(self, default: float | None = None) -> float:
-        """That of the JSON; else that of the time stamps, which must be regular to half a frame; else the default."""
+        """That of its video; else that of the JSON; else that of the time stamps, which must be regular to half a
+        frame; else the default."""
+        if self.video is not None:
+            return self.video.fps
         fps, times = self.header.get("fps"), self.columns.get("timestamp", [])
         if fps is None and len(times) > 1:
             place = f"{self.path}: {self.members['timestamp.npy'].name}"
@@ -177,7 +199,7 @@ def tasks_of(header: dict, text: bytes, name: str, frames: Sequence[int]) -> lis
 
 
 def task_of(header: dict, text: bytes, name: str) -> str:
-    for key in ("task", "instruction", "text"):
+    for key in ("task", "instruction", "text", "caption"):
         if isinstance(header.get(key), str):
             return header[key]
     try:
@@ -228,7 +250,7 @@ def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: st
             raise ValueError(f"{path}: {member.name} is a pickle, which can run any code; expected NPY or JSON")
         if extension in ignore or (stem.startswith("__") and stem.endswith("__")):  # webdataset's own notes
             continue
-        if not stem or extension not in (*IMAGES, "json", "txt", "npy"):
+        if not stem or extension not in (*IMAGES, *VIDEOS, "json", "txt", "npy"):
             raise ValueError(f"{path}: {member.name} is no part of an episode; ?ignore={extension} leaves it out")
         key = folder + slash + stem
         if sample is None or key != sample.key:

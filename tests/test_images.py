@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from hlrp.images import decode, decode_all, fit, regrid
+from hlrp.images import decode, decode_all, fit, fit_all, point_in_middle, regrid
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -35,6 +35,25 @@ def test_a_portrait_frame_keeps_its_aspect_between_black_bars():
     assert small.shape == (2, 3, 32, 32) and small.dtype == torch.uint8
     assert not small[..., :10].any() and not small[..., 22:].any()
     assert (small[..., :15, 10:22] == 100).all() and (small[..., 17:, 10:22] == 200).all()
+
+
+@pytest.mark.parametrize("size", [(48, 65), (64, 48), (48, 48)])
+def test_a_cropped_frame_is_its_middle_square_without_bars(size):
+    h, w = size
+    frames = torch.randint(1, 256, (2, 3, h, w), dtype=torch.uint8)
+    top, left = (h - 48) // 2, (w - 48) // 2
+    square = frames[..., top : top + 48, left : left + 48]
+    assert torch.equal(fit(frames, 48, crop=True), square) and torch.equal(fit(frames, 24, crop=True), fit(square, 24))
+    for found, clip in zip(fit_all([frames, frames.flip(0)], 24, crop=True), (square, square.flip(0)), strict=True):
+        assert torch.equal(found, fit(clip, 24)) and found.min() > 0
+
+
+def test_a_point_moves_with_the_crop_and_is_unknown_outside_of_it():
+    points = torch.tensor([[0.5, 0.25], [-0.75, 0.0], [0.7500001, 0.0], [0.0, torch.nan]])  # in halves of 64 pixels
+    expected = torch.tensor([[0.5 * 4 / 3, 0.25 * 4 / 3], [-1.0, 0.0], [torch.nan, torch.nan], [0.0, torch.nan]])
+    found = point_in_middle(points, 48, 64)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert torch.equal(found[0], point_in_middle(points, 64, 48)[0])
 
 
 def test_a_landscape_frame_grows_into_the_square():

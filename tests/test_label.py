@@ -171,6 +171,8 @@ def test_labels_of_another_laq_delta_or_camera_are_refused(new, laq):
         clips(delta=0.5)
     with pytest.raises(ValueError, match="of camera='.*top', got camera='observation.images.wrist'"):
         clips(LeRobotData(new, camera="top"))
+    with pytest.raises(ValueError, match="of crop=True, got crop=False"):
+        clips(open_source(f"lerobot:{new}?camera=wrist&crop=center"))
     with pytest.raises(ValueError, match=r"between \[0.0, 0.5\] s, the cached ones .* 0.3 s for delta=0.3"):
         clips(times=(0.0, 0.5))
     with pytest.raises(ValueError, match="world:clean.* has no cached latent actions"):
@@ -229,6 +231,12 @@ def test_videos_of_different_size_or_rate_are_named(base, laq, tmp_path):
         main(args)
     main(replace(args, output_dir=tmp_path / "square", image_size=64))
     assert LeRobotData(tmp_path / "square").read(1, [0])["frames"].shape == (1, 3, 64, 64)
+    cropped = f"videos:{tmp_path}?crop=center"
+    main(replace(args, data=cropped, output_dir=tmp_path / "cut", image_size=32))
+    cut = LeRobotData(tmp_path / "cut")
+    assert not cut.crop and cut.latent_space["crop"] is False and cut.latent_space["source"] == cropped
+    found, expected = cut.read(0, [4])["frames"], open_source(f"videos:{tmp_path}").read(0, [4])["frames"][..., 8:40]
+    assert (found.int() - expected.int()).abs().float().mean() < 10
     write_video(tmp_path / "b.mp4", fps=20, num_frames=20)
     with pytest.raises(ValueError, match="a.mp4: 10, .*b.mp4: 20"):
         main(args)

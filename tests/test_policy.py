@@ -18,6 +18,8 @@ from lerobot.policies.rtc import RTCConfig
 from lerobot.utils.import_utils import register_third_party_plugins
 from toys import CHUNK, META, STATE, TASKS, TOP, WRIST, make_config, make_policy, write_lerobot
 
+from hlrp.demonstrations import refuse_other_cameras
+from hlrp.images import fit
 from hlrp.metrics import column_statistics, normalisable
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
 from hlrp.vla import VLA, LatentSpace, VLAConfig
@@ -212,6 +214,16 @@ def test_a_chunk_is_executed_in_part_and_each_action_held():
     policy.reset()
     torch.manual_seed(4)
     torch.testing.assert_close(policy.select_action(batch), first[:, 0])
+
+
+def test_a_policy_of_cropped_data_crops_what_the_robot_sees():
+    frames = torch.randint(256, (2, 3, 40, 60), dtype=torch.uint8)
+    whole, cropped = (make_policy(crop=crop).images({TOP: frames / 255})[:, 0] for crop in (False, True))
+    assert torch.equal(whole, fit(frames, 32)) and torch.equal(cropped, fit(frames[..., 10:50], 32))
+    source = SimpleNamespace(uri="lerobot:robot", action_dim=2, crop=False, camera=TOP, views={})
+    refuse_other_cameras([source, SimpleNamespace(**vars(source) | {"action_dim": 0, "crop": True})], make_config())
+    with pytest.raises(ValueError, match=r"lerobot:robot: expected it with \?crop=center, as the policy sees"):
+        refuse_other_cameras([source], make_config(crop=True))
 
 
 def test_a_history_of_images_is_the_same_in_training_and_on_a_robot():

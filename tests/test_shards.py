@@ -1,4 +1,5 @@
 import errno
+import gzip
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import webdataset as wds
 from PIL import Image
 from safetensors.numpy import load_file
 from torchvision.io import encode_jpeg, encode_png
+from toys import numbers, write_video
 
 from hlrp import idle, shard_writer, shards
 from hlrp.clips import Clips
@@ -30,7 +32,7 @@ from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
 from hlrp.shard_writer import Settings, record, view_of
 from hlrp.shards import Args, main
 from hlrp.sources import instructions, open_source
-from hlrp.streams import Episode, Held, clips_of
+from hlrp.streams import Episode, Held, VideoFrames, clips_of, open_in_memory
 from hlrp.tars import END, array_bytes, member_bytes, read_members
 from hlrp.world import World
 
@@ -510,6 +512,86 @@ def test_what_is_no_episode_is_refused_with_file_and_member(tmp_path, sample, me
     assert not tar.with_suffix(SUFFIX).exists()
 
 
+def video_sample(tmp_path, key, num_frames=20, fps=10, suffix="mp4", **members):
+    """As video2dataset writes it."""
+    path = write_video(tmp_path / f"{key}.{suffix}", fps=fps, num_frames=num_frames)
+    known = {"caption": f"caption {key}", "url": "https://", "clips": [[0.0, 2.0]], "status": "success"}
+    return {"__key__": key, suffix: path.read_bytes(), "txt": f"text {key}", "json": known} | members
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_videos_in_tars_are_streamed_and_written_as_shards(tmp_path, packed):
+    samples = [video_sample(tmp_path, f"0000{i}", 20 + i, 10 * (1 + i % 2)) for i in range(3)]
+    samples[2]["json"] = {"facts": {"room": "kitchen"}}
+    samples[2]["action.npy"] = np.arange(44, dtype=np.float32).reshape(22, 2)
+    samples[1]["action.npy"] = samples[0]["action.npy"] = np.zeros((20, 2), dtype=np.float32)
+    samples[1]["action.npy"] = np.zeros((21, 2), dtype=np.float32)
+    tar = plain_tar(tmp_path / "a.tar", *samples)
+    if packed:
+        (tmp_path / "a.tgz").write_bytes(gzip.compress(tar.read_bytes()))
+        tar.unlink()
+    stream = open_source(f"shards:{tmp_path}")
+    assert isinstance(stream, ShardStream) and stream.num_shards == 1 and stream.action_dim == 2
+    episodes = list(stream.episodes(0))
+    assert [len(e.frames) for e in episodes] == [20, 21, 22] and [e.fps for e in episodes] == [10, 20, 10]
+    assert [e.task for e in episodes] == ["caption 00000", "caption 00001", "text 00002"]
+    for episode in episodes:
+        assert numbers(episode.read([7, 3, 3, 19])["frames"]) == [7, 3, 3, 19]
+        assert numbers(decode(episode.frames[5], "a")[None]) == [5] and episode.size < 20000
+    assert episodes[2].facts == {"room": "kitchen"} and episodes[2].actions([3]).tolist() == [[6, 7]]
+    held = Held(stream, episodes, [0, 1, 2])
+    held.forget_all_but({1: {4, 9}})
+    assert numbers(held.read(1, [9, 4])["frames"]) == [9, 4]
+
+    write(tmp_path / "shards", f"shards:{tmp_path}", codec="png")
+    written = open_source(f"shards:{tmp_path / 'shards'}")
+    for number, episode in enumerate(stream.episodes(0)):
+        found, expected = written.read(number, [0, 12]), episode.read([0, 12])
+        assert torch.equal(found["frames"], expected["frames"]) and found["task"] == expected["task"]
+        assert written.fps[number] == episode.fps
+    with pytest.raises(
+        ValueError, match="a.tgz: compressed" if packed else "00000 is a video, which is streamed; .*hlrp"
+    ):
+        main(Args(tmp_path, index=True))
+
+
+def test_a_video_in_a_tar_that_cannot_be_read_names_its_member(tmp_path):
+    good = video_sample(tmp_path, "good")
+    broken = good | {"__key__": "broken", "mp4": good["mp4"][:2000]}
+    for sample, message in [
+        (broken, "a.tar: broken.mp4: not a readable video: .*is it cut off"),
+        (good | {"jpg": jpeg()}, "a.tar: good: expected images or one video, got .*ignore=mp4 leaves it out"),
+        (good | {"webm": b""}, "a.tar: good: expected images or one video, got"),
+        (good | {"action.npy": np.zeros((19, 2))}, r"a.tar: good.action.npy: of shape \(19, 2\), .* has 20 frames"),
+    ]:
+        stream = plain_tar(tmp_path / "a.tar", sample)
+        with pytest.raises(ValueError, match=message) as caught:
+            open_source(f"shards:{stream}")
+        assert "/proc/" not in str(caught.value)
+    frames = VideoFrames(good["mp4"], "a.tar: good.mp4")
+    frames.data = good["mp4"][:2000] + bytes(len(good["mp4"]) - 2000)
+    open_in_memory.cache_clear()
+    with pytest.raises(ValueError, match="a.tar: good.mp4: not a readable video"):
+        frames.decoded([3])
+
+
+def test_webp_images_are_frames(tmp_path):
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 32, 3)).astype(np.uint8)) for i in range(3)
+    ]
+    members = {}
+    for i, image in enumerate(images):
+        file = io.BytesIO()
+        image.save(file, "WEBP", lossless=True)
+        members[f"{i}.webp"] = file.getvalue()
+    plain_tar(tmp_path / "a.tar", {"__key__": "e", "json": {"fps": 10}} | members)
+    main(Args(tmp_path, index=True))
+    source = open_source(f"shards:{tmp_path}")
+    assert isinstance(source, Shards)
+    for i, frame in zip((2, 0), source.read(0, [2, 0])["frames"], strict=True):
+        assert np.array_equal(frame.permute(1, 2, 0), images[i])
+
+
 def test_members_are_ignored_where_asked_for(tmp_path):
     plain_tar(tmp_path / "a.tar", faulty(plain_sample(), wav=b"sound"))
     assert len(list(ShardStream(tmp_path, ignore="mp3,wav").episodes(0))) == 1
@@ -723,7 +805,9 @@ def test_the_task_of_each_frame_survives_shards_streams_and_what_a_labelled_data
     tasks = ["", "lift", "lift", "put", "put", "put", "lift"]
     episode = Episode("e", [jpeg(i) for i in range(7)], 10.0, tasks)
     held = Held(
-        SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0), [episode], [0]
+        SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0, crop=False),
+        [episode],
+        [0],
     )
     settings = Settings(None, None, False, None, "jpeg", 90, None)
     members, _ = record(held, 0, view_of(held, 0), settings)
@@ -753,7 +837,9 @@ def test_unusable_changes_of_the_task_and_actions_that_are_not_finite_are_named(
 
 
 def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
-    held = Held(SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0), [], [])
+    held = Held(
+        SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0, crop=False), [], []
+    )
     held.uneven = {3: np.array([0.0, 0.1, 0.9])}
     with pytest.raises(ValueError, match="expected frames 0.1 s apart.* frame 2 is at 0.900 s"):
         record(held, 3, SimpleNamespace(fps=10.0), Settings(None, None, False, None, "jpeg", 90, None))

@@ -71,6 +71,16 @@ def test_the_readers_of_all_ranks_share_the_shards_out(num_workers):
     assert set(seen) == every and min(seen.values()) >= 2
 
 
+def test_frames_of_a_stream_are_cropped_where_it_says_so():
+    source = Passing()
+    wide = [torch.arange(3 * 4 * 8, dtype=torch.uint8).reshape(3, 4, 8) + i for i in range(9)]
+    encoded = [bytes(encode_png(frame).numpy()) for frame in wide]
+    source.episodes = lambda shard: iter([Episode(f"{shard}.tar", encoded, 10.0)])
+    source.action_dim, source.crop = 0, True
+    for sample in clips(source).draw(4):
+        assert torch.equal(sample["frames"][0], wide[sample["index"]][..., 2:6])
+
+
 def test_one_reader_gives_each_clip_once_before_it_gives_one_twice():
     source = Passing(num_shards=1, lengths=[30] * 20)
     train = clips(source)

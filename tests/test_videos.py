@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 from toys import SIZE, numbers, picture, write_video
 
+from hlrp import shards
 from hlrp.clips import Clips
 from hlrp.contract import split_episodes
 from hlrp.data import Mixture
+from hlrp.images import fit
 from hlrp.sources import named_apart, open_source, open_sources
 from hlrp.video_index import probe
 from hlrp.videos import SUFFIXES, VideoReader, Videos, open_video
@@ -335,6 +338,25 @@ def test_a_folder_is_searched_and_every_file_is_an_episode(tmp_path):
         start = i if i < 35 else i - 35
         inside = sample["frames"][:, :, 8:56]  # 64 x 48 pixels between black bars
         assert numbers(inside) == [start, start + (15 if i < 35 else 5)]
+
+
+def test_a_crop_shows_the_middle_without_bars_wherever_frames_are_made_square(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    write_video(tmp_path / "b.mp4", size=SIZE[::-1])
+    whole, source = open_source(f"videos:{tmp_path}"), open_source(f"videos:{tmp_path}?crop=center")
+    assert source.fingerprint != whole.fingerprint
+    middles = [whole.read(0, [9, 30])["frames"][..., 8:56], whole.read(1, [9, 30])["frames"][..., 8:56, :]]
+    for episode, middle in enumerate(middles):
+        sample = Clips(source, [episode], (0.0, 0.7), image_size=48, input_size=24)[9]
+        assert torch.equal(sample["frames"], middle)
+        assert torch.equal(sample["images"], fit(middle[:1], 24))
+    shards.main(shards.Args(tmp_path / "shards", data=(source.uri,), codec="png"))
+    written = open_source(f"shards:{tmp_path / 'shards'}")
+    assert torch.equal(written.read(0, [9, 30])["frames"], middles[0]) and not written.crop
+    cropped = open_source(f"shards:{tmp_path / 'shards'}?crop=center")  # an encoded source
+    assert torch.equal(Clips(cropped, [1], (0.0, 0.7), image_size=48)[9]["frames"], middles[1])
+    with pytest.raises(ValueError, match="expected crop of type center, got 'left'"):
+        open_source(f"videos:{tmp_path}?crop=left")
 
 
 def test_files_that_are_no_videos_are_counted_by_their_suffixes(tmp_path, caplog):
