@@ -270,9 +270,8 @@ def is_camera(dataset: h5py.Dataset) -> bool:
     """Whether a column is of RGB frames of 8 bits, encoded or not."""
     if dataset.dtype == np.uint8 and dataset.ndim == 4:
         return dataset.shape[-1] == 3
-    kind = h5py.check_vlen_dtype(dataset.dtype) or dataset.dtype
-    is_encoded = kind == np.uint8 and dataset.ndim == 2 - (kind is not dataset.dtype)
-    if not len(dataset) or not (is_encoded or (dataset.dtype.kind == "S" and dataset.ndim == 1)):
+    has_rows = dataset.dtype.kind == "S" or h5py.check_vlen_dtype(dataset.dtype) == np.uint8
+    if not len(dataset) or not (has_rows if dataset.ndim == 1 else dataset.ndim == 2 and dataset.dtype == np.uint8):
         return False
     return image_bytes(dataset[0]).startswith((JPEG, PNG))
 
