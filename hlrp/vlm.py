@@ -1,4 +1,5 @@
-"""Vision-language models as backbones of a policy: SmolVLM2, Qwen2.5-VL, Qwen3-VL and PaliGemma 2, by transformers.
+"""Vision-language models as backbones of a policy, by transformers: SmolVLM2, Idefics3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+PaliGemma 2, Gemma 3 and InternVL (its -hf folders).
 
 All have one interface: images and instructions in, last hidden states out. The caller may add embeddings behind the
 prompt (`suffix`). Prompts are padded on the left, so that a suffix starts at the same index in every row. Only this
@@ -8,6 +9,7 @@ module knows how the families differ: in prompts, patches, positions and masks.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from hlrp.backbones import interpolation_of, load, read, to_pixels, use_attentio
 
 @dataclass
 class VLMConfig:
-    vlm: str = "tiny"  # hub id or folder of SmolVLM2, Qwen2.5-VL, Qwen3-VL or PaliGemma 2; tiny: from scratch
+    vlm: str = "tiny"  # hub id or folder of SmolVLM2, Qwen-VL, PaliGemma 2, Gemma 3, InternVL ...; tiny: from scratch
     image_size: int | None = None  # side of the image that the VLM sees [pixel]; None: its own (tiny: the LAQ's)
 
     freeze: tuple[Literal["vision", "language"], ...] = ()  # parts of the VLM that are not trained
@@ -36,14 +38,22 @@ class VLMFamily(NamedTuple):
     model: str  # class of transformers
     text: str = "language_model"  # where its base model keeps the language model
     vision: str = "visual"  # and the image encoder
+    frame: str = "{}"  # what stands around the tokens of an image, where the chat template has none of it
     unused: tuple[str, ...] = ()
 
 
+IDEFICS = "text_model", "vision_model", "<fake_token_around_image><global-img>{}<fake_token_around_image>"
 VLMS = {
-    "smolvlm": VLMFamily("SmolVLMForConditionalGeneration", "text_model", "vision_model"),
+    "smolvlm": VLMFamily("SmolVLMForConditionalGeneration", *IDEFICS),
+    "idefics3": VLMFamily("Idefics3ForConditionalGeneration", *IDEFICS),
+    "qwen2_vl": VLMFamily("Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": VLMFamily("Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": VLMFamily("Qwen3VLForConditionalGeneration"),
     "paligemma": VLMFamily("PaliGemmaForConditionalGeneration", vision="vision_tower"),
+    "gemma3": VLMFamily(
+        "Gemma3ForConditionalGeneration", vision="vision_tower", frame="\n\n<start_of_image>{}<end_of_image>\n\n"
+    ),
+    "internvl": VLMFamily("InternVLForConditionalGeneration", vision="vision_tower", frame="<img>{}</img>"),
 }
 
 
@@ -56,7 +66,7 @@ class Prefix(NamedTuple):
     embeds: Tensor  # b n d, placeholders where the images go
     mask: Tensor  # bool (b, n), False at the padding on the left
     positions: Tensor  # axes b n
-    images: dict[str, Tensor]  # what the family's base model takes: pixel_values, image_grid_thw
+    images: dict[str, Tensor]  # what the family's base model takes: pixel_values, image_grid_thw, token_type_ids
 
 
 class Cache(NamedTuple):
@@ -101,6 +111,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config, self.family = model.config, model.config.model_type
         self.is_qwen, self.is_paligemma = self.family.startswith("qwen"), self.family == "paligemma"
+        self.is_idefics = self.family in ("smolvlm", "idefics3")
         self.tokenizer, self.processor = tokenizer, processor
         family = VLMS[self.family]
 
@@ -161,16 +172,21 @@ class VLM(nn.Module):
             merge, step = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
             least, most = (int(processor.size[edge] ** 0.5) for edge in ("shortest_edge", "longest_edge"))
             own = min(-(-max(224, least) // step), most // step) * step
-        elif self.is_paligemma:
-            merge, step, own, most = 1, vision.patch_size, vision.image_size, 0
-        else:
+        elif self.is_idefics:
             merge, step = self.config.scale_factor, vision.patch_size * self.config.scale_factor
             own = most = processor.max_image_size["longest_edge"]
+        else:
+            own, most = first(vision.image_size), 0
+            merge = step = 1
+            if self.family == "gemma3":
+                merge = own // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
+            elif self.family == "internvl":
+                merge = round(1 / self.config.downsample_ratio)
         size, others = own if config.image_size is None else config.image_size, range(step, most + 1, step)
         if size != own and size not in others:
             expected = f"{own} or a multiple of {step} up to {others[-1]}" if others else f"{own}"
             raise ValueError(f"image_size={size}; expected {expected} for {config.vlm}")
-        return size, (size // vision.patch_size // merge) ** 2
+        return size, (size // first(vision.patch_size) // merge) ** 2
 
     def check_tokenizer(self, name: str) -> None:
         """Raises ValueError where the tokenizer does not know the image token: transformers makes one up where the
@@ -268,11 +284,8 @@ class VLM(nn.Module):
             content = [{"type": "image"}] * num_views + [{"type": "text", "text": task}]
             message = {"role": "user", "content": content}
             text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        tokens = image * self.num_image_tokens
-        if self.family == "smolvlm":
-            edge = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
-            tokens = f"{edge}{getattr(tokenizer, 'global_image_token', '<global-img>')}{tokens}{edge}"
-        text = text.replace(image, tokens)
+        tokens = VLMS[self.family].frame.format(image * self.num_image_tokens)
+        text = text.replace("<start_of_image>" if self.family == "gemma3" else image, tokens)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
         is_image = ids == image_id
         if is_image.sum() != num_views * self.num_image_tokens:
@@ -297,10 +310,10 @@ class VLM(nn.Module):
         pixels = to_pixels(
             images.flatten(0, 1), self.image_size, self.interpolation, processor.rescale_factor, mean, std
         )
-        if self.is_paligemma:
-            return {"pixel_values": pixels}
-        if not self.is_qwen:
+        if self.is_idefics:
             return {"pixel_values": pixels.unflatten(0, (b, v))}
+        if not self.is_qwen:
+            return {"pixel_values": pixels}
         merge, patch = vision.spatial_merge_size, vision.patch_size
         sizes = {"m": merge, "s": merge, "p": patch, "q": patch, "t": vision.temporal_patch_size}
         pattern = "b c (h m p) (w s q) -> (b h w m s) (c t p q)"  # patches that will merge stand together
@@ -322,7 +335,10 @@ class VLM(nn.Module):
         ids, positions = torch.stack(ids), torch.stack(positions, dim=1)  # b n, axes b n
         device = embedding.weight.device
         ids, positions, mask = (x.to(device, non_blocking=True) for x in (ids, positions, mask))
-        return Prefix(embedding(ids), mask, positions, self.preprocess(images.to(mask.device)))
+        pixels = self.preprocess(images.to(mask.device))
+        if self.family == "gemma3":  # 1: attends in both directions to its own image, 0: causally
+            pixels["token_type_ids"] = (ids == self.config.image_token_id).long()
+        return Prefix(embedding(ids), mask, positions, pixels)
 
     def forward(
         self, images: Tensor, tasks: list[str], suffix: Tensor | None = None, use_cache: bool = False
@@ -342,6 +358,8 @@ class VLM(nn.Module):
             embeds = torch.cat([embeds, suffix.to(embeds.dtype)], dim=1)  # b (n m) d
             positions = torch.cat([positions, self.follow(position, num_suffix, len(positions))], dim=-1)
             mask = F.pad(mask, (0, num_suffix), value=True)
+            if self.family == "gemma3":
+                pixels["token_type_ids"] = F.pad(pixels["token_type_ids"], (0, num_suffix))
         hidden, keys_values = self.run(embeds, mask, positions, use_cache=use_cache, **pixels, **options)  # b (n m) d
         return Encoded(hidden, mask, Cache(keys_values, position + num_suffix) if use_cache else None)
 
@@ -376,6 +394,11 @@ class VLM(nn.Module):
         options |= {"attention_mask": mask.long(), "position_ids": positions, "use_cache": use_cache}
         output = self.model(inputs_embeds=embeds, **options)
         return output.last_hidden_state, output.cache
+
+
+def first(size: int | Sequence[int]) -> int:
+    """Height of a size, which some configs give with the width."""
+    return size if isinstance(size, int) else size[0]
 
 
 def read_parts(name: str):

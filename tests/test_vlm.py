@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+import transformers as T
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, IMAGE_SIZE, TASKS, save_vlm
 from torch import nn
 
 from hlrp.backbones import PatchProjection
 from hlrp.checkpoints import load_weights, save_pretrained
-from hlrp.vlm import VLM, VLMConfig, tiny_tokenizer
+from hlrp.vlm import VLM, VLMS, VLMConfig, tiny_tokenizer
 
 # what transformers calls deprecated is called by its new name
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
@@ -51,7 +52,9 @@ def suffix(vlm, length=3):
 
 
 def process(processor, family, views, task, **options):
-    """What transformers' own processor gives for one row."""
+    """What transformers' own processor gives for one row, without crops of large images."""
+    if family == "internvl":
+        options["crop_to_patches"] = False
     if family == "paligemma":
         text = "<image>" * len(views) + task
     else:
@@ -116,7 +119,9 @@ def test_a_suffix_is_what_transformers_makes_of_the_same_tokens_behind_the_promp
     row, tokens = images(IMAGE_SIZE[family], views=2)[:1], torch.tensor([[40, 50, 60]])
     inputs = process(processor, family, row[0], TASKS[0])
     inputs.pop("labels", None)
-    for key, value in {"input_ids": tokens, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}.items():
+    is_causal = int(family == "paligemma")  # what its token_type_ids call so; for Gemma 3, 1 is an image
+    suffix_inputs = {"input_ids": tokens, "attention_mask": 1, "token_type_ids": is_causal, "mm_token_type_ids": 0}
+    for key, value in suffix_inputs.items():
         if key in inputs:
             inputs[key] = torch.cat([inputs[key], torch.zeros_like(tokens) + value], dim=1)
     with torch.no_grad():
@@ -252,6 +257,7 @@ def test_a_folder_without_its_tokenizer_or_processor_is_an_error(tmp_path, famil
         ("smolvlm", {"image_size": 56}, "image_size=56"),
         ("qwen2_5_vl", {"image_size": 28}, "image_size=28; expected .* a multiple of 8 up to 32"),
         ("paligemma", {"image_size": 21}, "image_size=21; expected 28 for [^ ]*$"),
+        ("internvl", {"image_size": 14}, "image_size=14; expected 28 for [^ ]*$"),
         ("tiny", {"image_size": 100}, "image_size=100; expected a multiple of 16 from 16 up for tiny"),
         ("tiny", {"freeze_layers": 5}, "freeze_layers=5; expected 0 to 4"),
         ("tiny", {"freeze": ("text",)}, r"freeze=\['text'\]; expected some of vision, language"),
@@ -264,6 +270,12 @@ def test_settings_that_do_not_fit_are_named_with_what_would(saved, family, optio
     name = str(saved(family)[0]) if family in FAMILIES else family
     with pytest.raises(ValueError, match=message):
         VLM.from_config(VLMConfig(name, **options), TASKS)
+
+
+def test_a_family_that_is_not_read_names_those_that_are(tmp_path):
+    T.LlavaOnevisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a 'llava_onevision' model; expected one of {', '.join(VLMS)}"):
+        VLM.from_config(VLMConfig(str(tmp_path)), [])
 
 
 def test_an_instruction_that_holds_an_image_token_is_an_error():
@@ -292,8 +304,7 @@ def test_patches_are_projected_by_one_product_that_equals_the_convolution(is_bia
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_frozen_gets_no_gradient_and_all_else_does(saved, family):
     folder = saved(family)[0]
-    vision = {"smolvlm": "model.vision_model", "paligemma": "model.vision_tower"}.get(family, "model.visual")
-    text = "model.text_model" if family == "smolvlm" else "model.language_model"
+    text, vision = (f"model.{getattr(VLMS[family], part)}" for part in ("text", "vision"))
     cases = {
         ("vision",): lambda name: name.startswith(vision) and "merger" not in name,
         ("language",): lambda name: name.startswith(text),
