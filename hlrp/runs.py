@@ -1,7 +1,7 @@
 """The run table: one row a run folder, with the settings in which runs differ, their figures, cost and state.
 
     python -m hlrp.runs outputs                                              # all runs below
-    python -m hlrp.runs outputs/sweep --sort -val/world-default/action_r2 --format markdown
+    python -m hlrp.runs outputs/sweep --sort=-val/world-default/action_r2 --format markdown
     python -m hlrp.runs outputs --where state=done 'lr<=1e-3' quantizer=fsq --metrics 'val/*/action_r2' train/loss
 
 Reads run.json and metrics.jsonl alone, also of runs that are under way. hours are those of training, summed over all
@@ -49,7 +49,7 @@ class Args:
     metrics: tuple[str, ...] = METRICS  # figures to show: split/name as in metrics.jsonl; * stands for any name
     settings: tuple[str, ...] = ()  # settings to show beside those in which the runs differ
     where: tuple[str, ...] = ()  # which runs to show: column=value, also != < <= > >=
-    sort: str | None = None  # column to sort by; with - before it, from the highest down
+    sort: str | None = None  # column to sort by; --sort=-NAME: from the highest down
     format: Literal["text", "markdown", "csv"] = "text"  # how to print the table
 
 
