@@ -8,10 +8,13 @@ It writes a LeRobot v3 dataset and leaves the source as it is. Two columns are n
 whose delta reaches past its episode:
     latent_action           float32 (e,): the vectors of all tokens, see `hlrp.laq.LatentActions`
     latent_action_indices   int64 (m,): their codes, if the LAQ is discrete
-meta/latent_actions.json names the LAQ and the data. A LeRobot dataset keeps all its columns, and the camera of the URI
-is labelled. Other video (videos:, world:) becomes a LeRobot dataset first, and the written frames are labelled.
+meta/latent_actions.json names the LAQ and the data, and meta/stats.json has the statistics of latent_action: any model
+that reads LeRobot datasets can learn from them, with delta_timestamps={"latent_action": [0.0, 0.2]}. A LeRobot dataset
+keeps all its columns, and the camera of the URI is labelled. Other video (videos:, world:) becomes a LeRobot dataset
+first, and the written frames are labelled.
 """
 
+import json
 import logging
 import shutil
 import time
@@ -94,6 +97,7 @@ def main(args: Args) -> None:
             columns = label_dataset(laq, source, args.batch_size)
         folder.rmdir()  # LeRobot makes it itself
         add_columns(source.root, folder, columns)
+        add_statistics(folder, columns[LATENT_ACTION])
         write_json(folder / LATENT_SPACE, facts)
         shutil.rmtree(videos, ignore_errors=True)
     print(f"{args.output_dir}: {len(source.lengths)} episodes with latent actions")
@@ -183,6 +187,18 @@ def add_columns(root: Path, output_dir: Path, columns: dict[str, np.ndarray]) ->
     }
     repo_id = f"hlrp/{output_dir.stem}"
     add_features(LeRobotDataset(repo_id, root=root), features, output_dir, repo_id)
+
+
+def add_statistics(folder: Path, vectors: np.ndarray) -> None:
+    """Adds those of the latent vectors to a dataset's own, as LeRobot's normalisation reads them. Frames without a
+    latent action do not count."""
+    from lerobot.datasets.compute_stats import get_feature_stats
+
+    labelled = vectors[~np.isnan(vectors).any(1)]
+    found = get_feature_stats(labelled, axis=0, keepdims=False)
+    stats = json.loads((folder / "meta/stats.json").read_text())
+    stats[LATENT_ACTION] = {name: value.tolist() for name, value in found.items()}
+    write_json(folder / "meta/stats.json", stats)
 
 
 def write_dataset(source, folder: Path, image_size: int | None) -> None:

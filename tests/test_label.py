@@ -147,6 +147,26 @@ def test_lerobot_reads_the_columns_and_the_ends_of_episodes_have_none(new, laq):
     assert dataset[0][TOP].shape == (3, 64, 64)
 
 
+def test_another_model_learns_latent_actions_from_the_columns_their_statistics_and_the_manifest(new, old, laq):
+    from lerobot.datasets import LeRobotDataset
+
+    times = [0.0, 0.1, 0.2]
+    dataset = LeRobotDataset("hlrp/new", root=new, video_backend="pyav", delta_timestamps={"latent_action": times})
+    item, source = dataset[2], LeRobotData(new, camera="wrist")
+    assert torch.equal(item["latent_action"], source.labels(0, [2, 3, 4])["latent_vectors"])
+    assert not item["latent_action_is_pad"].any()
+    vectors = np.stack(dataset.hf_dataset["latent_action"])
+    vectors = vectors[~np.isnan(vectors).any(1)]
+    assert len(vectors) == sum(length - 3 for length in LENGTHS)
+    stats = dataset.meta.stats["latent_action"]
+    for name in ("mean", "std", "min", "max"):
+        np.testing.assert_allclose(stats[name], getattr(vectors, name)(0), rtol=1e-4, atol=1e-6)
+    others = json.loads((old / "meta/stats.json").read_text())
+    assert {name: json.loads((new / "meta/stats.json").read_text())[name] for name in others} == others
+    facts = json.loads((new / "meta/latent_actions.json").read_text())
+    assert facts["fingerprint"] == laq.fingerprint and facts["vector_dim"] == vectors.shape[1]
+
+
 def test_the_old_dataset_is_left_as_it_is_and_all_of_it_is_in_the_new_one(base, laq, old):
     before = hashes(old)
     main(Args(f"lerobot:{old}", base / "again", base / "laq"))
