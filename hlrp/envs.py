@@ -1,7 +1,4 @@
-"""Environments of LeRobot's: found by name, compared with a policy before it runs, and run side by side.
-
-However many run at once, episode k is the one that `lerobot-eval --eval.batch_size=1` counts as k: it has the same
-seed, and the same resets lie before it, which in LIBERO choose the init state.
+"""Environments of LeRobot's: found by name, compared with a policy before it runs; and two of hlrp's own.
 
 The MetaWorld of `hlrp.metaworld` as an environment of LeRobot's: `lerobot-eval --env.type=hlrp_metaworld`.
 
@@ -12,27 +9,30 @@ objects alike in both.
 The built-in world as an environment of LeRobot's: `lerobot-eval --env.type=hlrp_world --env.task=touch,edge`.
 
 It shows what `world:` shows and moves as it does, in scenes that no `world:` source has, and needs no simulator.
+
+Both show the last picture again while `is_drawn` is False: drawing takes most of the time, and a policy that executes
+several actions of a chunk looks at few pictures.
 """
 
 import io
-import itertools
 import json
 import os
-import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import ClassVar
 
+import draccus
 import gymnasium as gym
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.envs import EnvConfig, make_env, make_env_config, preprocess_observation
+from lerobot.envs import EnvConfig, preprocess_observation
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
 from lerobot.utils.import_utils import register_third_party_plugins
 
+from hlrp.envs_parallel import SideBySide
 from hlrp.metaworld import CAMERAS, CONTROL_FREQ, MAX_STEPS, lerobot_config, parse_tasks, picture, stage
 from hlrp.world import (
     EMBODIMENTS,
@@ -108,6 +108,7 @@ class WorldEnv(gym.Env):
     )
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     _max_episode_steps = MAX_LENGTH
+    is_drawn = True
 
     def __init__(self, task: str, embodiments: tuple[str, ...] = EMBODIMENTS):
         self.task, self.embodiments, self.task_description = task, embodiments, ""
@@ -134,8 +135,9 @@ class WorldEnv(gym.Env):
         return self.observation(), float(success), success, truncated, {"is_success": success}
 
     def observation(self) -> dict:
-        frame = world_picture(self.scene, self.i, self.embodiment, self.tip, self.blocks)[0]
-        self.image = frame.permute(1, 2, 0).numpy()
+        if self.is_drawn:
+            frame = world_picture(self.scene, self.i, self.embodiment, self.tip, self.blocks)[0]
+            self.image = frame.permute(1, 2, 0).numpy()
         return {"pixels": self.image, "agent_pos": normalised(self.tip)[0].double().numpy()}
 
     def render(self) -> np.ndarray:
@@ -187,6 +189,8 @@ class MetaWorld(gym.Env):
     The episode ends with the first success, or after 500 steps of the simulator.
     """
 
+    is_drawn = True
+
     def __init__(self, task: str, camera: str, image_size: int, fps: int):
         self.task, self.camera, self.image_size = task, camera, image_size
         self.task_description = lerobot_config()["TASK_DESCRIPTIONS"][task]
@@ -225,7 +229,8 @@ class MetaWorld(gym.Env):
         return self.observation(state), reward, success, truncated, {"is_success": success}
 
     def observation(self, state: np.ndarray) -> dict:
-        self.image = picture(self.renderer, self.env.data, self.camera)
+        if self.is_drawn:
+            self.image = picture(self.renderer, self.env.data, self.camera)
         return {"pixels": {self.camera: self.image}, "agent_pos": state[:4]}
 
     def render(self) -> np.ndarray:
@@ -237,206 +242,52 @@ class MetaWorld(gym.Env):
             self.env = self.renderer = None
 
 
-def env_configs(type: str, tasks: Sequence[str] = ()) -> list[EnvConfig]:
+def env_configs(
+    type: str, tasks: Sequence[str] = (), settings: Mapping[str, str] = MappingProxyType({})
+) -> list[EnvConfig]:
     """LeRobot's configuration of an environment for each of some tasks; by default for its own choice.
 
-    Raises ValueError where no environment, of LeRobot or of an installed plugin, has this name.
+    settings: values of its further fields as LeRobot's command line spells them, such as {"task_ids": "[0,1]"}.
+    Raises ValueError where no environment, of LeRobot or of an installed plugin, has this name, and for a setting that
+    it does not have or that has another type.
     """
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo, which reads it when it is imported, draws without a screen
     register_third_party_plugins()
-    return [make_env_config(type, task=task) for task in tasks] or [make_env_config(type)]
-
-
-def make_envs(configs: Sequence[EnvConfig], num_envs: int, episodes: int) -> dict[str, dict[int, "SideBySide"]]:
-    """The tasks of some configurations, as LeRobot's `eval_policy_all` takes them.
-
-    Raises ValueError where one cannot be made, as for an unknown task.
-    """
-    made: dict[str, dict[int, SideBySide]] = {}
-    for config in configs:
+    known = EnvConfig.get_known_choices()
+    if type not in known:
+        raise ValueError(f"env.type={type}; expected one of {', '.join(sorted(known))}")
+    names = [field.name for field in fields(known[type])]
+    for name in settings:
+        if name.split(".")[0] not in names:
+            raise ValueError(f"env.{name} is no setting of {type}; there are {', '.join(names)}")
+    found = []
+    for task in tasks or [None]:
+        given = dict(settings) if task is None else {**settings, "task": task}
         try:
-            with no_questions():
-                copies = [make_env(config, n_envs=1) for _ in range(min(num_envs, episodes))]
-        except (gym.error.Error, ImportError, LookupError) as error:
-            raise ValueError(f"env={config.type}, task={config.task} cannot be made: {error}") from error
-        for group, tasks in copies[0].items():
-            known = made.setdefault(group, {})
-            for i in tasks:
-                free = len(known) if i in known else i
-                known[free] = SideBySide([copy[group][i] for copy in copies], config, episodes)
-    return made
-
-
-@contextmanager
-def no_questions() -> Iterator[None]:
-    """A question on standard input, such as LIBERO's at its first import, is answered by no."""
-    stdin, sys.stdin = sys.stdin, io.StringIO("n\n" * 100)
-    try:
-        yield
-    finally:
-        sys.stdin = stdin
-
-
-class SideBySide(gym.vector.VectorEnv):
-    """`copies` of the environment that LeRobot makes for one episode at a time. Each runs every len(copies)-th of
-    `episodes` and stands still once its episode has ended.
-
-    `rows` says of each episode: seed, init_state (None where the environment has none), success, return, max_reward,
-    length. Rows that are there before the first reset are of episodes that need not run again.
-    """
-
-    def __init__(self, copies: Sequence[gym.vector.VectorEnv], config: EnvConfig, episodes: int):
-        self.copies, self.num_envs, self.config, self.episodes = list(copies), len(copies), config, episodes
-        self.single_action_space = copies[0].single_action_space
-        self.metadata = copies[0].metadata | {"render_fps": config.fps}  # LIBERO's own is not that of its steps
-        self.task = str(attribute(copies[0], "task") or config.task or config.type)
-        self.task_text: str | None = None  # what the policy is told in place of the environment's own words
-        self.learned: Sequence[str] = ()  # the instructions that the policy knows
-        self.is_compared = False
-        self.rows: list[dict] = []
-        self.passed = [0] * self.num_envs  # episodes that lie behind each copy
-        self.counters: set[str] | None = None  # what a reset moves on; None: no reset has shown it yet
-
-    def reset(self, *, seed: list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        first, self.observations, self.running = len(self.rows), [], []
-        self.frames: list[np.ndarray | None] = [None] * self.num_envs
-        for i in range(min(self.num_envs, self.episodes - first)):
-            episode_seed = None if seed is None else seed[i]
-            self.catch_up(i, first + i, episode_seed, options)
-            row = {"seed": episode_seed, "init_state": init_state(self.copies[i]), "success": False}
-            self.running.append(row | {"return": 0.0, "max_reward": -np.inf, "length": 0})
-            self.observations.append(self.reset_copy(i, episode_seed, options))
-        self.rows += self.running
-        idle = self.num_envs - len(self.running)  # past the last episode
-        self.observations += self.observations[:1] * idle
-        self.is_done = np.array([False] * len(self.running) + [True] * idle)
-        return stacked(self.observations), {}
-
-    def reset_copy(self, i: int, seed: int | None, options: dict | None) -> dict:
-        """The first observation of a copy's next episode. The first reset of all shows what resets count."""
-        copy = self.copies[i]
-        before = plain_attributes(copy) if self.counters is None else {}
-        observation, _ = copy.reset(seed=[seed], options=options)
-        if self.counters is None:
-            after = plain_attributes(copy)
-            self.counters = {name for name, value in before.items() if repr(after.get(name)) != repr(value)}
-        self.passed[i] += 1
-        return observation
-
-    def catch_up(self, i: int, episode: int, seed: int | None, options: dict | None) -> None:
-        """Brings a copy to where it is before `episode` if it has run all those before."""
-        copy = self.copies[i]
-        is_twice = copy.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP  # at the end, too
-        stride = attribute(copy, "_reset_stride")  # LeRobot's: of LIBERO and RoboTwin
-        while (missed := episode - self.passed[i]) and self.counters != set():
-            if self.counters is not None and stride is not None:
-                for name in {"init_state_id", "episode_index"} & self.counters:
-                    copy.set_attr(name, [attribute(copy, name) + missed * stride * (1 + is_twice)])
-                break
-            self.reset_copy(i, None if seed is None else seed - missed, options)
-            if is_twice:
-                copy.reset(options=options)
-        self.passed[i] = episode
-
-    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        rewards, successes = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
-        terminated, truncated = np.ones(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
-        for i in np.flatnonzero(~self.is_done):
-            self.observations[i], reward, end, cut, info = self.copies[i].step(actions[i : i + 1])
-            rewards[i], terminated[i], truncated[i] = reward[0], end[0], cut[0]
-            successes[i] = np.ravel(info.get("final_info", info).get("is_success", False))[0]
-            row = self.running[i]
-            row["success"] |= bool(successes[i])
-            row["return"] += float(rewards[i])
-            row["max_reward"] = max(row["max_reward"], float(rewards[i]))
-            row["length"] += 1
-        self.is_done |= terminated | truncated
-        return stacked(self.observations), rewards, terminated, truncated, {"is_success": successes}
-
-    def call(self, name: str, *args, **kwargs) -> tuple:
-        if name in ("task", "task_description"):
-            return tuple(self.told(copy) for copy in self.copies)
-        if name == "render":
-            for i in range(len(self.running)):
-                if self.frames[i] is None or not self.is_done[i]:
-                    self.frames[i] = self.copies[i].call("render")[0]
-            return tuple(self.frames[0] if frame is None else frame for frame in self.frames)
-        return tuple(copy.call(name, *args, **kwargs)[0] for copy in self.copies)
-
-    def get_attr(self, name: str) -> tuple:
-        return self.call(name)
-
-    def told(self, copy: gym.vector.VectorEnv) -> str:
-        """The instruction: `task_text`, or the only one that the policy has learned, or the environment's own words."""
-        own = attribute(copy, "task_description")
-        own = attribute(copy, "task") or "" if own is None else own
-        only = self.learned[0] if len(self.learned) == 1 else None
-        text = next(text for text in (self.task_text, only, own) if text is not None)
-        if not self.is_compared and (text != own or (self.learned and text not in self.learned)):
-            self.is_compared = True
-            examples = ", ".join(map(repr, self.learned[:3])) + (", ..." if len(self.learned) > 3 else "")
-            learned = (
-                f"; its demonstrations have {len(self.learned)} instruction(s), {examples}" if self.learned else ""
-            )
-            advice = "; --task-text gives another" if self.task_text is None else ""
-            print(
-                f"{self.task}: the environment says {own!r}, the policy is told {text!r}{learned}{advice}", flush=True
-            )
-        return text
-
-    def close(self, **kwargs) -> None:
-        if self.rows and not sys.stderr.isatty():  # where no bar shows how far it is
-            successes = sum(row["success"] for row in self.rows)
-            print(f"{self.task}: {successes} of {len(self.rows)} episodes succeed", flush=True)
-        for copy in self.copies:
-            copy.close()
-
-
-def attribute(env: gym.vector.VectorEnv, name: str):
-    """Of the environment in a vector of one; None where it has none such."""
-    try:
-        return env.get_attr(name)[0]
-    except AttributeError:
-        return None
-
-
-def init_state(env: gym.vector.VectorEnv) -> int | None:
-    """Which of LIBERO's init states the next episode begins in."""
-    state, states = attribute(env, "init_state_id"), attribute(env, "_init_states")
-    if state is None or attribute(env, "init_states") is False:
-        return None
-    return int(state) if states is None else int(state) % len(states)
-
-
-def plain_attributes(env: gym.vector.VectorEnv) -> dict[str, object]:
-    """What an environment in a vector of one may count its resets by."""
-    (env,) = getattr(env, "envs", (None,))
-    found = {}
-    while env is not None:
-        kinds = (int, float, str, tuple, list, deque, itertools.count)
-        for name, value in vars(env).items():
-            if isinstance(value, kinds) and not isinstance(value, bool):
-                found.setdefault(name, value if isinstance(value, int) else repr(value))
-        env = env.env if isinstance(env, gym.Wrapper) else None
+            with redirect_stderr(io.StringIO()):  # of argparse, which tells the usage and exits
+                found.append(draccus.parse(known[type], args=[f"--{name}={value}" for name, value in given.items()]))
+        except (draccus.utils.DraccusException, SystemExit) as error:
+            told = ", ".join(f"env.{name}={value}" for name, value in given.items())
+            raise ValueError(f"{told or type}: {error.__cause__ or error}") from error
     return found
 
 
-def stacked(observations: Sequence):
-    """Observations of one environment each, in nested dictionaries -> of all, along the first axis."""
-    if len(observations) == 1:
-        return observations[0]
-    if isinstance(observations[0], dict):
-        return {key: stacked([observation[key] for observation in observations]) for key in observations[0]}
-    return np.concatenate(observations)
+def refuse_another_robot(
+    policy: PreTrainedConfig, envs: dict[str, dict[int, SideBySide]], rename_map: dict[str, str]
+) -> None:
+    """Raises ValueError where a policy has other actions than an environment, or sees what that does not show. Names
+    the cameras that it does not see."""
+    compared = [(env, unseen_cameras(policy, env, rename_map)) for tasks in envs.values() for env in tasks.values()]
+    if unseen := sorted({camera for _, cameras in compared for camera in cameras}):
+        print(f"{compared[0][0].config.type} shows {', '.join(unseen)}, which the policy does not see", flush=True)
 
 
-def refuse_another_robot(policy: PreTrainedConfig, env: SideBySide, rename_map: dict[str, str]) -> None:
-    """Raises ValueError where a policy has other actions than the environment, or sees what that does not show."""
+def unseen_cameras(policy: PreTrainedConfig, env: SideBySide, rename_map: dict[str, str]) -> set[str]:
     name, actions = env.config.type, int(np.prod(env.single_action_space.shape))
     if policy.action_feature is not None and policy.action_feature.shape[0] != actions:
         raise ValueError(f"the policy has {policy.action_feature.shape[0]} actions, {name} {actions}")
     preprocess, _ = env.config.get_env_processors()
-    shown = preprocess(preprocess_observation(env.copies[0].observation_space.sample()))
+    shown = preprocess(preprocess_observation(env.observation_space.sample()))
     shown = {key: value for key, value in shown.items() if key.startswith(OBS_STR)}
     if strangers := sorted(rename_map.keys() - shown.keys()):
         raise ValueError(f"rename_map has {strangers[0]!r}; {name} shows {', '.join(sorted(shown))}")
@@ -454,3 +305,4 @@ def refuse_another_robot(policy: PreTrainedConfig, env: SideBySide, rename_map: 
         found = shown[OBS_STATE].shape[-1] if OBS_STATE in shown else 0
         if found != states:
             raise ValueError(f"the policy reads {states} states, {name} has {found}")
+    return cameras - policy.image_features.keys()

@@ -2,11 +2,14 @@
 
     python -m hlrp.rollout --policy outputs/policy/checkpoints/last/pretrained_model --tasks door-open-v3 reach-v3
     python -m hlrp.rollout --policy FOLDER --env pusht --episodes 100 --seed 1000
+    python -m hlrp.rollout --policy FOLDER --env.type=libero --env.task=libero_object --env.task_ids='[0,1]'
 
 Any LeRobot policy, in any environment of LeRobot's or of an installed plugin, and in those of hlrp's data
-(`hlrp_metaworld`, `hlrp_world`). The episodes are those of `lerobot-eval --eval.batch_size=1` with the same seed,
-whatever the number of environments at once. A policy of hlrp that draws noise draws it from the seed of the episode.
-The same command goes on where a run was cut, and the tables are those of a run that was not. OUTPUT_DIR holds
+(`hlrp_metaworld`, `hlrp_world`). The flags of lerobot-eval are understood: --policy.path, --eval.n_episodes,
+--eval.batch_size, and each setting of the environment as --env.NAME=VALUE. The episodes are those of
+`lerobot-eval --eval.batch_size=1` with the same seed, whatever the number of environments at once. A policy of hlrp
+that draws noise draws it from the seed of the episode. The same command goes on where a run was cut, and the tables are
+those of a run that was not. OUTPUT_DIR holds
     rollout.json    success of each task, of each suite and of `all`, with 95 % intervals and mean return
     episodes.csv    a row for each episode: suite, task, episode (0 to --episodes - 1 in its task), seed, init_state
                     (empty where the environment has none), success (0 or 1), return, max_reward, length [steps],
@@ -20,7 +23,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,9 +48,13 @@ class Args:
     policy: str  # folder or hub id of a LeRobot policy
     env: str = "hlrp_metaworld"  # environment: this, hlrp_world or one of LeRobot's or a plugin's
     tasks: tuple[str, ...] = ()  # tasks of the environment; by default its own choice
+    # further settings of the environment; or each as LeRobot spells it, --env.episode_length=280
+    env_settings: dict[str, str] = field(default_factory=dict)
     episodes: int = 50  # episodes to try in each task
     seed: int = 1000  # seed of a task's first episode; each further one adds 1
     batch_size: int = 1  # environments that run at once; each starts a simulator of its own
+    # processes in which these environments run; 1: this one; None: one for each core
+    processes: int | None = None
     rename_map: dict[str, str] = field(default_factory=dict)  # names of cameras: the environment's, then the policy's
     # instruction for the policy; by default that of its demonstrations if they have only one, else the environment's
     task_text: str | None = None
@@ -63,9 +70,10 @@ def main(args: Args) -> None:
     from lerobot.utils.random_utils import set_seed
 
     import hlrp.policy  # noqa: F401  the type hlrp
-    from hlrp.envs import env_configs, make_envs, refuse_another_robot
+    from hlrp.envs import env_configs, refuse_another_robot
+    from hlrp.envs_parallel import make_envs
 
-    configs = env_configs(args.env, args.tasks)
+    configs = env_configs(args.env, [task for tasks in args.tasks for task in tasks.split(",")], args.env_settings)
     given = [] if args.device == "auto" else [f"--device={args.device}"]
     try:
         config = PreTrainedConfig.from_pretrained(args.policy, cli_overrides=given)
@@ -76,9 +84,8 @@ def main(args: Args) -> None:
         ) from error
     config.pretrained_path = args.policy
     set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too
-    envs = make_envs(configs, args.batch_size, args.episodes)
-    for env in every(envs):
-        refuse_another_robot(config, env, args.rename_map)
+    envs = make_envs(configs, args.batch_size, args.episodes, args.processes)
+    refuse_another_robot(config, envs, args.rename_map)
     policy = make_policy(config, env_cfg=configs[0], rename_map=args.rename_map).eval()
     overrides = {"device_processor": {"device": config.device}, "rename_observations_processor": {"rename_map": {}}}
     processors = make_pre_post_processors(config, pretrained_path=args.policy, preprocessor_overrides=overrides)
@@ -108,18 +115,20 @@ def every(envs: dict[str, dict]) -> list:
 
 def envs_of(args, batch_size: int) -> dict[str, dict]:
     """The environments of a training script. args: `env` and `eval` are read."""
-    from hlrp.envs import env_configs, make_envs
+    from hlrp.envs import env_configs
+    from hlrp.envs_parallel import make_envs
 
-    configs = env_configs(args.env.type, args.env.task.split(",") if args.env.task else ())
-    return make_envs(configs, batch_size, args.eval.n_episodes)
+    configs = env_configs(args.env.type, args.env.task.split(",") if args.env.task else (), args.env.settings)
+    return make_envs(configs, batch_size, args.eval.n_episodes, args.eval.processes)
 
 
 def refuse_environment(args, config) -> None:
     """Raises ValueError where an environment of a script cannot be made or has another robot than the policy."""
     from hlrp.envs import refuse_another_robot
 
-    for env in every(envs_of(args, 1)):
-        refuse_another_robot(config, env, args.env.rename_map)
+    envs = envs_of(args, 1)
+    refuse_another_robot(config, envs, args.env.rename_map)
+    for env in every(envs):
         env.close()
 
 
@@ -187,6 +196,9 @@ def evaluate(
     for (suite, i), name in names_of(envs).items():
         env, rows = envs[suite][i], done.setdefault(name, [])
         env.task_text, env.learned = task_text, getattr(policy, "instructions", ())
+        env.num_filmed = videos
+        if policy.config.type == "hlrp" and policy.config.n_obs_steps == 1:
+            env.is_seen = lambda: not policy._action_queue  # it looks when it has no action left
         env.rows = [*rows]
         bar.update(min(len(rows), episodes))
         while (first := len(rows)) < episodes:
@@ -285,8 +297,8 @@ def no_bars() -> Iterator[None]:
 
 
 def check(args: Args) -> None:
-    for name, least in {"episodes": 1, "batch_size": 1, "videos": 0, "seed": 0}.items():
-        if getattr(args, name) < least:
+    for name, least in {"episodes": 1, "batch_size": 1, "processes": 1, "videos": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"{name}={getattr(args, name)}; expected {least} or more")
     if args.batch_size > args.episodes:
         raise ValueError(f"batch_size={args.batch_size} is more than episodes={args.episodes}")
@@ -367,6 +379,30 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def env_flags(argv: Sequence[str], renamed: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """A command line without the settings of the environment in LeRobot's spelling (--env.NAME=VALUE), and these
+    settings as a list of names and values. renamed: flags that have a field of their own, and how they are called."""
+    rest, settings, tokens = [], [], [*argv]
+    while tokens:
+        token = tokens.pop(0)
+        flag, equals, value = token.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in renamed:
+            rest.append(f"--{renamed[name]}{equals}{value}")
+        elif not flag.startswith("--env."):
+            rest.append(token)
+        else:
+            if not equals and (not tokens or tokens[0].startswith("--")):
+                raise ValueError(f"--{name} has no value; expected --{name}=VALUE, as --{name}=true")
+            settings += [name.removeprefix("env."), value if equals else tokens.pop(0)]
+    return rest, settings
+
+
+LEROBOT_EVAL = {"policy.path": "policy", "env.type": "env", "env.task": "tasks"}
+LEROBOT_EVAL |= {"eval.n_episodes": "episodes", "eval.batch_size": "batch-size"}
+
 if __name__ == "__main__":
     tell_mistakes()
-    main(tyro.cli(Args, description=__doc__, args=dicts(sys.argv[1:])))
+    argv, settings = env_flags(sys.argv[1:], LEROBOT_EVAL)
+    argv = [*dicts(argv), *(["--env-settings", *settings] if settings else [])]
+    main(tyro.cli(Args, description=__doc__, args=argv))

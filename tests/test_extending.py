@@ -15,7 +15,8 @@ from hlrp.backbones import FrozenEncoder
 from hlrp.clips import Clips
 from hlrp.contract import Source
 from hlrp.data import Mixture, loader
-from hlrp.envs import env_configs, make_envs
+from hlrp.envs import env_configs
+from hlrp.envs_parallel import make_envs
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.sources import open_sources
 from hlrp.vla import VLA, LatentSpace, VLAConfig

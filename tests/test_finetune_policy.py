@@ -278,6 +278,7 @@ def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, t
         ({"policy": {"vla": "nowhere"}}, "nowhere holds no config.json"),
         ({"policy": {"vla": None}}, "data is empty, and without policy.vla"),
         ({"env_eval_freq": 2}, "env_eval_freq=2; expected 0 or more, and an --env.type"),
+        ({"env": EnvArgs("hlrp_world", settings={"speed": "2"})}, "env.speed is no setting of hlrp_world; .*task, fps"),
     ],
 )
 def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, message, stages, tmp_path):
@@ -298,7 +299,11 @@ def test_the_policy_is_tried_in_the_environment_with_videos(stages, tmp_path, mo
     monkeypatch.setattr("hlrp.metaworld.MAX_STEPS", 40)
     monkeypatch.setenv("HLRP_CACHE", str(tmp_path / "cache"))
     data = ("metaworld:reach-v3,door-open-v3?episodes=3&size=32",)
-    env = {"env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"), "eval": EvalArgs(2, 2), "env_eval_freq": 2}
+    env = {
+        "env": EnvArgs("hlrp_metaworld", "reach-v3,door-open-v3"),
+        "eval": EvalArgs(2, 2, processes=1),
+        "env_eval_freq": 2,
+    }
     monkeypatch.setattr("hlrp.envs.MAX_STEPS", 40)
     train(tmp_path / "run", stages, head=None, data=data, val_fraction=0.3, **env)
     logged = lines(tmp_path / "run", "env")

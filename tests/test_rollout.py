@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import gymnasium as gym
@@ -14,15 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors
+from lerobot.envs.configs import LiberoEnv
+from lerobot.policies import make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy, eval_policy_all
 from toys import META
 
+import hlrp.envs
 from hlrp.demonstrations import dicts
-from hlrp.envs import env_configs, make_envs, no_questions
+from hlrp.envs import env_configs, refuse_another_robot
+from hlrp.envs_parallel import make_envs, no_questions
 from hlrp.policy import HLRPConfig, HLRPPolicy, make_hlrp_pre_post_processors
-from hlrp.rollout import Args, main, read_episodes, summary, table
+from hlrp.rollout import Args, env_flags, main, read_episodes, summary, table
 
 STATS = {key: {"mean": torch.zeros(4), "std": torch.ones(4)} for key in ("observation.state", "action")}
 
@@ -137,7 +141,6 @@ def test_lerobot_eval_counts_the_same_successes(metaworld_policy, tmp_path):
 
 PATTERN = [1, 0, 0, 1, 1, 0, 0, 0]  # which init states succeed
 TASKS = ["stack the blocks"]
-SIZES = {"observation.state": 3, "action": 2}
 
 
 class Counting(gym.Env):
@@ -149,11 +152,9 @@ class Counting(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 80}
     render_mode = "rgb_array"
-    _max_episode_steps = 6
-    task, task_description = "stack", "stack"
 
-    def __init__(self, episode_index=0, n_envs=1, task="stack"):
-        self.task = self.task_description = task
+    def __init__(self, episode_index=0, n_envs=1, task="stack", length=6):
+        self.task, self.task_description, self._max_episode_steps = task, task, length
         self.init_state_id, self._reset_stride, self._init_states = episode_index, n_envs, PATTERN
 
     def reset(self, seed=None, options=None):
@@ -193,8 +194,8 @@ class Bare(Counting):
 class ShiftedSeed(Counting):
     """Moves the seed by the number of the environment, as RoboCasa does."""
 
-    def __init__(self, episode_index=0, n_envs=1, task="stack"):
-        super().__init__(task=task)
+    def __init__(self, episode_index=0, n_envs=1, task="stack", length=6):
+        super().__init__(task=task, length=length)
         self.index = episode_index
         del self.init_state_id, self._reset_stride
 
@@ -204,7 +205,20 @@ class ShiftedSeed(Counting):
         return self.observation(), {"is_success": False}
 
 
-KINDS = {"libero": Counting, "bare": Bare, "shifted": ShiftedSeed}
+class Sums(Counting):
+    """The return is the sum of all actions."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float(action.sum()), *rest
+
+
+class Dies(Counting):
+    def step(self, action):
+        os._exit(3)
+
+
+KINDS = {"libero": Counting, "bare": Bare, "shifted": ShiftedSeed, "sums": Sums, "dies": Dies}
 
 
 @EnvConfig.register_subclass("counting")
@@ -212,6 +226,7 @@ KINDS = {"libero": Counting, "bare": Bare, "shifted": ShiftedSeed}
 class CountingConfig(EnvConfig):
     task: str = "libero"
     autoreset: str = "NEXT_STEP"
+    episode_length: int | None = None
     features: dict = field(
         default_factory=lambda: {
             "action": PolicyFeature(FeatureType.ACTION, (2,)),
@@ -229,7 +244,7 @@ class CountingConfig(EnvConfig):
 
     def create_envs(self, n_envs, use_async_envs=False):
         kind, _, mode = self.task.partition("/")
-        made = [lambda i=i: KINDS[kind](i, n_envs, kind) for i in range(n_envs)]
+        made = [lambda i=i: KINDS[kind](i, n_envs, kind, self.episode_length or 6) for i in range(n_envs)]
         mode = gym.vector.AutoresetMode[mode or self.autoreset]
         return {"counting": {0: gym.vector.SyncVectorEnv(made, autoreset_mode=mode)}}
 
@@ -248,15 +263,17 @@ for name in ("stack", "sort"):
     gym.register(f"counting_one/{name}", Counting, kwargs={"task": name}, max_episode_steps=6)
 
 
-def save(folder, tasks=TASKS, actions=2, states=3, camera="observation.image"):
+def save(folder, tasks=TASKS, actions=2, states=3, camera="observation.image", head="flow", mean=0.0):
+    torch.manual_seed(0)
     config = HLRPConfig(device="cpu", push_to_hub=False, image_size=16, chunk_size=2, n_action_steps=2)
+    config.action_head = head
     config.expert_dim, config.expert_depth = 32, 1
     config.input_features = {camera: PolicyFeature(FeatureType.VISUAL, (3, 16, 16))}
     config.input_features |= {"observation.state": PolicyFeature(FeatureType.STATE, (states,))}
     config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (actions,))}
     policy = HLRPPolicy(config, instructions=tasks)
     sizes = {"observation.state": states, "action": actions}
-    stats = {key: {"mean": torch.zeros(n), "std": torch.ones(n)} for key, n in sizes.items()}
+    stats = {key: {"mean": torch.full((n,), mean), "std": torch.ones(n)} for key, n in sizes.items()}
     for part in (policy, *make_hlrp_pre_post_processors(config, stats)):
         part.save_pretrained(folder)
     return str(folder)
@@ -268,7 +285,7 @@ def saved(tmp_path_factory):
 
 
 def roll_out(policy, folder, task, batch_size, episodes=6, **settings) -> dict:
-    settings = {"env": "counting", "videos": 0, "seed": 3} | settings
+    settings = {"env": "counting", "videos": 0, "seed": 3, "processes": 1} | settings
     main(Args(policy, tasks=(task,), episodes=episodes, batch_size=batch_size, output_dir=folder, **settings))
     return json.loads((folder / "rollout.json").read_text())
 
@@ -278,15 +295,15 @@ def episodes_of(policy, folder, task, batch_size, **settings) -> list[dict]:
     return read_episodes(folder)[task.partition("/")[0]]
 
 
-def of_lerobot(policy, task) -> list[bool]:
-    """The successes that lerobot-eval counts with --eval.batch_size=1."""
-    config = CountingConfig(task)
+def of_lerobot(policy, config, episodes=6) -> dict[str, list]:
+    """What lerobot-eval counts with --eval.batch_size=1."""
+    folder = policy
     envs, policy = make_env(config, n_envs=1), HLRPPolicy.from_pretrained(policy)
     processors = make_env_pre_post_processors(config, policy.config)
-    stats = {key: {"mean": torch.zeros(n), "std": torch.ones(n)} for key, n in SIZES.items()}
-    processors += make_hlrp_pre_post_processors(policy.config, stats)
-    info = eval_policy_all(envs, policy, *processors, n_episodes=6, start_seed=3)
-    return info["per_task"][0]["metrics"]["successes"]
+    processors += make_pre_post_processors(policy.config, pretrained_path=folder)
+    policy.eval()
+    info = eval_policy_all(envs, policy, *processors, n_episodes=episodes, start_seed=3)
+    return info["per_task"][0]["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +324,7 @@ def test_episodes_are_those_of_lerobot_eval_with_one_environment_whatever_the_ba
     if states:
         assert [row["length"] for row in results[0]] == [2 + state % 3 for state in states]
         assert [row["return"] for row in results[0]] == [2 + state % 3 for state in states]
-    theirs = of_lerobot(saved, task)
+    theirs = of_lerobot(saved, CountingConfig(task))["successes"]
     assert [row["success"] for row in results[0]] == theirs and any(theirs) and not all(theirs)
 
 
@@ -361,7 +378,7 @@ def test_more_episodes_and_tasks_come_to_those_that_are_there_but_none_of_other_
     with pytest.raises(ValueError, match=r"out holds episodes of other settings \(seed changed\)"):
         roll_out(saved, tmp_path / "out", "libero", 2, seed=4)
     with pytest.raises(ValueError, match=r"other settings \(policy changed\); give another --output-dir"):
-        roll_out(save(tmp_path / "other"), tmp_path / "out", "libero", 2)
+        roll_out(save(tmp_path / "other", mean=1.0), tmp_path / "out", "libero", 2)
 
 
 def test_a_policy_that_draws_noise_draws_that_of_the_episode_whatever_runs_beside_it(saved, tmp_path, monkeypatch):
@@ -382,6 +399,128 @@ def test_a_policy_that_draws_noise_draws_that_of_the_episode_whatever_runs_besid
         assert all(torch.equal(x, y) for x, y in zip(samples, noise[3][state][: len(samples)], strict=True))
     every = torch.stack([sample for samples in noise[1].values() for sample in samples])
     assert len(noise[1]) == 6 and len(every.unique(dim=0)) == len(every)
+
+
+EXACT = ("task", "episode", "seed", "init_state", "success", "length")
+
+
+@pytest.mark.parametrize(("env", "task"), [("counting", "sums"), ("hlrp_world", "move")])
+def test_environments_in_several_processes_run_the_same_episodes_one_by_one(tmp_path, env, task):
+    policy = save(tmp_path / "policy", states=3 if env == "counting" else 2, mean=0.6)
+    alone = episodes_of(policy, tmp_path / "1", task, 1, env=env)
+    beside = episodes_of(policy, tmp_path / "3", task, 3, env=env, processes=2, videos=1)
+    assert [[row[key] for key in EXACT] for row in beside] == [[row[key] for key in EXACT] for row in alone]
+    assert [row["return"] for row in beside] == pytest.approx([row["return"] for row in alone], rel=1e-4)
+    assert len({(row["return"], row["length"]) for row in alone}) > 2
+    assert (tmp_path / "3" / beside[0]["video"]).is_file()
+
+
+def test_a_process_that_dies_is_told_and_what_does_not_exist_is_named_as_in_one_process(saved, tmp_path):
+    with pytest.raises(RuntimeError, match="a process of environments has ended with exit code 3; with --processes 1"):
+        roll_out(saved, tmp_path, "dies", 2, processes=2)
+    with pytest.raises(ValueError, match="env=counting, task=nothing cannot be made: 'nothing'"):
+        roll_out(saved, tmp_path, "nothing", 2, processes=2)
+
+
+def test_pictures_that_the_policy_does_not_look_at_are_not_drawn(tmp_path, monkeypatch):
+    policy, drawn = save(tmp_path / "policy", states=2, mean=0.6), []
+    picture = hlrp.envs.world_picture
+    monkeypatch.setattr("hlrp.envs.world_picture", lambda *args: drawn.append(1) or picture(*args))
+    rows = episodes_of(policy, tmp_path / "few", "move", 2, env="hlrp_world", episodes=3)
+    few, steps = len(drawn), sum(row["length"] for row in rows)
+    assert few <= steps / 2 + 2 * len(rows)  # a chunk of two actions each
+    assert episodes_of(policy, tmp_path / "all", "move", 2, env="hlrp_world", episodes=3, videos=3) == [
+        row | {"video": f"videos/hlrp_world_0/eval_episode_{i}.mp4"} for i, row in enumerate(rows)
+    ]
+    assert len(drawn) - few >= steps + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("hlrp_world", {}),
+        ("pusht", {"episode_length": "5"}),
+        ("aloha", {"episode_length": "2", "observation_height": "480"}),
+    ],
+)
+def test_one_command_runs_every_environment_and_its_episodes_are_those_of_lerobot_eval(tmp_path, env, settings):
+    if env in ("pusht", "aloha"):
+        pytest.importorskip(f"gym_{env}")
+    size = 14 if env == "aloha" else 2
+    camera = "observation.images.top" if env == "aloha" else "observation.image"
+    policy = save(tmp_path / "policy", actions=size, states=size, camera=camera, head="l1", mean=0.6)
+    task = {"hlrp_world": "move", "pusht": "PushT-v0", "aloha": "AlohaTransferCube-v0"}[env]
+    (config,) = env_configs(env, [task], settings)
+    theirs = of_lerobot(policy, config, episodes=3)
+    rows = episodes_of(policy, tmp_path / "out", task, 1, env=env, env_settings=settings, episodes=3)
+    assert [row["success"] for row in rows] == theirs["successes"]
+    assert [row["return"] for row in rows] == theirs["sum_rewards"]
+    assert [row["max_reward"] for row in rows] == theirs["max_rewards"]
+    beside = episodes_of(policy, tmp_path / "3", task, 3, env=env, env_settings=settings, episodes=3)
+    assert [row["return"] for row in beside] == pytest.approx(theirs["sum_rewards"], rel=1e-4)
+
+
+@pytest.fixture
+def libero(tmp_path, monkeypatch):
+    """LeRobot's own environment of LIBERO, on a simulator without assets. Returns a policy for it."""
+    stub = os.path.join(os.path.dirname(__file__), "data/libero_stub")
+    monkeypatch.syspath_prepend(stub)
+    monkeypatch.setenv("LIBERO_STUB", str(tmp_path / "libero"))
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        folder = tmp_path / "libero/init_states" / suite
+        folder.mkdir(parents=True)
+        for i in range(2):
+            torch.save(np.arange(50.0).reshape(50, 1), folder / f"{suite}_{i}.pruned_init")
+    config = HLRPConfig(device="cpu", push_to_hub=False, image_size=32, chunk_size=2, n_action_steps=2)
+    config.expert_dim, config.expert_depth = 32, 1
+    for camera in ("image", "image2"):
+        config.input_features[f"observation.images.{camera}"] = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
+    config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (8,))
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (7,))}
+    stats = {
+        key: {"mean": torch.zeros(n), "std": torch.ones(n)} for key, n in (("observation.state", 8), ("action", 7))
+    }
+    for part in (HLRPPolicy(config, instructions=[*TASKS, "lift"]), *make_hlrp_pre_post_processors(config, stats)):
+        part.save_pretrained(tmp_path / "policy")
+    yield str(tmp_path / "policy")
+    for name in [name for name in sys.modules if name.split(".")[0] == "libero" or name == "lerobot.envs.libero"]:
+        del sys.modules[name]
+
+
+def test_libero_is_tried_as_published(libero, tmp_path, monkeypatch):
+    seen = []
+    predict = HLRPPolicy.predict_action_chunk
+    monkeypatch.setattr(
+        HLRPPolicy,
+        "predict_action_chunk",
+        lambda self, batch, *noise: seen.append(batch) or predict(self, batch, *noise),
+    )
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    size = {"observation_height": "32", "observation_width": "32"}
+    envs = make_envs(env_configs("libero", suites, size), 1, 1)
+    assert {suite: len(tasks) for suite, tasks in envs.items()} == dict.fromkeys(suites, 2)
+    assert [envs[suite][0].call("_max_episode_steps") for suite in suites] == [(280,), (280,), (300,), (520,)]
+    settings = size | {"episode_length": "5", "task_ids": "[1]"}
+    args = {"env": "libero", "env_settings": settings, "seed": 7, "videos": 0, "episodes": 5}
+    tables = []
+    for batch_size, processes in ((1, 1), (3, 1), (3, 2)):
+        folder = tmp_path / f"{batch_size}{processes}"
+        main(Args(libero, tasks=suites, batch_size=batch_size, processes=processes, output_dir=folder, **args))
+        tables.append((folder / "episodes.csv").read_text())
+    assert tables[0] == tables[1] == tables[2]
+    result, table = json.loads((folder / "rollout.json").read_text()), pd.read_csv(folder / "episodes.csv")
+    assert table.init_state.tolist() == [0, 1, 2, 3, 4] * 4 and table.seed.tolist() == [7, 8, 9, 10, 11] * 4
+    assert table.success.tolist() == [1, 0, 1, 0, 1] * 4 and table.length.tolist() == [3, 5, 3, 5, 3] * 4
+    assert table.task.unique().tolist() == [f"{suite}_task_1" for suite in suites]
+    assert [suite["success"] for suite in result["suites"].values()] == [0.6] * 4 and result["mean_of_suites"] == 0.6
+
+    first = seen[0]  # of init state 0, in the first suite
+    assert first["task"] == ["do task 1 of libero_spatial"]
+    for camera, value in (("image", 1), ("image2", 101)):
+        picture = first[f"observation.images.{camera}"][0].mul(255).round()
+        assert picture[:, -1, -1].tolist() == [value] * 3 and picture.sum() == 3 * value  # upright
+    expected = [0.1, 0.2, 0.3, 0, 0, np.pi / 2, 0.04, -0.04]  # position, axis-angle, fingers
+    assert first["observation.state"][0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_tasks_of_a_one_task_environment_run_one_after_another(saved, tmp_path):
@@ -431,7 +570,12 @@ def test_the_policy_is_told_what_its_demonstrations_said_and_a_difference_is_sai
             ),
         ),
         ({}, {"task": "nothing"}, "env=counting, task=nothing cannot be made: 'nothing'"),
-        ({}, {"env": "nothing"}, "'nothing' is not registered"),
+        ({}, {"env": "nothing"}, "env.type=nothing; expected one of "),
+        (
+            {},
+            {"env_settings": {"episode_lenght": "3"}},
+            "env.episode_lenght is no setting of counting; there are task, fps",
+        ),
         ({}, {"rename_map": {"front": "top"}}, "rename_map has 'front'; counting shows observation.image, "),
     ],
 )
@@ -439,6 +583,17 @@ def test_a_policy_of_another_robot_is_refused_in_words(tmp_path, settings, more,
     policy = save(tmp_path, **settings)
     with pytest.raises(ValueError, match=re.escape(message)):
         roll_out(policy, tmp_path, **{"task": "libero", "batch_size": 1} | more)
+
+
+def test_cameras_that_the_policy_does_not_see_are_named_once(libero, tmp_path, capsys):
+    config = PreTrainedConfig.from_pretrained(libero)
+    del config.input_features["observation.images.image2"]
+    envs = make_envs(env_configs("libero", ["libero_goal"]), 1, 1)
+    refuse_another_robot(config, envs, {})
+    told = "libero shows observation.images.image2, which the policy does not see"
+    assert capsys.readouterr().out.count(told) == 1
+    refuse_another_robot(PreTrainedConfig.from_pretrained(libero), envs, {})
+    assert told not in capsys.readouterr().out
 
 
 def test_a_camera_is_renamed_as_the_message_says(tmp_path):
@@ -460,10 +615,61 @@ def test_dictionaries_are_understood_as_lerobots_messages_spell_them(given, unde
     assert dicts(given) == understood
 
 
+def test_settings_of_an_environment_are_those_of_lerobots_command_line():
+    settings = {"task_ids": "[0,1]", "episode_length": "280", "observation_height": "256", "init_states": "false"}
+    settings |= {"control_mode": "absolute", "camera_name_mapping": '{"agentview_image": "front"}'}
+    expected = LiberoEnv("libero_object", task_ids=[0, 1], episode_length=280, observation_height=256)
+    mapping = {"agentview_image": "front"}
+    expected = replace(expected, init_states=False, control_mode="absolute", camera_name_mapping=mapping)
+    assert env_configs("libero", ["libero_object"], settings) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"episode_lenght": "280"},
+            r"env.episode_lenght is no setting of libero; there are task, fps, .*episode_length",
+        ),
+        ({"task_ids": "x"}, "env.task_ids=x: .*'x' is not of a valid input for a list"),
+        ({"init_states": "maybe"}, "env.init_states=maybe: .*Couldn't parse 'maybe' into a bool"),
+        ({"fps": "0"}, "env.fps=0: fps must be positive, got 0"),
+    ],
+)
+def test_a_setting_that_an_environment_does_not_have_is_named_with_those_that_it_has(settings, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        env_configs("libero", (), settings)
+
+
+def test_the_flags_of_lerobot_eval_are_understood(saved, tmp_path):
+    renamed = {"policy.path": "policy", "env.type": "env", "env.task": "tasks"}
+    given = ["--policy.path=P", "--env.type", "libero", "--env.task=a,b", "--env.task_ids=[0, 1]", "--seed", "1"]
+    given += ["--env.episode-length", "280", "--env.init_states=false"]
+    rest, settings = env_flags(given, renamed)
+    assert rest == ["--policy=P", "--env", "libero", "--tasks=a,b", "--seed", "1"]
+    assert settings == ["task_ids", "[0, 1]", "episode_length", "280", "init_states", "false"]
+    with pytest.raises(ValueError, match="--env.init_states has no value; expected --env.init_states=VALUE"):
+        env_flags(["--env.init_states", "--seed", "1"], {})
+    flags = ["--policy.path", saved, "--env.type=counting", "--env.task=libero,bare", "--env.episode_length=1"]
+    flags += ["--eval.n_episodes=2", "--eval.batch_size=1", "--videos", "0", "--output_dir", tmp_path]
+    code = "import runpy, test_rollout; runpy.run_module('hlrp.rollout', run_name='__main__')"
+    assert python(code, *flags, cwd=tmp_path).returncode == 0
+    rows = [row for rows in read_episodes(tmp_path).values() for row in rows]
+    assert [(row["task"], row["length"]) for row in rows] == [("libero", 1)] * 2 + [("bare", 1)] * 2
+
+
 @pytest.mark.parametrize("given", ["--rename_map={a}", "--rename_map={a: [1]}", "--rename_map={a: b"])
 def test_what_is_no_dictionary_is_named(given):
     with pytest.raises(ValueError, match="rename_map.*expected a dictionary"):
         dicts([given])
+
+
+def python(code, *flags, cwd):
+    """Runs a program that can import this file."""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables.pop("SLURM_JOB_ID", None)
+    return subprocess.run([sys.executable, "-c", code, *flags], env=variables, cwd=cwd, capture_output=True, text=True)
 
 
 def test_a_question_on_standard_input_is_answered_by_no():
@@ -475,12 +681,9 @@ def test_a_log_gets_a_line_for_each_task_and_no_bars(saved, tmp_path):
     code = f"""
 import test_rollout
 from hlrp.rollout import Args, main
-main(Args({saved!r}, "counting", ("libero", "bare"), 6, 3, 2, videos=0))
+main(Args({saved!r}, "counting", ("libero", "bare"), episodes=6, seed=3, batch_size=2, videos=0))
 """
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables.pop("SLURM_JOB_ID", None)
-    told = subprocess.run([sys.executable, "-c", code], env=variables, cwd=tmp_path, capture_output=True, text=True)
+    told = python(code, cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "Running rollout" not in told.stderr and "\r" not in told.stderr and "Device" not in told.stderr
     assert "libero: 3 of 6 episodes succeed" in told.stdout
