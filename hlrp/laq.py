@@ -85,8 +85,8 @@ class LAQConfig:
     image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by --size
     patch_size: int | None = None  # height and width of a patch of the frame [pixel]; None: 8, 16 or 32 by --size
 
-    num_tokens: int = 4  # discrete tokens per latent action
-    codebook_size: int = 8  # codes that each token chooses from
+    num_tokens: int = 32  # discrete tokens per latent action
+    codebook_size: int = 64  # codes that each token chooses from
     quantizer: QuantizerName = "fsq"  # how a token becomes one of the codes; gaussian and none are continuous
 
     features: str | None = None  # hub id or folder of a frozen image encoder: DINOv2, DINOv3, SigLIP2, V-JEPA 2

@@ -192,7 +192,7 @@ def gather(tensor: Tensor) -> Tensor:
 ALPHAS = [10.0**k for k in range(-4, 5)]  # ridge penalties per sample, for standardised features
 NUM_FOLDS = 4
 MIN_EPISODES = 3  # two to fit and to choose alpha on, one to score
-MAX_INDICATORS = 1024  # codes times token positions that a pass has samples enough to tell apart
+MAX_INDICATORS = 2048  # codes times token positions that a pass has samples enough to tell apart
 HIDDEN_SIZE, MLP_STEPS, MLP_BATCH_SIZE = 128, 400, 256
 CHECK_FREQ, PATIENCE = 10, 8  # steps from a look at left-out episodes to the next, and looks without a gain
 

@@ -156,6 +156,7 @@ STYLE = {
 }
 DPI = 144  # twice a page's own, for sharp letters
 MAX_SCATTERED = 1500
+MAX_NAME = 24  # letters of a sequence that a chart shows
 MAX_SEQUENCES = 30  # shown by name
 
 
@@ -193,7 +194,8 @@ def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> "Figure"
     figure = new_figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     left.bar(range(shown), counts[:shown], color=BLUE)
-    left.set_xticks(range(shown), sequences[:shown], rotation=90, size=7, family="monospace")
+    names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…" for name in sequences[:shown]]
+    left.set_xticks(range(shown), names, rotation=90, size=7, family="monospace")
     left.set_ylabel("samples")
     left.set_title(f"the {shown} most frequent of {len(sequences)} sequences")
     left.margins(x=0.01)

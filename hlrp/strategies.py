@@ -256,6 +256,8 @@ def usage(shown: Shown, path: Path, title: str) -> dict[str, float]:
 def sequences(shown: Shown, path: Path, title: str) -> dict[str, float]:
     """How often each whole sequence of codes occurs. `most_frequent`: share of the samples with the first."""
     names, counts, _ = shown.sequences()
+    if counts[0] < 2:
+        raise Skip("no sequence of codes occurs twice")
     save(sequences_chart(names, counts.tolist()), path, title)
     return {"different": float(len(names)), "most_frequent": float(counts[0] / counts.sum())}
 
