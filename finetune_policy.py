@@ -38,11 +38,11 @@ from hlrp.demonstrations import (
 )
 from hlrp.distributed import distribute, first_alone, gathered, sharding
 from hlrp.idle import IdleConfig, save_picture
-from hlrp.label import cached_space
+from hlrp.label import cached_space, latent_space
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.rollout import env_flags, is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
-from hlrp.training import Run, RunArgs
+from hlrp.training import NOT_GIVEN, Interval, Run, RunArgs
 from hlrp.vla_validation import label, shuffled
 
 
@@ -89,9 +89,9 @@ class Args(RunArgs):
     lr: float = 1e-3  # highest learning rate; use 1e-4 or less, and adamw, for a pretrained vlm
     ema_decay: float = 0.0  # keep an exponential moving average of the weights as the policy, such as .999; 0: do not
     # validate every so many steps, and after the last one; None: a quarter of --steps, at most 250
-    eval_freq: int | None = None
+    eval_freq: Interval = NOT_GIVEN
     # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 500
-    save_freq: int | None = None
+    save_freq: Interval = NOT_GIVEN
 
     env: EnvArgs = field(default_factory=EnvArgs)
     env_eval_freq: int = 0  # try the policy in the environment every so many steps; 0: only after the last one
@@ -161,10 +161,11 @@ def main(args: Args) -> None:
         preprocessor, postprocessor = make_hlrp_pre_post_processors(config, stats)
         policy.instructions = instructions(sources, args.skip_broken, [part.demonstrations for part in parts])
         policy.train()
-        laq, space = teacher_of(policy, args.laq)
+        laq = teacher_of(policy, args.laq)
         times, image_size, cached, latents_from = (0.0,), policy.vlm.image_size, None, ""
         if laq is not None:
-            times = tuple(space.delta * i for i in range(config.stage2["vla"]["chunk_size"] + 1))
+            space = latent_space(laq)
+            times = tuple(space.delta * i for i in range(config.latent_chunk_size + 1))
             image_size, (cached, latents_from) = space.image_size, cached_space(sources, space)
         sizes = {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps, "image_size": image_size}
         with_video = laq is not None or args.pseudo_actions is not None

@@ -28,7 +28,7 @@ class Context(NamedTuple):
 
     def repeat(self, times: int) -> "Context":
         """The context of a batch that is repeated `times` times along its first axis."""
-        keys_values = [tuple(x.repeat(times, 1, 1, 1) for x in pair) for pair in self.keys_values]
+        keys_values = [(k.repeat(times, 1, 1, 1), v.repeat(times, 1, 1, 1)) for k, v in self.keys_values]
         return Context(keys_values, self.bias.repeat(times, 1, 1, 1))
 
 
@@ -101,6 +101,7 @@ class ActionExpert(nn.Module):
         if dim % num_heads or dim % 2:
             raise ValueError(f"dim={dim}; expected an even number that is a multiple of num_heads={num_heads}")
         self.dim = dim
+        self.sizes: dict[str, int] = {}  # dimensions of a step of each space
         self.from_space, self.to_space = nn.ModuleDict(), nn.ModuleDict()
         self.to_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(ExpertBlock(dim, num_heads, context_dim) for _ in range(depth))
@@ -109,15 +110,20 @@ class ActionExpert(nn.Module):
 
     def add_space(self, name: str, size: int, out_size: int | None = None) -> None:
         """size: dimensions of a step. out_size: of the output for a step, where it is not a velocity."""
+        self.sizes[name] = size
         self.from_space[name] = nn.Linear(size, self.dim)
-        self.to_space[name] = nn.Linear(self.dim, size if out_size is None else out_size)
-        nn.init.zeros_(self.to_space[name].weight)
-        nn.init.zeros_(self.to_space[name].bias)
+        self.to_space[name] = to_space = nn.Linear(self.dim, size if out_size is None else out_size)
+        nn.init.zeros_(to_space.weight)
+        nn.init.zeros_(to_space.bias)
 
     def read(self, hidden: Tensor, mask: Tensor) -> Context:
         """hidden (b, n, context_dim), mask bool (b, n), True where the expert may attend."""
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-        return Context([block.keys_values(hidden) for block in self.blocks], bias[:, None, None])
+        keys_values = []
+        for block in self.blocks:
+            assert isinstance(block, ExpertBlock)
+            keys_values.append(block.keys_values(hidden))
+        return Context(keys_values, bias[:, None, None])
 
     def velocity(self, space: str, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """x (b, t, a) at times (b,) in [0, 1] -> (b, t, a)."""
@@ -160,7 +166,7 @@ class ActionExpert(nn.Module):
     def regress(self, space: str, length: int, context: Context) -> Tensor:
         """The output (b, length, out_size) of one pass at time 0 with zeros as the noise."""
         b, device = len(context.bias), context.bias.device
-        nothing = torch.zeros(b, length, self.from_space[space].in_features, device=device)
+        nothing = torch.zeros(b, length, self.sizes[space], device=device)
         return self.velocity(space, nothing, torch.zeros(b, device=device), context)
 
     @torch.no_grad()

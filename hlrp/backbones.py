@@ -10,7 +10,7 @@ first frame moves, right (channel 0) and down (channel 1) [pixel].
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from hlrp.checkpoints import weights_hash
 from hlrp.transformer import attend, patchify
+
+# a model, config or processor of transformers, whose types do not tell what a family has
+Pretrained = Any
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class VisionFamily:
         """Height and width that the checkpoint wants [pixel]."""
         return config.image_size
 
-    def features(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
+    def features(self, encoder: Pretrained, pixels: Tensor) -> Tensor:
         """pixels (b, c, h, w) -> features (b, n, d) of the patches in raster order."""
         return encoder(pixels).last_hidden_state
 
@@ -46,7 +49,7 @@ class DINO(VisionFamily):
     def image_size(self, config, processor) -> int:
         return (processor.crop_size if processor.do_center_crop else processor.size)["height"]
 
-    def features(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
+    def features(self, encoder: Pretrained, pixels: Tensor) -> Tensor:
         num_prefix = 1 + getattr(encoder.config, "num_register_tokens", 0)
         return encoder(pixels).last_hidden_state[:, num_prefix:]  # b (prefix n) d -> b n d
 
@@ -57,7 +60,7 @@ class NaFlex(VisionFamily):
     def image_size(self, config, processor) -> int:
         return int(config.num_patches**0.5) * config.patch_size
 
-    def features(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
+    def features(self, encoder: Pretrained, pixels: Tensor) -> Tensor:
         patch_size = encoder.config.patch_size
         patches = patchify(pixels, patch_size)  # b n (p q c)
         mask = patches.new_ones(patches.shape[:2], dtype=torch.int64)  # b n
@@ -72,7 +75,7 @@ class VJEPA(VisionFamily):
     def image_size(self, config, processor) -> int:
         return config.crop_size
 
-    def features(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
+    def features(self, encoder: Pretrained, pixels: Tensor) -> Tensor:
         return encoder(pixels[:, None]).last_hidden_state  # b 1 c h w -> b n d
 
 
@@ -125,7 +128,7 @@ class FrozenEncoder(nn.Module):
         processor = read(getattr(transformers, self.family.processor), name)
         self.image_size = self.family.image_size(config, processor)
         self.patch_size, self.dim = config.patch_size, config.hidden_size
-        self.grid = (self.image_size // self.patch_size,) * 2
+        self.grid = (self.image_size // self.patch_size, self.image_size // self.patch_size)
 
         self.interpolation, self.scale = interpolation_of(name, processor), processor.rescale_factor
         self.mean, self.std = list(processor.image_mean), list(processor.image_std)
@@ -264,7 +267,7 @@ PLAIN = "hlrp"  # names under which transformers knows the two functions below
 PACKED = "hlrp_flash"  # Qwen looks for "flash" in the name, and then packs the images of a batch one behind the other
 
 
-def use_attention(model: nn.Module) -> None:
+def use_attention(model: Pretrained) -> None:
     """Makes one of transformers' models attend by `hlrp.transformer.attend`, in place; for Qwen also replaces the patch
     embedding by a faster one."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -295,9 +298,10 @@ def plain_attention(
     """query (b, heads, n, d), key and value (b, heads / groups, m, d) -> (b, n, heads, d)."""
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
-    out = attend(query, key, value, attention_mask, scaling, dropout, is_causal)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    masks_later = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    out = attend(query, key, value, attention_mask, scaling, dropout, masks_later)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -320,11 +324,12 @@ def packed_attention(
     """
     num_parts = len(cu_seq_lens_q) - 1
     if num_parts * max_length_q == query.shape[2]:
-        parts = (rearrange(x, "1 h (b n) d -> b h n d", b=num_parts) for x in (query, key, value))
-        return rearrange(attend(*parts, None, scaling, dropout), "b h n d -> 1 (b n) h d"), None
+        q, k, v = (rearrange(x, "1 h (b n) d -> b h n d", b=num_parts) for x in (query, key, value))
+        return rearrange(attend(q, k, v, None, scaling, dropout), "b h n d -> 1 (b n) h d"), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([attend(*part, None, scaling, dropout) for part in parts], dim=2).transpose(1, 2), None
+    outs = [attend(q, k, v, None, scaling, dropout) for q, k, v in parts]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
 class PatchProjection(nn.Conv3d):
@@ -332,7 +337,8 @@ class PatchProjection(nn.Conv3d):
 
     @classmethod
     def of(cls, conv: nn.Conv3d) -> "PatchProjection":
-        is_biased, size = conv.bias is not None, conv.kernel_size
+        is_biased, (t, p, q) = conv.bias is not None, conv.kernel_size
+        size = (t, p, q)
         projection = cls(conv.in_channels, conv.out_channels, size, size, bias=is_biased, device="meta")
         projection.weight, projection.bias = conv.weight, conv.bias
         return projection
@@ -358,7 +364,7 @@ class FlowTeacher(nn.Module):
         super().__init__()
         from torchvision.models import get_model
 
-        self.raft = get_model(f"raft_{size}", weights=None)
+        self.raft: Any = get_model(f"raft_{size}", weights=None)
         self.num_flow_updates = num_flow_updates
         if weights != "random":
             try:
@@ -393,12 +399,13 @@ def farneback(frames: Tensor) -> Tensor:
     """OpenCV's optical flow by no learned model (Farneback 2003): uint8 (b, 2, c, h, w) -> float32 (b, 2, h, w)."""
     import cv2
 
-    settings = {"pyr_scale": 0.5, "levels": 3, "winsize": 11, "iterations": 3, "poly_n": 5, "poly_sigma": 1.1}
+    settings: dict[str, Any] = {"flow": None, "flags": 0}
+    settings |= {"pyr_scale": 0.5, "levels": 3, "winsize": 11, "iterations": 3, "poly_n": 5, "poly_sigma": 1.1}
     pictures = rearrange(frames.cpu(), "b t c h w -> b t h w c").contiguous().numpy()
     flows = []
     for pair in pictures:
         first, second = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in pair)
-        flows.append(torch.from_numpy(cv2.calcOpticalFlowFarneback(first, second, None, flags=0, **settings)))
+        flows.append(torch.from_numpy(cv2.calcOpticalFlowFarneback(first, second, **settings)))
     return rearrange(torch.stack(flows), "b h w xy -> b xy h w")
 
 

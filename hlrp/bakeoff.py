@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import tyro
@@ -104,7 +104,11 @@ def main(args: Args) -> None:
     elif left:
         parts = [left[i::num_processes] for i in range(num_processes)]
         torch.multiprocessing.spawn(run_cells, args=(args, parts), nprocs=num_processes)
-    results = {cell: result_of(args, cell) for cell in cells}
+    results: dict[Cell, dict] = {}
+    for cell in cells:
+        result = result_of(args, cell)
+        assert result is not None
+        results[cell] = result
     write_json(args.output_dir / "bakeoff.json", {cell.name: result for cell, result in results.items()})
     text = table(args, results)
     write_text(args.output_dir / "bakeoff.md", text)
@@ -182,17 +186,19 @@ def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     from hlrp.card_subjects import encode, predicted_actions, trained_on_labels, untrained
     from hlrp.card_subjects import train as trained
     from hlrp.clips import Clips
-    from hlrp.contract import labelled_share
+    from hlrp.contract import EpisodeRange, labelled_share
     from hlrp.data import action_statistics, choose_clips
     from hlrp.laq import LAQConfig, LatentActions
     from hlrp.laq_validation import Share, code_use, encode_all
 
     labelled = labelled_share(train.source, train.clips.episodes, cell.label_fraction, seed=0)
+    assert not isinstance(labelled, EpisodeRange)  # the world is no stream
     settings = {"batch_size": args.batch_size, "lr": args.lr, "seed": cell.seed}
     share, result, size = Share(0, 1, 64, 0, torch.device("cpu")), {}, None
-    shown = Clips(train.source, labelled, (0.0, args.delta), IMAGE_SIZE) if len(labelled) else None
+    labelled_clips = Clips(train.source, labelled, (0.0, args.delta), IMAGE_SIZE) if len(labelled) else None
     if cell.quantizer == LABELS_ONLY:
-        model = trained_on_labels(IMAGE_SIZE, shown, args.steps, "cpu", action_statistics(shown), **settings)
+        statistics = action_statistics(labelled_clips)
+        model = trained_on_labels(IMAGE_SIZE, labelled_clips, args.steps, "cpu", statistics, **settings)
 
         def encoder(frames: Tensor) -> LatentActions:
             return LatentActions(predicted_actions(model, frames)[:, None], None)
@@ -204,11 +210,11 @@ def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
             num_tokens=cell.num_tokens,
             codebook_size=args.codebook_size,
         )
-        if shown is not None:
+        if labelled_clips is not None:
             config.action_weight, config.action_dim, config.action_sources = 1.0, train.source.action_dim, 1
         laq = untrained(config, cell.seed)
-        if shown is not None:
-            laq.to_action.set_statistics([action_statistics(shown)])
+        if labelled_clips is not None:
+            laq.to_action.set_statistics([action_statistics(labelled_clips)])
         clips = Cached(train.clips, set(labelled.tolist()), train.samples)
         trained(laq, [clips], args.steps, **settings)
         encoder, size = partial(encode, laq), laq.quantizer.codebook_size
@@ -217,16 +223,17 @@ def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     for part, cached in zip(sets, (train, val), strict=True):
         part.dataset = cached
     pairs = read_pairs(sets, {Z: encoder}, share)
+    assert pairs.actions is not None  # the world has them
     x = features_of(pairs.latents[Z], size)
-    for name, found in score(x, pairs.actions, pairs, ["ridge", "mlp"], seed=0).items():
-        result[name] = {"r2": float(found.r2.mean()), "interval": interval(found.resampled.mean(dim=1))}
+    for name, probed in score(x, pairs.actions, pairs, ["ridge", "mlp"], seed=0).items():
+        result[name] = {"r2": float(probed.r2.mean()), "interval": interval(probed.resampled.mean(dim=1))}
     better = max((result["ridge"], result["mlp"]), key=lambda figures: figures["r2"])
     motions = {name: fact for name, fact in pairs.facts.items() if name.startswith("motion")}
     leaks = leakage(pairs._replace(facts=motions), {Z: x}, seed=0)
     result |= better | {"leakage": {name: figures[Z]["r2"] for name, figures in leaks.items()}}
     if cell.quantizer != LABELS_ONLY:
-        held = [sets[1][i] for i in range(0, len(sets[1]), -(-len(sets[1]) // NUM_DECODED))]
-        use = code_use(laq, held, encode_all(laq, held, share), share, seed=0)
+        samples = [sets[1][i] for i in range(0, len(sets[1]), -(-len(sets[1]) // NUM_DECODED))]
+        use = code_use(laq, samples, encode_all(laq, samples, share), share, seed=0)
         result |= {name: use[name]["pixels"] for name in ("true_over_copy", "shuffled_over_true")}
         result["health"] = health(pairs.latents[Z], size)
     return result
@@ -247,7 +254,7 @@ def table(args: Args, results: dict[Cell, dict]) -> str:
     ]
     frame, rows = pd.json_normalize(records), []
     frame = frame.reindex(columns=[*frame, *(name for name in figures if name not in frame)])
-    groups = frame.groupby(["variant", "label_fraction", "num_tokens", "quantizer"], sort=False)
+    groups: Any = frame.groupby(["variant", "label_fraction", "num_tokens", "quantizer"], sort=False)
     for (variant, share, tokens, quantizer), group in groups:
         means = group[figures].mean(skipna=False)
         r2, *others = ("-" if isnan(mean) else f"{mean:z.2f}" for mean in means)

@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Subset
 
-from hlrp.clips import SAMPLE_KEYS, Clips
+from hlrp.clips import SAMPLE_KEYS
 from hlrp.images import resize
 from hlrp.laq import LatentActions
-from hlrp.laq_validation import Share
+from hlrp.laq_validation import Share, joined
 from hlrp.metrics import (
     PROBES,
     code_health,
@@ -85,32 +85,28 @@ def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], La
                 latents[name].append(encode(batch["frames"]))
     changes = [state_change(dataset.dataset, i) for dataset in sets for i in dataset.indices if "state" in batch]
 
-    def column(name: str) -> Tensor | None:
-        return torch.cat([row[name] for row in rows]).cpu() if name in rows[0] else None
+    def column(name: str) -> Tensor:
+        return torch.cat([row[name] for row in rows]).cpu()
 
     return Pairs(
         column("episodes"),
         torch.arange(sum(map(len, sets))) < num_fit,
         column("first"),
         column("second"),
-        column("actions"),
+        column("actions") if "actions" in rows[0] else None,
         {name: torch.cat([row["facts"][name] for row in rows]).cpu() for name in rows[0]["facts"]},
-        column("embodiments"),
-        {name: joined(parts) for name, parts in latents.items()},
+        column("embodiments") if "embodiments" in rows[0] else None,
+        {name: joined(parts, Tensor.cpu) for name, parts in latents.items()},
         torch.stack(changes) if changes else None,
         tasks,
     )
 
 
-def state_change(clips: Clips, index: int) -> Tensor:
-    """The state at the last frame of a clip minus the state at its first: float64 (s,)."""
+def state_change(clips, index: int) -> Tensor:
+    """The state at the last frame of one of the `Clips` minus the state at its first: float64 (s,)."""
     ((episode, frames),) = clips.frames_of([index]).items()
     first, last = clips.source.states(episode, [min(frames), max(frames)]).double()
     return last - first
-
-
-def joined(parts: Sequence[LatentActions]) -> LatentActions:
-    return LatentActions(*(None if x[0] is None else torch.cat(x).cpu() for x in zip(*parts, strict=True)))
 
 
 def facts_of(batch: dict) -> dict[str, Tensor]:
@@ -204,6 +200,7 @@ def information(
     it misses less than `MIN_MISSING`. ceiling: the input that tells the most, and its r2: the observation and the true
     change of the state, or else the best control. A constant dimension is None, and in no mean.
     """
+    assert pairs.actions is not None
     which = varying(pairs.actions, pairs.is_fit)
     if not which.any():
         raise ValueError("no dimension of the actions varies in these episodes: there is nothing to probe for")
@@ -367,7 +364,7 @@ def health(latents: LatentActions, codebook_size: int | None) -> dict:
 
     effective_dims: participation ratio of the covariance's eigenvalues, (sum l)^2 / sum l^2.
     """
-    if latents.indices is not None:
+    if latents.indices is not None and codebook_size is not None:
         possible = min(len(latents.indices), codebook_size ** latents.indices.shape[1])
         return code_health(latents.indices, codebook_size) | {"possible_sequences": possible}
     vectors = latents.vectors.flatten(1).double()
@@ -406,6 +403,7 @@ def ratio_of_transfer(cells: list[dict]) -> float | None:
 def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
     """What probes read of latent actions (b, d): one indicator per code where codes come without vectors."""
     if not actions.vectors.numel():
+        assert actions.indices is not None and codebook_size is not None
         return one_hot_features(actions.indices, codebook_size)
     return probe_features(actions.vectors, actions.indices, codebook_size)
 

@@ -49,6 +49,7 @@ def draw(
     with matplotlib.rc_context(STYLE):
         pictures = {}
         if "information" in card:
+            assert predicted is not None
             pictures["information"] = png(information_bars(card["information"]))
             pictures["predicted"] = png(predicted_scatter(pairs, predicted))
         if card["leakage"]:
@@ -63,8 +64,9 @@ def draw(
             pictures["algebra"] = png(algebra_bars(card["algebra"]))
         pictures["map"] = png(latent_map(vectors_of(pairs), pairs.actions))
         with tempfile.TemporaryDirectory() as folder:
-            if pairs.latents[Z].indices is not None and codebook_size <= MAX_CODES:
-                pictures["usage"] = png(usage_chart(pairs.latents[Z].indices[:, :8], codebook_size))
+            indices = pairs.latents[Z].indices
+            if indices is not None and codebook_size is not None and codebook_size <= MAX_CODES:
+                pictures["usage"] = png(usage_chart(indices[:, :8], codebook_size))
             pictures["neighbours"] = neighbours_grid(Path(folder) / "neighbours.png", pairs, scored).read_bytes()
     return pictures
 
@@ -91,13 +93,13 @@ def use_bars(figures: dict) -> Figure:
 
 
 def algebra_bars(figures: dict) -> Figure:
-    shown = {  # rules -> error, and with others' latent actions
+    rules = {  # words -> the rule, its error, and the error with others' latent actions
         "reversal, linear": ("reversal", "linear", "linear_shuffled"),
         "additivity, linear": ("additivity", "linear", "linear_shuffled"),
         "cycle": ("cycle", "true", "shuffled"),
     }
     names, values, colours = [], [], []
-    for words, (rule, true, shuffled) in shown.items():
+    for words, (rule, true, shuffled) in rules.items():
         if figures[rule] is not None:
             names += [words, "others' latent actions"]
             values += [figures[rule][true], figures[rule][shuffled]]
@@ -107,14 +109,14 @@ def algebra_bars(figures: dict) -> Figure:
 
 
 def invariance_bars(figures: dict) -> Figure:
-    shown = {
+    changes = {
         "zero_transition": "nothing happens",
         "camera_shift": "camera moves",
         "crop": "both frames shifted",
         "brightness": "both frames darker",
     }
     label = "length of the response / median length of a latent action"
-    return bars([*shown.values()], [figures[name] for name in shown], [None] * 4, BLUE, label, line=None)
+    return bars([*changes.values()], [figures[name] for name in changes], [None] * 4, BLUE, label, line=None)
 
 
 def information_bars(figures: dict) -> Figure:
@@ -152,14 +154,14 @@ def leakage_bars(leakage: dict) -> Figure:
 
 def predicted_scatter(pairs: Pairs, predicted: Tensor) -> Figure:
     """Predicted against true actions, up to eight dimensions."""
-    dims = varying(pairs.actions, pairs.is_fit).nonzero().flatten().tolist()
+    assert pairs.actions is not None
+    dims = varying(pairs.actions, pairs.is_fit).nonzero().flatten().tolist()[:8]
     true = pairs.actions[~pairs.is_fit]
-    shown = list(enumerate(dims))[:8]
-    columns = min(4, len(shown))
-    num_rows = -(-len(shown) // columns)
+    columns = min(4, len(dims))
+    num_rows = -(-len(dims) // columns)
     figure = Figure(figsize=(2.5 * columns, 2.6 * num_rows), layout="constrained")
-    every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(shown)]
-    for (i, dim), axes in zip(shown, every, strict=True):
+    every = figure.subplots(num_rows, columns, squeeze=False).flat[: len(dims)]
+    for i, (dim, axes) in enumerate(zip(dims, every, strict=True)):
         x, y = true[:MAX_SCATTERED, dim], predicted[:MAX_SCATTERED, i]
         low, high = float(x.min()), float(x.max())
         axes.plot([low, high], [low, high], color=GREY, linewidth=1)
@@ -169,7 +171,7 @@ def predicted_scatter(pairs: Pairs, predicted: Tensor) -> Figure:
         axes.set_ylabel("read from the latent action" if i % columns == 0 else "")
         margin = 0.1 * (high - low)
         axes.set_ylim(low - margin, high + margin)
-    for axes in list(figure.axes)[len(shown) :]:
+    for axes in list(figure.axes)[len(dims) :]:
         axes.set_axis_off()
     return figure
 
@@ -177,7 +179,10 @@ def predicted_scatter(pairs: Pairs, predicted: Tensor) -> Figure:
 def vectors_of(pairs: Pairs) -> Tensor:
     """The latent actions as vectors float64 (b, d): of codes that come without, an indicator each."""
     vectors, indices = pairs.latents[Z]
-    return vectors.flatten(1).double() if vectors.numel() else F.one_hot(indices).flatten(1).double()
+    if vectors.numel():
+        return vectors.flatten(1).double()
+    assert indices is not None
+    return F.one_hot(indices).flatten(1).double()
 
 
 def transfer_matrix(cells: list[dict]) -> Figure:

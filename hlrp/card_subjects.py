@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,9 @@ from hlrp.strategies import encoded
 from hlrp.streams import clips_of
 from hlrp.transformer import Block, mean_action
 
+if TYPE_CHECKING:
+    from hlrp.inverse import InverseModel
+
 COLUMNS = ("episode", "time", "index", "vector", "codes", "delta")
 
 
@@ -92,10 +95,10 @@ def read_latents(path: Path, delta: float | None = None) -> LatentFile:
         if name != "delta" and len(column) != length:
             raise ValueError(f"{path}: {name} has {len(column)} rows, episode {length}; expected one row a pair")
     if "delta" in columns:
-        found = np.unique(columns["delta"])
-        if len(found) != 1 or (delta is not None and not np.isclose(found[0], delta)):
-            raise ValueError(f"{path}: delta is {found[:4].tolist()} s, --delta {delta}; expected one number")
-        delta = float(found[0])
+        deltas = np.unique(columns["delta"])
+        if len(deltas) != 1 or (delta is not None and not np.isclose(deltas[0], delta)):
+            raise ValueError(f"{path}: delta is {deltas[:4].tolist()} s, --delta {delta}; expected one number")
+        delta = float(deltas[0])
     if delta is None:
         raise ValueError(f"{path} has no delta: say by --delta how many seconds lie between the two frames")
     if not length:
@@ -161,12 +164,16 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
             f"{file.path}, row {row}: episode {file.episode[row]}; {source.uri} has 0 to {len(source.lengths) - 1}"
         )
     fps = source.fps[file.episode]
-    index = file.index if file.time is None else np.rint(file.time * fps).astype(np.int64)
-    if file.time is not None and (aside := np.abs(file.time * fps - index) > 0.25).any():
-        row = aside.nonzero()[0][0]
-        raise ValueError(
-            f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; expected k / fps"
-        )
+    if file.time is None:
+        assert file.index is not None
+        index = file.index
+    else:
+        index = np.rint(file.time * fps).astype(np.int64)
+        if (aside := np.abs(file.time * fps - index) > 0.25).any():
+            row = aside.nonzero()[0][0]
+            raise ValueError(
+                f"{file.path}, row {row}: no frame at {file.time[row]} s of {fps[row]:g} fps; expected k / fps"
+            )
     last = (clips.ends - clips.firsts)[file.episode] - 1
     if (beyond := (index < 0) | (index > last)).any():
         row = beyond.nonzero()[0][0]
@@ -184,8 +191,8 @@ def untrained(config: LAQConfig, seed: int) -> LAQ:
         return LAQ(config).eval()
 
 
-def train(
-    model: nn.Module,
+def train[M: nn.Module](
+    model: M,
     clips: list,
     steps: int,
     batch_size: int = 32,
@@ -193,7 +200,7 @@ def train(
     seed: int = 0,
     num_workers: int = 0,
     edit: Callable[[dict], dict] = lambda batch: batch,
-) -> nn.Module:
+) -> M:
     """Trains a model on batches of the clips, each changed by `edit`, and returns it in evaluation mode."""
     device = next(model.parameters()).device
     optimizer = make_optimizer("muon", model, {Block}, lr, weight_decay=0.05)
@@ -230,7 +237,7 @@ def with_mean_action(batch: dict) -> dict:
     return batch | {"action": mean_action(batch["action"], batch["action_is_pad"])[0][:, None]}
 
 
-def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **settings) -> nn.Module:
+def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **settings) -> "InverseModel":
     """Trains a model from two frames to the mean action between them, on the labelled clips alone."""
     from hlrp.inverse import InverseModel  # which loads LeRobot
 
@@ -242,7 +249,7 @@ def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **
 
 
 @torch.no_grad()
-def predicted_actions(model: nn.Module, frames: Tensor) -> Tensor:
+def predicted_actions(model: "InverseModel", frames: Tensor) -> Tensor:
     """frames uint8 (b, 2, c, h, w) -> (b, a)."""
     return model.standardised(frames)[:, 0] * model.std + model.mean
 
@@ -281,8 +288,8 @@ def judged(
         card["information"], z = information(pairs, features, groups, seed)
         predicted = z.pred
         card["few_shots"] = few_shots(pairs, features, seed)
-        if pairs.latents[Z].indices is not None:
-            card["dependence"] = dependence(pairs.latents[Z].indices, pairs.actions, seed)
+        if (indices := pairs.latents[Z].indices) is not None:
+            card["dependence"] = dependence(indices, pairs.actions, seed)
         if pairs.embodiments is not None and len(pairs.embodiments.unique()) > 1:
             names = {i: f"embodiment {i}" for i in pairs.embodiments.unique().tolist()}
             cells = transfer(features[Z], pairs.actions, pairs, pairs.embodiments, names, seed)
@@ -327,16 +334,16 @@ class Checkpoint:
         if args.shuffled is not None:
             self.shuffled = LAQ.from_pretrained(args.shuffled).to(laq.queries.device)
             for name in ("delta", "image_size"):
-                found, expected = getattr(self.shuffled.config, name), getattr(config, name)
-                if found != expected:
+                value, expected = getattr(self.shuffled.config, name), getattr(config, name)
+                if value != expected:
                     raise ValueError(
-                        f"shuffled={args.shuffled} has {name}={found}; expected {expected}, as {args.latents} has"
+                        f"shuffled={args.shuffled} has {name}={value}; expected {expected}, as {args.latents} has"
                     )
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
         laq, args, seed = self.laq, self.args, self.args.seed
         train, val = self.split(source)
-        times = {"times": (0.0, laq.config.delta), "image_size": laq.config.image_size, "seed": seed}
+        times = {"times": (0.0, laq.config.delta), "image_size": laq.image_size, "seed": seed}
         train_clips, val_clips = (clips_of(source, part, **times) for part in (train, val))
         num_fit = round(FIT_SHARE * args.pairs)
         sets = [choose_clips(train_clips, num_fit, seed), choose_clips(val_clips, args.pairs - num_fit, seed)]
@@ -346,6 +353,7 @@ class Checkpoint:
             models[SHUFFLED] = self.train_shuffled(train_clips, share.device)
         elif self.shuffled is not None:
             models[SHUFFLED] = self.shuffled
+        encoders: dict[str, Callable[[Tensor], LatentActions]]
         encoders = {name: partial(encode, model) for name, model in models.items()}
         codebook_sizes = {name: model.quantizer.codebook_size for name, model in models.items()}
         encoders[RANDOM] = partial(encode_unquantized, untrained(laq.config, seed).to(share.device))
@@ -358,8 +366,8 @@ class Checkpoint:
         card, predicted = judged(pairs, codebook_sizes, groups, seed)
 
         chosen = torch.randperm(len(sets[1]), generator=torch.Generator().manual_seed(seed))[:NUM_DECODED]
-        held = [sets[1][i] for i in chosen.sort().values.tolist()]
-        card["use"] = code_use(laq, held, encode_all(laq, held, share), share, seed)
+        samples = [sets[1][i] for i in chosen.sort().values.tolist()]
+        card["use"] = code_use(laq, samples, encode_all(laq, samples, share), share, seed)
         times |= {"times": (0.0, laq.config.delta, 2 * laq.config.delta), "min_times": 2}
         triples = choose_clips(clips_of(source, val, **times), NUM_TRIPLES, seed)
         batch = collate(triples.__getitems__(list(range(len(triples)))))
@@ -371,8 +379,8 @@ class Checkpoint:
         pictures = draw(card, pairs, predicted, sets[1], laq.quantizer.codebook_size)
         with tempfile.TemporaryDirectory() as folder:
             buckets = read_buckets(())
-            shown = bindings_of(DECODED, buckets)
-            draw_pictures(laq, partial(encoded, laq), {source.name: held}, buckets, shown, Path(folder), seed=seed)
+            bindings, sets_of_samples = bindings_of(DECODED, buckets), {source.name: samples}
+            draw_pictures(laq, partial(encoded, laq), sets_of_samples, buckets, bindings, Path(folder), seed=seed)
             pictures |= {path.stem: path.read_bytes() for path in Path(folder).glob("*.png")}
         return card, pictures
 
@@ -390,23 +398,17 @@ class Checkpoint:
                     f"{source.action_dim}; expected the same action space"
                 )
             split = self.split(other)
-            config, count = self.laq.config, self.args.pairs // 2
-            sets = [
-                choose_clips(
-                    clips_of(other, part, (0.0, config.delta), config.image_size, seed=self.args.seed),
-                    count,
-                    self.args.seed,
-                )
-                for part in split
-            ]
-            found = read_pairs(sets, {Z: partial(encode, self.laq)}, share)
-            every.append(found._replace(episodes=found.episodes + number * 2**40))
-            groups.append(torch.full_like(found.episodes, number))
+            times, seed = (0.0, self.laq.config.delta), self.args.seed
+            clips = [clips_of(other, part, times, self.laq.image_size, seed=seed) for part in split]
+            sets = [choose_clips(part, self.args.pairs // 2, seed) for part in clips]
+            further = read_pairs(sets, {Z: partial(encode, self.laq)}, share)
+            every.append(further._replace(episodes=further.episodes + number * 2**40))
+            groups.append(torch.full_like(further.episodes, number))
         x = torch.cat([features_of(p.latents[Z], self.laq.quantizer.codebook_size) for p in every])
         joined = pairs._replace(
             episodes=torch.cat([p.episodes for p in every]), is_fit=torch.cat([p.is_fit for p in every])
         )
-        actions = torch.cat([p.actions for p in every])
+        actions = torch.cat([p.actions for p in every if p.actions is not None])  # all have the same action space
         cells = transfer(x, actions, joined, torch.cat(groups), names, self.args.seed)
         card["transfer"] = {"cells": cells, "ratio": ratio_of_transfer(cells)}
 
@@ -427,21 +429,18 @@ class Checkpoint:
         file = self.run_file()
         return json.loads(file.read_text())["settings"] if file.is_file() else {}
 
-    def setting(self, name: str, given: float | None, default: float | None = None) -> float:
+    def setting[N: float](self, name: str, given: N | None, default: N | None = None) -> N:
         """A setting that the LAQ was trained with: as given, or from its run.json, or the default with a warning."""
-        if given is None and (found := self.record()):
-            return found[name]
-        record = self.run_file()
-        if given is None and default is None:
-            raise ValueError(f"{record} is missing, which has it: give --{name.replace('_', '-')}")
-        if given is None:
-            logger.warning(
-                "%s is missing: %s=%s is assumed, so the LAQ may have seen episodes that are scored",
-                record,
-                name,
-                default,
-            )
-        return default if given is None else given
+        if given is not None:
+            return given
+        if record := self.record():
+            return record[name]
+        file = self.run_file()
+        if default is None:
+            raise ValueError(f"{file} is missing, which has it: give --{name.replace('_', '-')}")
+        warning = "%s is missing: %s=%s is assumed, so the LAQ may have seen episodes that are scored"
+        logger.warning(warning, file, name, default)
+        return default
 
     def split(self, source):
         """The episodes that the LAQ has learned from, and the held-out ones."""
@@ -457,7 +456,7 @@ class Checkpoint:
 
     def train_on_labels(self, clips, device):
         return trained_on_labels(
-            self.laq.config.image_size,
+            self.laq.image_size,
             clips,
             self.args.label_steps,
             device,
@@ -469,8 +468,7 @@ class Checkpoint:
 
 @torch.no_grad()
 def encode(laq: LAQ, frames: Tensor) -> LatentActions:
-    actions = laq.label(frames)
-    return LatentActions(*(None if x is None else x[:, 0] for x in actions))
+    return laq.label(frames).map(lambda x: x[:, 0])
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -220,10 +220,12 @@ def _local_digest(path: str, blocks: Sequence[tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
-class Frozen(nn.Module):
+class Frozen[M: nn.Module](nn.Module):
     """A module that never trains and is not saved in checkpoints: it is loaded from files of its own."""
 
-    def __init__(self, module: nn.Module):
+    module: M
+
+    def __init__(self, module: M):
         super().__init__()
         self.module = module.requires_grad_(False).eval()
 

@@ -40,8 +40,10 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"Error: {error}"
     trace = error.__traceback__
-    while trace.tb_next is not None:
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
+    if trace is None:  # it was never raised
+        return None
     code = trace.tb_frame.f_code
     is_raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # by a `raise`, not inside a builtin
     return f"Error: {error}" if is_raised and is_ours(code.co_filename) else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hlrp.contract import EncodedSource, Source, too_coarse
+from hlrp.contract import EncodedSource, Indices, Source, too_coarse
 from hlrp.images import decode_clips, fit, fit_all, point_in_middle
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,11 @@ class Clips(Dataset):
     def __init__(
         self,
         source: Source,
-        episodes: Sequence[int] | np.ndarray,
+        episodes: Indices,
         times: Sequence[float] | np.ndarray = (0.0, 0.5),
         image_size: int = 224,
         source_index: int = 0,
-        labelled_episodes: Sequence[int] | None = None,
+        labelled_episodes: Indices | None = None,
         input_size: int | None = None,
         latent_space: dict | None = None,
         min_times: int | None = None,
@@ -102,9 +102,9 @@ class Clips(Dataset):
             self.labelled_episodes = np.asarray(labelled_episodes, dtype=np.int64)
         fps = source.fps[self.episodes]
         self.offsets = np.rint(np.outer(fps, times)).astype(np.int64)  # episodes t
-        is_coarse = too_coarse(fps, times).any(axis=1)
+        is_coarse = np.any(too_coarse(fps, times), axis=1)
         if latent_space is not None:
-            self._check_labels(fps[~is_coarse], self.offsets[~is_coarse])
+            self._check_labels(latent_space, fps[~is_coarse], self.offsets[~is_coarse])
             source.labels(int(self.episodes[0]), [0])  # loads them once, before workers fork
 
         lengths = source.lengths[self.episodes]
@@ -192,24 +192,24 @@ class Clips(Dataset):
             logger.warning("%s: left out %s, such as in %s", self.source.uri, what, worst)
         return kept
 
-    def _check_labels(self, fps: np.ndarray, offsets: np.ndarray) -> None:
-        source, found = self.source, self.source.latent_space
-        if found is None:
+    def _check_labels(self, latent_space: dict, fps: np.ndarray, offsets: np.ndarray) -> None:
+        source, cached = self.source, self.source.latent_space
+        if cached is None:
             raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
-        found = {"crop": False} | found  # which records of earlier versions do not have
-        for name, value in (self.latent_space | {"camera": source.camera, "crop": self.crop}).items():
-            if found[name] != value:
+        cached = {"crop": False} | cached  # which records of earlier versions do not have
+        for name, value in (latent_space | {"camera": source.camera, "crop": self.crop}).items():
+            if cached[name] != value:
                 raise ValueError(
-                    f"{source.uri}: expected latent actions of {name}={value!r}, got {name}={found[name]!r}; "
-                    f"make them from {found['source']} with python -m hlrp.label, or train on that without a cache"
+                    f"{source.uri}: expected latent actions of {name}={value!r}, got {name}={cached[name]!r}; "
+                    f"make them from {cached['source']} with python -m hlrp.label, or train on that without a cache"
                 )
-        delta = found["delta"]
+        delta = cached["delta"]
         steps = np.outer(np.rint(fps * delta).astype(np.int64), np.arange(len(self.times)))
         if (offsets != steps).any():
             raise ValueError(
                 f"{source.uri}: a sample's latent actions are between {self.times.tolist()} s, the cached ones are "
                 f"of whole frames, {steps[0, 1] / fps[0]:.4g} s for delta={delta:g} s; "
-                f"train on {found['source']}, without a cache"
+                f"train on {cached['source']}, without a cache"
             )
 
     def __len__(self) -> int:
@@ -218,7 +218,7 @@ class Clips(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Indices) -> list[dict]:
         """The samples at `indices`, in their order. Clips of one episode are decoded together, and all clips of an
         `EncodedSource` are, into one memory."""
         plan = self._plan(*self._locate(indices))
@@ -228,7 +228,7 @@ class Clips(Dataset):
                 samples[i] = sample
         return samples
 
-    def frames_of(self, indices: Sequence[int]) -> dict[int, set[int]]:
+    def frames_of(self, indices: Indices) -> dict[int, set[int]]:
         """The frames that the samples at `indices` show, by episode."""
         frames: dict[int, set[int]] = {}
         for row, start in zip(*self._locate(indices), strict=True):
@@ -238,7 +238,7 @@ class Clips(Dataset):
             frames.setdefault(episode, set()).update(in_clip.tolist())
         return frames
 
-    def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
         """Place of the episode of each clip, and the frame at its t = 0, int64 (n,) each."""
         indices = np.asarray(indices, dtype=np.int64)
         rows = np.searchsorted(self.ends, indices, side="right")
@@ -268,7 +268,7 @@ class Clips(Dataset):
         else:
             groups = [np.flatnonzero(rows == row).tolist() for row in np.unique(rows)]
         firsts = [group[0] for group in groups]
-        increases = (wanted[:, 1:] > wanted[:, :-1]).all(1).tolist()
+        increases = np.all(wanted[:, 1:] > wanted[:, :-1], axis=1).tolist()
         as_wanted = [list(range(wanted.shape[1]))]
         requests = []
         for group, row, episode in zip(groups, rows[firsts].tolist(), episodes[firsts].tolist(), strict=True):
@@ -298,8 +298,8 @@ class Clips(Dataset):
                 reads.append(source.about(episode, frames) | self._known(plan, request))
 
         def name(number: int) -> str:
-            shown = [(request.episode, frame) for request in plan.requests for frame in request.frames]
-            episode, frame = shown[number]
+            frames = [(request.episode, frame) for request in plan.requests for frame in request.frames]
+            episode, frame = frames[number]
             return f"{source.uri}, episode {episode}: {source.place(episode)}, frame {frame}"
 
         natives = decode_clips(encoded, name)
@@ -353,7 +353,7 @@ class Clips(Dataset):
                 "index": int(plan.starts[i]),
                 "fps": fps,
             }
-            if pictures:
+            if self.input_size is not None:
                 views = [fit(pictures[camera][j], self.input_size, self.crop) for camera in sorted(pictures)]
                 sample["images"] = torch.cat(views)
             if source.state_dim:
@@ -376,7 +376,7 @@ class Clips(Dataset):
             yield sample
 
 
-def refuse_not_finite(name: str, values: np.ndarray, frames: Sequence[int] | None = None) -> None:
+def refuse_not_finite(name: str, values: np.ndarray, frames: Indices | None = None) -> None:
     """Raises ValueError, which begins with `name` and tells the frame, if a row of values (t, ...) has nan or inf.
 
     frames: the frame of each row (default: 0, 1, ...).
@@ -410,7 +410,7 @@ def distinct(frames: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
 
 def per_sample(column: Tensor, frames: np.ndarray) -> Sequence[Tensor]:
     """Splits a column (n * t, ...) into n tensors (t, ...), for frames (n, t)."""
-    return [column] if len(frames) == 1 else column.unflatten(0, frames.shape)
+    return [column] if len(frames) == 1 else column.unflatten(0, frames.shape).unbind()
 
 
 def select(frames: Tensor, indices: list[int]) -> Tensor:

@@ -83,7 +83,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from multiprocessing import parent_process
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from torch import Tensor
@@ -92,6 +92,15 @@ from hlrp.images import decode_all
 
 logger = logging.getLogger(__name__)
 NONE = MappingProxyType({})  # an empty dict that nobody can fill
+Indices = Sequence[int] | np.ndarray  # numbers of frames, or of episodes
+
+
+class SampleSet(Protocol):
+    """Samples that have numbers, such as a list of them or a `torch.utils.data.Subset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> dict: ...
 
 
 class Described(ABC):
@@ -118,18 +127,18 @@ class Source(Described):
     fps: np.ndarray
 
     @abstractmethod
-    def read(self, episode: int, indices: Sequence[int]) -> dict: ...
+    def read(self, episode: int, indices: Indices) -> dict: ...
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         return [""] * len(indices)
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         raise NotImplementedError(f"{self.uri}: {type(self).__name__} has action_dim={self.action_dim}, but no actions")
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         raise NotImplementedError(f"{self.uri}: {type(self).__name__} has state_dim={self.state_dim}, but no states")
 
-    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+    def labels(self, episode: int, indices: Indices) -> dict[str, Tensor]:
         raise NotImplementedError(f"{self.uri}: {type(self).__name__} has a latent_space, but no labels")
 
     def place(self, episode: int) -> str:
@@ -146,12 +155,12 @@ class EncodedSource(Source):
     """A source whose frames are encoded one by one: those of a whole batch are decoded together."""
 
     @abstractmethod
-    def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]: ...
+    def encoded(self, episode: int, indices: Indices) -> list[bytes]: ...
 
     @abstractmethod
-    def about(self, episode: int, indices: Sequence[int]) -> dict: ...
+    def about(self, episode: int, indices: Indices) -> dict: ...
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         frames = decode_all(self.encoded(episode, indices), lambda i: f"{self.place(episode)}, frame {indices[i]}")
         task = self.instructions(episode, indices)[0]
         return {"frames": frames, "task": task} | self.about(episode, indices)
@@ -175,7 +184,7 @@ class EpisodeRange(NamedTuple):
     low: float
     high: float
 
-    def __contains__(self, episode: object) -> bool:
+    def __contains__(self, episode) -> bool:
         return self.low <= hash_integers(self.seed, 3, episode)[0] / 2**64 < self.high
 
 
@@ -208,9 +217,11 @@ def parse_columns(uri: str, setting: str, keys: str) -> list[Column]:
     return columns
 
 
-def split_episodes(
-    source: Source | Stream, val_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray] | tuple[EpisodeRange, EpisodeRange]:
+@overload
+def split_episodes(source: Source, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
+@overload
+def split_episodes(source: Stream, val_fraction: float, seed: int) -> tuple[EpisodeRange, EpisodeRange]: ...
+def split_episodes(source: Source | Stream, val_fraction: float, seed: int):
     """Whole episodes for training and for validation: disjoint, at least one each. For a stream, two ranges.
 
     The split follows from the source, the fraction and the seed alone: all stages hold out the same episodes. Each side
@@ -298,13 +309,14 @@ def labelled_share(
         return episodes._replace(high=episodes.low + share * (episodes.high - episodes.low))
     if share in (0, 1) or not source.action_dim:
         return np.asarray(episodes)[: round(share * len(episodes))]
+    assert not isinstance(source, Stream)  # its episodes are a range
     groups = [*shuffled_by_task(source, episodes, seed).values()]
     unique = [episode for group in groups if len(group) == 1 for episode in group]
     groups = [*(group for group in groups if len(group) > 1), unique]
     return np.sort([episode for group in groups for episode in group[: max(1, round(share * len(group)))]])
 
 
-def shuffled_by_task(source: Source, episodes: Sequence[int], seed: int) -> dict[str, list[int]]:
+def shuffled_by_task(source: Source, episodes: Indices, seed: int) -> dict[str, list[int]]:
     """The episodes of each task, in a random order that follows from the episodes and the seed."""
     by_task: dict[str, list[int]] = {}
     for episode in np.random.default_rng(seed).permutation(episodes).tolist():

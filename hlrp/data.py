@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import gcd
 from multiprocessing import active_children
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from hlrp.clips import Clips, Sizes, refuse_not_finite
-from hlrp.contract import hash_integers, labelled_episodes, permute, split_episodes
+from hlrp.contract import Indices, SampleSet, hash_integers, labelled_episodes, permute, split_episodes
 from hlrp.images import stacked
 from hlrp.metrics import column_statistics, normalisable
-from hlrp.streams import StreamClips, clips_of
+from hlrp.streams import InMemory, StreamClips, clips_of
 
 logger = logging.getLogger(__name__)
 STRIDE = 7919  # a broken clip gives way to the clip so many places later, which rarely is of the same episode
@@ -45,7 +45,7 @@ def action_statistics(clips) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(statistics["mean"]).float(), torch.from_numpy(statistics["std"]).float()
 
 
-def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
+def whole_column(source, name: str, episodes: Indices) -> np.ndarray:
     """All `actions` or `states` of these episodes, (frames, d). Raises ValueError if a number is not finite."""
     parts = []
     for episode in map(int, episodes):
@@ -56,7 +56,7 @@ def whole_column(source, name: str, episodes: Sequence[int]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def read_clips(clips: Clips, indices: Sequence[int], skip_broken: bool) -> tuple[list[dict], list[str]]:
+def read_clips(clips: Clips, indices: Indices, skip_broken: bool) -> tuple[list[dict], list[str]]:
     """The clips at `indices`, and messages about broken ones: with `skip_broken`, other clips take their places."""
     try:
         return clips.__getitems__(indices), []
@@ -78,21 +78,28 @@ def read_or_next(clips: Clips, index: int, skipped: list[str]) -> dict:
     raise ValueError(f"{clips.source.uri}: none of {step + 1} clips all over it can be read: {skipped[-1]}")
 
 
+def subset(samples: SampleSet, numbers: Sequence[int]) -> Subset:
+    """The samples of these numbers. torch asks for its own `Dataset`, but any set of samples will do."""
+    return Subset(cast(Dataset, samples), numbers)
+
+
 class Chosen(Subset):
     """A choice of clips. With `skip_broken`, another clip takes the place of a broken one, which is logged."""
 
-    def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
+    dataset: Any  # `Clips`, or what reads as they do
+
+    def __init__(self, clips: Clips, indices: Indices, skip_broken: bool):
         super().__init__(clips, indices)
         self.skip_broken = skip_broken
 
-    def __getitem__(self, place: int) -> dict:
+    def __getitem__(self, place: int, /) -> dict:
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[dict]:
-        found, skipped = read_clips(self.dataset, [self.indices[i] for i in places], self.skip_broken)
+        samples, skipped = read_clips(self.dataset, [self.indices[i] for i in places], self.skip_broken)
         for message in skipped:
             logger.warning("skipped %s", message)
-        return found
+        return samples
 
 
 def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) -> Chosen:
@@ -103,6 +110,7 @@ def choose_clips(clips, max_clips: int, seed: int, skip_broken: bool = False) ->
     borders = np.linspace(0, len(clips), min(max_clips, len(clips)) + 1).astype(np.int64)
     chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:]).tolist()
     if clips is not everywhere:
+        assert isinstance(clips.source, InMemory)
         clips.source.forget_all_but(clips.frames_of(chosen))
     return Chosen(clips, chosen, skip_broken)
 
@@ -151,22 +159,22 @@ class Mixture(Dataset):
         self.streams = [c for c in self.clips if isinstance(c, StreamClips)]
         if not self.clips:
             raise ValueError("data is empty; expected a source such as metaworld:mt10 or videos:DIR")
-        weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, dtype=np.float64)
+        weight = np.ones(len(self.clips)) if weights is None else np.asarray(weights, dtype=np.float64)
         if temperature is not None:
-            weights = weights * self._sizes() ** (1 / temperature)
+            weight = weight * self._sizes() ** (1 / temperature)
         names = [c.name for c in self.clips]
         if len(set(names)) < len(names):
             raise ValueError(f"sources of one name cannot be told apart in the logs: {', '.join(names)}")
 
-        shares = weights / weights.sum() * BLOCK_SIZE
+        shares = weight / weight.sum() * BLOCK_SIZE
         counts = np.floor(shares).astype(np.int64)
         largest_remainders = np.argsort(counts - shares, kind="stable")[: BLOCK_SIZE - counts.sum()]
         counts[largest_remainders] += 1
         if counts.min() < 1:
             rare = counts.argmin()
             raise ValueError(
-                f"{self.clips[rare].source.uri}@{weights[rare]:g} would never be drawn: "
-                f"expected @{weights.sum() / BLOCK_SIZE:.2g} or more beside the other weights"
+                f"{self.clips[rare].source.uri}@{weight[rare]:g} would never be drawn: "
+                f"expected @{weight.sum() / BLOCK_SIZE:.2g} or more beside the other weights"
             )
         self.counts = tuple(counts.tolist())  # samples of each source in a block
         self.sizes = Sizes(*(max(sizes) for sizes in zip(*(c.sizes for c in self.clips), strict=True)))
@@ -185,10 +193,10 @@ class Mixture(Dataset):
                 f"temperature needs to know how many clips there are, but {self.streams[0].source.uri} is a stream; "
                 "give weights instead, such as @0.5"
             )
-        return np.array([len(c) for c in self.clips], dtype=np.float64)
+        return np.array([len(c) for c in self.clips if not isinstance(c, StreamClips)], dtype=np.float64)
 
     def __str__(self) -> str:
-        num_clips = sum(len(c) for c in self.clips if c not in self.streams)
+        num_clips = sum(len(c) for c in self.clips if not isinstance(c, StreamClips))
         parts = [f"{num_clips} clips"] * bool(num_clips) + [f"{len(self.streams)} stream(s)"] * bool(self.streams)
         return f"{' and '.join(parts)} of {len({c.source_index for c in self.clips})} source(s)"
 
@@ -213,7 +221,7 @@ class Mixture(Dataset):
             source, turn = _shuffled_block(self.seed, block, self.counts)
             index = np.full_like(turn, -1)
             for i, clips in enumerate(self.clips):
-                if clips not in self.streams:
+                if not isinstance(clips, StreamClips):
                     here, size = source == i, len(clips)
                     epoch, position = np.divmod(turn[here], size)
                     index[here] = permute(position, size, hash_integers(self.seed, 1, i, epoch))
@@ -243,14 +251,14 @@ class Mixture(Dataset):
         samples, skipped = [{}] * len(numbers), []
         for i in np.unique(source):
             wanted, clips = np.flatnonzero(source == i), self.clips[i]
-            if clips in self.streams:
-                found = clips.draw(len(wanted))
+            if isinstance(clips, StreamClips):
+                drawn = clips.draw(len(wanted))
                 skipped += clips.skipped
                 clips.skipped = []
             else:
-                found, broken = read_clips(clips, index[wanted], self.skip_broken)
+                drawn, broken = read_clips(clips, index[wanted], self.skip_broken)
                 skipped += broken
-            for position, sample in zip(wanted, found, strict=True):
+            for position, sample in zip(wanted, drawn, strict=True):
                 samples[position] = sample
         return Samples(samples, skipped, [(c.name, c.reader, c.turn) for c in self.streams])
 
@@ -363,6 +371,7 @@ def start_worker(init: Callable[[], None] | None, worker: int) -> None:
 def share_streams(turns: dict[str, int], rank: int, num_ranks: int) -> None:
     """Makes this worker a reader of the streams of its mixture."""
     info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, Mixture)
     info.dataset.read_from(turns, rank * info.num_workers + info.id, num_ranks * info.num_workers)
 
 
@@ -399,8 +408,8 @@ class TrainingData(NamedTuple):
 
     clips: list[Clips | StreamClips]  # training clips of each source
     mixture: Mixture  # the mixture of these clips
-    val: dict[str, Dataset]  # name of a source -> its held-out samples
-    fit: dict[str, Dataset]  # name of a source -> training samples, for probes to fit on
+    val: dict[str, Chosen]  # name of a source -> its held-out samples
+    fit: dict[str, Chosen]  # name of a source -> training samples, for probes to fit on
 
 
 def open_data(

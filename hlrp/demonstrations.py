@@ -6,7 +6,7 @@ another instruction and a grey image. `hlrp.policy.HLRPConfig` inherits from `Po
 LeRobot's policies, which take seconds: --help does not need them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -16,20 +16,17 @@ import torch
 import yaml
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from hlrp.action_expert import mean_over_steps
 from hlrp.clips import Clips
-from hlrp.contract import EpisodeRange, Stream, choose_demonstrations, split_episodes
+from hlrp.contract import EpisodeRange, SampleSet, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, choose_clips, whole_column
 from hlrp.idle import busy_frames
 from hlrp.inverse import PseudoLabelled
-from hlrp.label import latent_space
 from hlrp.laq import LAQ
 from hlrp.laq_validation import Share
 from hlrp.metrics import column_statistics, normalisable
 from hlrp.streams import clips_of
-from hlrp.vla import LatentSpace
 from hlrp.vla_validation import CONDITIONS, label, under
 
 
@@ -79,8 +76,10 @@ def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part
     return parts
 
 
-def check_episodes(episodes: Sequence[int], source, train: np.ndarray) -> np.ndarray:
+def check_episodes(episodes: Sequence[int], source, train: np.ndarray | EpisodeRange) -> np.ndarray:
     """The given episodes; raises ValueError where one of them is held out or does not exist."""
+    if isinstance(train, EpisodeRange):
+        raise ValueError(f"episodes={list(episodes)}, but {source.uri} is a stream; expected an indexed source")
     if strangers := sorted(set(episodes) - set(train.tolist())):
         raise ValueError(
             f"episodes={strangers} of {source.uri} are held out or do not exist; of its {len(source.lengths)} those "
@@ -114,6 +113,7 @@ def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, c
             learned["frames"] = busy_frames(part.source, args.idle)
         if len(part.demonstrations):
             labelled.append((part.weight, Clips(part.source, part.demonstrations, **learned)))
+            assert not isinstance(part.val, EpisodeRange)  # no stream has demonstrations
             held_out = Clips(part.truth, part.val, **settings)
             val[part.source.name] = choose_clips(held_out, args.val_samples, args.seed, args.skip_broken)
         if len(part.video) and args.video_batch_size != 0 and with_video:
@@ -196,18 +196,18 @@ def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
     return found
 
 
-def teacher_of(policy, folder: Path) -> tuple[LAQ | None, LatentSpace | None]:
-    """The LAQ whose latent actions a policy predicts beside its actions, and what they are; None where there is none.
+def teacher_of(policy, folder: Path) -> LAQ | None:
+    """The LAQ whose latent actions a policy predicts beside its actions; None where it predicts none.
 
     Raises ValueError where `folder` holds another LAQ than the one that stage 2 learned from.
     """
     config = policy.config
     if policy.latent_head is None or not config.latent_weight:
-        return None, None
+        return None
     laq = LAQ.from_pretrained(folder).requires_grad_(False).to(config.device)
     if laq.fingerprint != config.stage2["latent_space"]["fingerprint"]:
         raise ValueError(f"laq={folder} is not the one that stage 2 learned from; --policy.latent-weight 0 needs none")
-    return laq, latent_space(laq)
+    return laq
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def evaluate(
     policy,
     preprocessor,
     laq,
-    sets: dict[str, Dataset],
+    sets: Mapping[str, SampleSet],
     rank: int = 0,
     num_ranks: int = 1,
     batch_size: int = 64,

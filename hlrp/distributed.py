@@ -194,7 +194,7 @@ def distribute(model: nn.Module, blocks: set[type[nn.Module]], accelerator) -> n
     mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
     units = [module for module in model.modules() if type(module) in blocks]
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward), mp_policy=policy)
     fully_shard(model, mesh=mesh)
     if is_bf16:
         for module in (*units, model):  # validation calls other methods than the model's forward
@@ -212,15 +212,17 @@ def gathered(model: nn.Module):
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     yield
+    plugin = sharding()
     for unit in units:
-        is_block = unit is not model
-        unit.set_reshard_after_forward(is_block and sharding().reshard_after_forward, recurse=False)
+        is_resharded = unit is not model and plugin is not None and bool(plugin.reshard_after_forward)
+        unit.set_reshard_after_forward(is_resharded, recurse=False)
         unit.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor of one in shards, gathered from all ranks, which must all call it; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Column, Source, parse_columns
+from hlrp.contract import Column, Indices, Source, parse_columns
 from hlrp.images import JPEG, PNG, decode_all
 from hlrp.video_index import unreadable
 from hlrp.videos import files_in, read_task
@@ -160,7 +160,7 @@ class HDF5Data(Source):
             fps = frame_rate(file) if fps is None else fps
             return Episode(path, name, length, fps, instruction(file, path, name, task), numbers)
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         at, indices = self.episodes[episode], np.asarray(indices)
         if indices.min() < 0 or indices.max() >= at.length:
             raise ValueError(f"{at}: expected frame numbers below {at.length}, got {indices.min()} to {indices.max()}")
@@ -183,13 +183,13 @@ class HDF5Data(Source):
             read["state"] = self.states(episode, indices)
         return read
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         return [self.episodes[episode].task] * len(indices)
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         return torch.from_numpy(self.episodes[episode].numbers["action"][np.asarray(indices)])
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         return torch.from_numpy(self.episodes[episode].numbers["state"][np.asarray(indices)])
 
     def place(self, episode: int) -> str:

@@ -41,15 +41,15 @@ def scores(source: Source, span: float) -> dict[str, np.ndarray]:
     file = cache / f"{source.fingerprint}_{span:g}s_above_least.npz"
     if not file.is_file():
         episodes = tqdm(range(len(source.lengths)), desc=f"motion of {source.name}", unit="episode", disable=None)
-        found = source.idle_scores(span)
-        if found is None:
+        columns = source.idle_scores(span)
+        if columns is None:
             parts = [episode_scores(source, episode, span) for episode in episodes]
-            found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        if "action" in found:
-            found["action"] = activity(found["action"])
+            columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if "action" in columns:
+            columns["action"] = activity(columns["action"])
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, **found)
+        np.savez(partial, allow_pickle=False, **columns)
         partial.replace(file)
     with np.load(file, allow_pickle=False) as saved:
         return dict(saved)

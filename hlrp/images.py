@@ -47,7 +47,7 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
                 pixels = None if is_plain_jpeg else decode_other(data)  # h w c
                 own = simplejpeg.decode_jpeg_header(data)[:2] if pixels is None else pixels.shape[:2]
                 if own != size:
-                    if number > first:
+                    if size is not None and number > first:
                         raise ValueError("expected {3} x {2} pixels as before, got {1} x {0}".format(*own, *size))
                     size, memory, start = own, np.empty((num_frames - first, *own, 3), dtype=np.uint8), first
                     frames = torch.from_numpy(memory).permute(0, 3, 1, 2)
@@ -139,7 +139,7 @@ def stacked(clips: Sequence[Tensor]) -> Tensor:
     A copy keeps the order that decoders gave the memory, t h w c."""
     first = clips[0]
     if first.ndim != 4:
-        return torch.stack(clips)
+        return torch.stack([*clips])
     memory, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
     if all(
         (clip.untyped_storage().data_ptr(), clip.storage_offset()) == (memory, start + i * size)
@@ -149,7 +149,7 @@ def stacked(clips: Sequence[Tensor]) -> Tensor:
         return first.as_strided((len(clips), *first.shape), (size, *first.stride()))
     if first.stride(1) == 1:
         return torch.stack([clip.permute(0, 2, 3, 1) for clip in clips]).permute(0, 1, 4, 2, 3)
-    return torch.stack(clips)
+    return torch.stack([*clips])
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,7 +30,7 @@ from tqdm import tqdm, trange
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.cli import tell_mistakes
 from hlrp.clips import Clips
-from hlrp.contract import Source, Stream, choose_demonstrations, split_episodes
+from hlrp.contract import Indices, Source, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, action_statistics, loader
 from hlrp.images import fit
 from hlrp.laq import LAQ, standardise
@@ -292,21 +292,21 @@ class PseudoLabelled(Source):
         self.lengths, self.fps, self.uneven, self.crop = source.lengths, source.fps, source.uneven, source.crop
         self.action_dim, self.state_dim, self.latent_space = source.action_dim, source.state_dim, source.latent_space
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         if episode in self.demonstrations:
             return self.source.actions(episode, indices)
         return self.pseudo_actions[episode][torch.as_tensor(np.asarray(indices))]
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         return self.source.read(episode, indices)
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         return self.source.instructions(episode, indices)
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         return self.source.states(episode, indices)
 
-    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+    def labels(self, episode: int, indices: Indices) -> dict[str, Tensor]:
         return self.source.labels(episode, indices)
 
     def place(self, episode: int) -> str:

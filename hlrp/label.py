@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -105,15 +105,14 @@ def main(args: Args) -> None:
 
 def latent_space(laq: LAQ) -> LatentSpace:
     """Describes the LAQ's latent actions. It labels a blank pair of frames and reads the sizes off the result."""
-    config = laq.config
-    blank = torch.zeros(1, 2, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    blank = torch.zeros(1, 2, 3, laq.image_size, laq.image_size, dtype=torch.uint8)
     actions = laq.label(blank.to(laq.queries.device))
     return LatentSpace(
-        delta=config.delta,
+        delta=laq.config.delta,
         num_tokens=0 if actions.indices is None else actions.indices.shape[-1],
         codebook_size=laq.quantizer.codebook_size or 0,
         vector_dim=actions.vectors[0, 0].numel(),
-        image_size=config.image_size,
+        image_size=laq.image_size,
         fingerprint=laq.fingerprint,
     )
 
@@ -133,7 +132,7 @@ def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
 def frame_offsets(laq: LAQ, source) -> np.ndarray:
     """Delta of the LAQ in frames of each episode, int64 (episodes,). ValueError if no frames are so far apart."""
     episodes = range(len(source.lengths))
-    return Clips(source, episodes, (0.0, laq.config.delta), laq.config.image_size).offsets[:, 1]
+    return Clips(source, episodes, (0.0, laq.config.delta), laq.image_size).offsets[:, 1]
 
 
 def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, np.ndarray]:
@@ -150,7 +149,7 @@ def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, n
         for part in label_episode(laq, source, episode, int(offset), batch_size):
             rows = source.places[first : (first := first + len(part.vectors))]
             columns[LATENT_ACTION][rows] = part.vectors.flatten(1).cpu().numpy()
-            if space.num_tokens:
+            if part.indices is not None:
                 columns[LATENT_INDICES][rows] = part.indices.cpu().numpy()
     return columns
 
@@ -165,7 +164,7 @@ def label_episode(laq: LAQ, source, episode: int, offset: int, batch_size: int) 
     length = int(source.lengths[episode])
     for start in range(0, length, batch_size):
         frames = source.read(episode, np.arange(start, min(start + batch_size, length)))["frames"]
-        frames = fit(frames, laq.config.image_size, source.crop).to(laq.queries.device)  # t c h w
+        frames = fit(frames, laq.image_size, source.crop).to(laq.queries.device)  # t c h w
         new = laq.embed(laq.observe(frames[None]))[0]  # t n d
         embedded = new if embedded is None else torch.cat([embedded, new])
         if len(embedded) > offset:
@@ -181,7 +180,7 @@ def add_columns(root: Path, output_dir: Path, columns: dict[str, np.ndarray]) ->
     from lerobot.datasets.dataset_tools import add_features
 
     datasets.disable_progress_bars()
-    features = {
+    features: dict = {
         name: (column, {"dtype": str(column.dtype), "shape": column.shape[1:], "names": None})
         for name, column in columns.items()
     }
@@ -238,7 +237,8 @@ def write_dataset(source, folder: Path, image_size: int | None) -> None:
         encoder_queue_maxsize=QUEUE_SIZE,
         encoder_threads=1,
     )
-    queues = dataset.writer._streaming_encoder._frame_queues
+    writer: Any = dataset.writer
+    queues = writer._streaming_encoder._frame_queues
     for episode, length in enumerate(tqdm(source.lengths, unit="episode", disable=None)):
         for start in range(0, length, QUEUE_SIZE):
             indices = np.arange(start, min(start + QUEUE_SIZE, length))

@@ -9,10 +9,11 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
 The decoder sees the first frame through layers of its own, so only the codes tell it about the future.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -22,6 +23,9 @@ from tyro.conf import Fixed, Suppress
 from hlrp.checkpoints import Frozen, load_config, load_weights, save_pretrained, weights_hash
 from hlrp.quantizers import QuantizerName, make_quantizer
 from hlrp.transformer import ActionReadout, Transformer, patchify, unpatchify
+
+if TYPE_CHECKING:
+    from hlrp.backbones import FlowTeacher, FrozenEncoder, TextEncoder
 
 
 class Decoder(nn.Module):
@@ -37,7 +41,7 @@ class Decoder(nn.Module):
         num_heads: int,
         depth: int,
         num_tokens: int,
-        grid: tuple[int, ...],
+        grid: tuple[int, int],
         inputs: dict[str, int],
         outputs: dict[str, int],
     ):
@@ -47,10 +51,11 @@ class Decoder(nn.Module):
         self.to_modulations = nn.ModuleList(nn.Linear(dim, 4 * dim, bias=False) for _ in range(depth))
         self.from_inputs = nn.ModuleDict({name: nn.Linear(size, dim) for name, size in inputs.items()})
         self.transformer = Transformer(dim, depth, num_heads, grid)
-        self.to_outputs = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in outputs.items()})
-        for head in self.to_outputs.values():
+        heads = {name: nn.Linear(dim, size) for name, size in outputs.items()}
+        for head in heads.values():
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.to_outputs = nn.ModuleDict(heads)
 
     def forward(self, inputs: dict[str, Tensor], codes: Tensor, context: Tensor | None) -> dict[str, Tensor]:
         patches = sum(layer(inputs[name]) for name, layer in self.from_inputs.items())  # b n d
@@ -136,6 +141,10 @@ class LatentActions(NamedTuple):
     vectors: Tensor  # (..., num_tokens, e): in the e dimensions of the quantizer, see `LAQ.expand`
     indices: Tensor | None  # int64 (..., m), None if continuous
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LatentActions":
+        """The same change of both."""
+        return LatentActions(change(self.vectors), None if self.indices is None else change(self.indices))
+
 
 def standardise(frames: Tensor) -> Tensor:
     """uint8 frames to floats of about zero mean and unit variance."""
@@ -143,35 +152,45 @@ def standardise(frames: Tensor) -> Tensor:
 
 
 class LAQ(nn.Module):
-    """Latent action quantizer. `forward(batch) -> (loss, metrics)` trains it; `encode` and `decode` use it."""
+    """Latent action quantizer. `forward(batch) -> (loss, metrics)` trains it; `encode` and `decode` use it.
+
+    image_size: height and width of a frame [pixel];  patch_size: of a patch [pixel];  grid: rows and columns of patches
+    """
+
+    features: "Frozen[FrozenEncoder] | None"
+    flow_teacher: "Frozen[FlowTeacher] | None"
+    text_encoder: "Frozen[TextEncoder] | None"
+    irrelevant: "Frozen[LAQ] | None"
 
     def __init__(self, config: LAQConfig):
         super().__init__()
         self.config = config = config.resolved()
-        size = SIZES[config.size]
+        assert config.image_size is not None and config.patch_size is not None
+        size, image_size = SIZES[config.size], config.image_size
         weights = {"pixels": config.pixel_weight, "features": config.feature_weight, "flow": config.flow_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         check(config, self.weights)
 
         self.features = self.flow_teacher = self.text_encoder = self.irrelevant = None
-        patch_size, grid = config.patch_size, (config.image_size // config.patch_size,) * 2
+        patch_size, grid = config.patch_size, (image_size // config.patch_size, image_size // config.patch_size)
         inputs = {"pixels": 3 * patch_size**2}
         outputs = {"pixels": 3 * patch_size**2, "flow": 2 * patch_size**2}
         if config.features:
             from hlrp.backbones import FrozenEncoder
 
-            self.features = Frozen(FrozenEncoder(config.features))
-            inputs["features"] = outputs["features"] = self.features.module.dim
-            grid = self.features.module.grid
-            patch_size = config.image_size // grid[0]
-            if (patch_size * grid[0], patch_size * grid[1]) != (config.image_size,) * 2:
+            encoder = FrozenEncoder(config.features)
+            self.features = Frozen(encoder)
+            inputs["features"] = outputs["features"] = encoder.dim
+            grid = encoder.grid
+            patch_size = image_size // grid[0]
+            if (patch_size * grid[0], patch_size * grid[1]) != (image_size, image_size):
                 raise ValueError(
-                    f"image_size={config.image_size} is no multiple of the {grid[0]} x {grid[1]} patches of "
+                    f"image_size={image_size} is no multiple of the {grid[0]} x {grid[1]} patches of "
                     f"features={config.features!r}; expected for example {14 * grid[0]} or {16 * grid[0]}"
                 )
             inputs["pixels"] = outputs["pixels"] = 3 * patch_size**2
             outputs["flow"] = 2 * patch_size**2
-        self.grid, self.patch_size = grid, patch_size
+        self.image_size, self.patch_size, self.grid = image_size, patch_size, grid
 
         self.from_input = nn.Linear(inputs[config.encoder], size.dim)
         self.encoder = Transformer(size.dim, size.encoder_depth, size.num_heads, grid)
@@ -190,11 +209,13 @@ class LAQ(nn.Module):
         if config.language:
             from hlrp.backbones import TextEncoder
 
-            self.text_encoder = Frozen(TextEncoder(config.language))
-            self.from_text = nn.Linear(self.text_encoder.module.dim, size.dim)
+            text_encoder = TextEncoder(config.language)
+            self.text_encoder = Frozen(text_encoder)
+            self.from_text = nn.Linear(text_encoder.dim, size.dim)
         if config.task_irrelevant:
-            self.irrelevant = Frozen(LAQ.from_pretrained(config.task_irrelevant))
-            self.from_irrelevant = nn.Linear(SIZES[self.irrelevant.module.config.size].dim, size.dim)
+            irrelevant = LAQ.from_pretrained(config.task_irrelevant)
+            self.irrelevant = Frozen(irrelevant)
+            self.from_irrelevant = nn.Linear(SIZES[irrelevant.config.size].dim, size.dim)
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: frames uint8 (b, 2, c, h, w); action (b, chunk, a) with action_is_pad and source where
@@ -240,7 +261,7 @@ class LAQ(nn.Module):
     def between_all(self, embedded: Tensor) -> LatentActions:
         """The latent actions (b, t - 1, ...) between embedded frames (b, t, n, d)."""
         actions = self.between(embedded[:, :-1].flatten(0, 1), embedded[:, 1:].flatten(0, 1))
-        return LatentActions(*(x if x is None else x.unflatten(0, (len(embedded), -1)) for x in actions))
+        return actions.map(lambda x: x.unflatten(0, (len(embedded), -1)))
 
     @torch.no_grad()
     def between(self, first: Tensor, second: Tensor) -> LatentActions:
@@ -269,7 +290,7 @@ class LAQ(nn.Module):
 
     @torch.no_grad()
     def errors(
-        self, frames: Tensor, variants: list[Tensor | None], task: list[str] | None = None
+        self, frames: Tensor, variants: Sequence[Tensor | None], task: list[str] | None = None
     ) -> list[dict[str, Tensor]]:
         """Mean squared error (b,) of each target, for each variant of the codes; None is a copy of the first frame."""
         observed = self.observe(frames)
@@ -283,7 +304,7 @@ class LAQ(nn.Module):
         return errors
 
     def observe(self, frames: Tensor) -> Observed:
-        expected = (3, self.config.image_size, self.config.image_size)
+        expected = (3, self.image_size, self.image_size)
         if frames.ndim != 5 or frames.shape[2:] != expected or frames.dtype != torch.uint8:
             raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, t, {expected})")
         features = None
@@ -331,6 +352,7 @@ class LAQ(nn.Module):
         if "pixels" in self.weights:
             targets["pixels"] = patchify(observed.images[:, 1] - observed.images[:, 0], self.patch_size)
         if "features" in self.weights:
+            assert observed.features is not None
             targets["features"] = (observed.features[:, 1] - observed.features[:, 0]).float()
         if "flow" in self.weights:
             targets["flow"] = patchify(self.flow(frames) / self.patch_size, self.patch_size)
@@ -349,13 +371,14 @@ class LAQ(nn.Module):
         if name == "flow":
             from hlrp.backbones import flow_loss
 
-            flows = [unpatchify(x, self.patch_size, self.grid) for x in (prediction, target)]
-            return flow_loss(*flows, self.config.mean_flow_weight).mean()
+            flow, true_flow = (unpatchify(x, self.patch_size, self.grid) for x in (prediction, target))
+            return flow_loss(flow, true_flow, self.config.mean_flow_weight).mean()
         return (prediction - target).square().mean()
 
     def picture(self, name: str, prediction: Tensor, observed: Observed) -> Tensor:
         """A prediction per patch in the units of its target."""
         if name == "features":
+            assert observed.features is not None
             return observed.features[:, 0] + prediction
         picture = unpatchify(prediction, self.patch_size, self.grid)
         if name == "flow":
@@ -404,6 +427,7 @@ class LAQ(nn.Module):
 
 def check(config: LAQConfig, weights: dict[str, float]) -> None:
     """Raises ValueError for settings that contradict each other."""
+    assert config.image_size is not None and config.patch_size is not None  # resolved
     if config.image_size % config.patch_size:
         raise ValueError(f"image_size={config.image_size}; expected a multiple of patch_size={config.patch_size}")
     if config.num_tokens < 1:

@@ -5,16 +5,17 @@ do the codes tell about the actions? Every figure stands beside its control.
 action from frame a to frame b, minus the mean of z(a, a), where nothing changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
-from hlrp.data import Loader, collate
+from hlrp.contract import SampleSet
+from hlrp.data import Loader, collate, subset
 from hlrp.distributed import wait_for_all
 from hlrp.laq import LAQ
 from hlrp.metrics import MIN_EPISODES, code_health, episode_split, gather, probe_features, probe_r2, ridge
@@ -49,21 +50,21 @@ class Share(NamedTuple):
     num_workers: int
     device: torch.device
 
-    def batches(self, dataset: Dataset) -> Iterator[tuple[slice, dict]]:
+    def batches(self, dataset: SampleSet) -> Iterator[tuple[slice, dict]]:
         """The batches of this rank's part of a set, a contiguous one, each with its place in the set."""
         first, end = (len(dataset) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
-        part = Subset(dataset, range(first, end))
+        part = subset(dataset, range(first, end))
         loader = Loader(part, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
         for batch in loader:
             place = slice(first, first + len(batch["frames"]))
             yield place, {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
             first = place.stop
 
-    def tasks(self, dataset: Dataset) -> list[str]:
+    def tasks(self, dataset: SampleSet) -> list[str]:
         """The different instructions of a whole set, on every rank."""
         tasks = {task for _, batch in self.batches(dataset) for task in batch["task"]}
         if self.num_ranks > 1:
-            parts = [None] * self.num_ranks
+            parts = [set[str]()] * self.num_ranks
             wait_for_all()
             dist.all_gather_object(parts, tasks)
             tasks = set().union(*parts)
@@ -77,8 +78,8 @@ class Share(NamedTuple):
 @torch.no_grad()
 def evaluate(
     laq: LAQ,
-    sets: dict[str, Dataset],
-    fit_sets: dict[str, Dataset] | None = None,
+    sets: Mapping[str, SampleSet],
+    fit_sets: Mapping[str, SampleSet] | None = None,
     rank: int = 0,
     num_ranks: int = 1,
     batch_size: int = 64,
@@ -116,19 +117,18 @@ def evaluate(
         latents = encode_all(laq, dataset, share)
         report[name] = {"pairs": len(dataset), "episodes": len(latents.episodes.unique())}
         report[name] |= code_use(laq, dataset, latents, share, seed)
-        if latents.indices is not None:
-            codebook_size, num_indices = laq.quantizer.codebook_size, latents.indices.shape[1]
+        codebook_size = laq.quantizer.codebook_size
+        if latents.indices is not None and codebook_size is not None:
             report[name] |= code_health(latents.indices, codebook_size)
-            report[name]["possible_sequences"] = min(len(dataset), codebook_size**num_indices)
+            report[name]["possible_sequences"] = min(len(dataset), codebook_size ** latents.indices.shape[1])
         if latents.actions is not None:
             fit = encode_all(laq, fit_sets[name], share) if fit_sets and name in fit_sets else None
-            codebook_size = laq.quantizer.codebook_size if latents.indices is not None else None
             report[name] |= action_probe(latents, fit, codebook_size, seed)
     laq.train(was_training)
     return report
 
 
-def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> EncodedSet:
+def encode_all(laq: LAQ, dataset: SampleSet, share: Share) -> EncodedSet:
     """Encodes this rank's share of a set and gathers all of them."""
     parts = []
     for _, batch in share.batches(dataset):
@@ -136,8 +136,13 @@ def encode_all(laq: LAQ, dataset: Dataset, share: Share) -> EncodedSet:
         if "action" in batch:
             actions, has_action = mean_action(batch["action"].double(), batch["action_is_pad"])
         parts.append(EncodedSet(*laq.encode(batch["frames"]), batch["episode"], actions, has_action))
+    return joined(parts, share.gather)
+
+
+def joined[T: NamedTuple](parts: Sequence[T], finish: Callable[[Tensor], Tensor]) -> T:
+    """Concatenates the tensors of each field and finishes the result; a field that is None stays None."""
     columns = zip(*parts, strict=True)
-    return EncodedSet(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
+    return parts[0]._make(None if xs[0] is None else finish(torch.cat(xs)) for xs in columns)
 
 
 def partners(groups: Tensor, seed: int) -> Tensor:
@@ -156,14 +161,14 @@ def partners(groups: Tensor, seed: int) -> Tensor:
     return result
 
 
-def code_use(laq: LAQ, dataset: Dataset, latents: EncodedSet, share: Share, seed: int) -> dict:
+def code_use(laq: LAQ, dataset: SampleSet, latents: EncodedSet, share: Share, seed: int) -> dict:
     """Errors of the decoder with true, zeroed and shuffled codes, and of copying the first frame."""
     codes = latents.codes
     across = partners(torch.zeros_like(latents.episodes), seed)
     within = partners(latents.episodes, seed)
     alone = within == torch.arange(len(codes), device=codes.device)
 
-    sums = 0
+    targets, parts = [], []
     for place, batch in share.batches(dataset):
         true = codes[place]
         variants = [None, true, torch.zeros_like(true), codes[across[place]], codes[within[place]]]
@@ -171,8 +176,8 @@ def code_use(laq: LAQ, dataset: Dataset, latents: EncodedSet, share: Share, seed
         targets = list(errors[0])
         errors = torch.stack([torch.stack([by_target[t] for t in targets]) for by_target in errors]).double()
         paired = errors[[1, 4]] * ~alone[place]  # true and shuffled, where the episode has another pair
-        sums = sums + torch.cat([errors[:4], paired]).sum(dim=-1)  # condition target b -> condition target
-    sums = share.gather(sums[None]).sum(dim=0)
+        parts.append(torch.cat([errors[:4], paired]).sum(dim=-1))  # condition target b -> condition target
+    sums = share.gather(reduce(torch.add, parts)[None]).sum(dim=0)
     copy, true, zero, shuffled, true_paired, shuffled_paired = sums.unbind()
 
     def by_target(values: Tensor) -> dict[str, float]:

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Column, Source, parse_columns, tell_once
+from hlrp.contract import Column, Indices, Source, parse_columns, tell_once
 from hlrp.lerobot_files import (
     POINT,
     Columns,
@@ -69,12 +68,12 @@ class LeRobotData(Source):
         task: str | None = None,
         revision: str | None = None,
     ):
-        camera, *others = camera.split(",") if camera else [None]
+        first, *others = camera.split(",") if camera else [None]
         self.uri = uri or f"lerobot:{repo_or_dir}"
         self.root = root = find_dataset(repo_or_dir, "meta/*", revision=revision)
         info = read_info(root, str(repo_or_dir))
         features = info["features"]
-        self.camera = choose_camera(self.uri, features, camera)
+        self.camera = choose_camera(self.uri, features, first)
         self.is_video = features[self.camera]["dtype"] == "video"
         columns = {STATE: choose_columns(self.uri, features, "state", state, STATE)}
         columns[ACTION] = choose_columns(self.uri, features, "action", action, ACTION)
@@ -82,7 +81,7 @@ class LeRobotData(Source):
             task = choose_task(self.uri, features, task)
         find_dataset(repo_or_dir, "data/*", f"videos/{self.camera}/*", revision=revision)
         self.name = name or f"lerobot-{Path(repo_or_dir).name or root.name}"
-        if camera and not name:
+        if first and not name:
             self.name += "-" + short_name(self.camera, features)
 
         video = f"videos/{self.camera}"
@@ -140,13 +139,13 @@ class LeRobotData(Source):
         options = {"state": state, "action": action, "task": task, "revision": revision, "skip_broken": skip_broken}
         views = [LeRobotData(repo_or_dir, other, self.uri, **options) for other in others]
         self.views = {view.camera: view for view in views if view.camera != self.camera}
-        whole = reduce(np.intersect1d, (camera.episodes["episode_index"] for camera in (self, *views)))
+        whole = reduce(np.intersect1d, (view.episodes["episode_index"] for view in (self, *views)))
         if not len(whole):
             raise ValueError(f"{self.uri}: no episode of which all cameras can be read")
-        for camera in (self, *views):
-            kept = np.isin(camera.episodes["episode_index"], whole)
-            camera.episodes = {key: column[kept] for key, column in camera.episodes.items()}
-            camera.lengths, camera.fps = camera.episodes["length"], camera.episodes["fps"]
+        for view in (self, *views):
+            kept = np.isin(view.episodes["episode_index"], whole)
+            view.episodes = {key: column[kept] for key, column in view.episodes.items()}
+            view.lengths, view.fps = view.episodes["length"], view.episodes["fps"]
         self.num_skipped = num_episodes - len(whole)
         uneven = episodes["episode_index"][~is_even]
         uneven = np.flatnonzero(np.isin(self.episodes["episode_index"], uneven)).tolist()
@@ -163,7 +162,7 @@ class LeRobotData(Source):
             digest.update(repr((key, column.shape)).encode() + np.ascontiguousarray(column).tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         rows = self._rows(episode, indices)
         if self.is_video:
             frames = self._decode(episode, np.asarray(indices))
@@ -203,7 +202,7 @@ class LeRobotData(Source):
         path = self.video_files[at["video_file"]] if self.is_video else self.data_files[at["data_file"]]
         return f"{path}, episode {at['episode_index']}"
 
-    def _rows(self, episode: int, indices: Sequence[int]) -> np.ndarray:
+    def _rows(self, episode: int, indices: Indices) -> np.ndarray:
         return self.episodes["first_row"][episode] + np.asarray(indices)
 
     def _stamps(self, episode: int) -> np.ndarray:
@@ -211,18 +210,18 @@ class LeRobotData(Source):
         first, length = self.episodes["first_row"][episode], self.episodes["length"][episode]
         return self.numbers["timestamp"][first : first + length].astype(np.float64)
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
-        if "task_index" not in self.numbers:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
+        if self.tasks is None:
             return [""] * len(indices)
         return [self.tasks[task] for task in self.numbers["task_index"][self._rows(episode, indices)].tolist()]
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         return torch.from_numpy(self.numbers[ACTION][self._rows(episode, indices)])
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         return torch.from_numpy(self.numbers[STATE][self._rows(episode, indices)])
 
-    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+    def labels(self, episode: int, indices: Indices) -> dict[str, Tensor]:
         rows = self.places[self._rows(episode, indices)]
         return {name: torch.from_numpy(column[rows]) for name, column in self.latent_actions.items()}
 
@@ -230,6 +229,7 @@ class LeRobotData(Source):
     def latent_actions(self) -> Columns:
         """The cached labels of all rows of the data files; read when they are first asked for."""
         columns = {"latent_vectors": LATENT_ACTION}
+        assert self.latent_space is not None
         if self.latent_space["num_tokens"]:
             columns["latent_indices"] = LATENT_INDICES
         tables = [read_table(path, list(columns.values())) for path in self.data_files]
@@ -278,13 +278,14 @@ def choose_camera(uri: str, features: dict, camera: str | None) -> str:
     known = ", ".join(cameras) or "none"
     if others := ", ".join(key for key in kinds if key not in cameras):
         known += f" (and of depth, which is not read: {others})"
-    found = cameras if camera is None else [key for key in cameras if f".{key}".endswith(f".{camera}")]
-    found = [camera] if camera in found else found
-    if not found:
+    matches = cameras if camera is None else [key for key in cameras if f".{key}".endswith(f".{camera}")]
+    if camera is not None and camera in matches:
+        return camera
+    if not matches:
         raise ValueError(f"{uri}: camera={camera}; its cameras: {known}")
-    if camera is not None and len(found) > 1:
-        raise ValueError(f"{uri}: camera={camera} is the end of several names; expected one of {', '.join(found)}")
-    return found[0]
+    if camera is not None and len(matches) > 1:
+        raise ValueError(f"{uri}: camera={camera} is the end of several names; expected one of {', '.join(matches)}")
+    return matches[0]
 
 
 def short_name(camera: str, features: dict) -> str:

@@ -3,10 +3,12 @@
 All raise ValueError, naming file, column and row, for what they cannot use.
 """
 
+import importlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -45,7 +47,7 @@ def read_info(root: Path, name: str) -> dict:
     if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
         raise ValueError(f"{path}: expected features, an object with the dtype of each, got {str(features)[:200]}")
     fps, is_video = info.get("fps"), any(feature["dtype"] == "video" for feature in features.values())
-    if type(fps) not in (int, float) or not 0 < fps < float("inf"):
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
         raise ValueError(f"{path}: expected fps, a number above 0, got {fps!r}")
     for key in ("data_path", "video_path")[: 1 + is_video]:
         if not isinstance(info.get(key), str):
@@ -80,8 +82,9 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 def to_numpy(column) -> tuple[np.ndarray, dict[int, str]]:
     """A pyarrow column of numbers, or of lists of them, as (rows, numbers). What is wrong with rows that are null, or
     of another size than most, stands beside it; there are nan."""
-    from pyarrow import compute, types
+    from pyarrow import types
 
+    compute: Any = importlib.import_module("pyarrow.compute")  # whose functions are made when it is imported
     array = column.combine_chunks()
     while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
         sizes = compute.min_max(compute.list_value_length(array)).as_py()
@@ -178,7 +181,7 @@ def read_numbers(
             for row in np.flatnonzero(~is_sound.all(axis=1)).tolist():
                 wrong.setdefault(row, f"expected finite numbers, got {column[row].tolist()}")
             if name == "task_index":
-                for row in np.flatnonzero(~np.isin(column[:, 0], list(tasks))).tolist():
+                for row in np.flatnonzero(~np.isin(column[:, 0], list(tasks or ()))).tolist():
                     wrong.setdefault(row, f"expected one of meta/tasks, got {column[row, 0]}")
                 column = np.nan_to_num(column).astype(np.int64, copy=False)
             part[name] = column if name in keys else column[:, 0]
@@ -189,8 +192,8 @@ def read_numbers(
         for name in ("frame_index", "timestamp"):
             column = part[name]
             for i in np.flatnonzero(is_next & (np.diff(column) <= 0)).tolist():
-                found = f"expected more than the {column[i]} of the frame before, got {column[i + 1]}"
-                faults.setdefault(int(order[i + 1]), f"{name}, row {order[i + 1]}: {found}")
+                fault = f"expected more than the {column[i]} of the frame before, got {column[i + 1]}"
+                faults.setdefault(int(order[i + 1]), f"{name}, row {order[i + 1]}: {fault}")
         for row in sorted(faults):
             episode = int(episode_of[row])
             broken.setdefault(episode, f"episode {episode_index[episode]}: {path}: {faults[row]}")

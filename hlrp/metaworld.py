@@ -11,6 +11,7 @@ import atexit
 import copy
 import ctypes
 import difflib
+import importlib
 import importlib.util
 import json
 import logging
@@ -24,7 +25,7 @@ from functools import lru_cache
 from importlib.resources import files
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -184,7 +185,9 @@ def _end_with_parent():
     """Ends this worker when its parent was killed, of which the workers of a pool take no notice."""
 
     def watch():
-        parent_process().join()
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -245,10 +248,11 @@ def stage(task: str, image_size: int):
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa rasterises in this thread: processes scale
     warnings.filterwarnings("ignore", "Constant.s. may be too high")  # action is clipped
-    import mujoco
+    mujoco: Any = importlib.import_module("mujoco")  # whose flags have no types
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
-    env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
+    environment: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"]
+    env = environment(seed=0)
     env._freeze_rand_vec = False  # object positions from env.seed at each reset, as in LeRobot's environment
     env.seeded_rand_vec = True
     env.model.camera("corner2").pos = [0.75, 0.075, 0.7]  # as in LeRobot's environment

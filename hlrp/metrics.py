@@ -218,7 +218,7 @@ def one_hot_features(indices: Tensor, codebook_size: int) -> Tensor:
 def probe_features(codes: Tensor, indices: Tensor | None, codebook_size: int | None) -> Tensor:
     """What a probe reads of latent actions (b, n, d): which codes there are, as the next stage does, where they are
     discrete and no more than `MAX_INDICATORS`; their vectors elsewhere."""
-    if indices is not None and indices.shape[1] * codebook_size <= MAX_INDICATORS:
+    if indices is not None and codebook_size is not None and indices.shape[1] * codebook_size <= MAX_INDICATORS:
         return one_hot_features(indices, codebook_size)
     return code_features(codes)
 
@@ -305,21 +305,22 @@ def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed
         nn.init.zeros_(last.bias)
         network = nn.Sequential(first, nn.GELU(), nn.Dropout(0.1), second, nn.GELU(), nn.Dropout(0.1), last)
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
-        least, best, found = torch.inf, None, 0
+        least, best, best_step = torch.inf, None, 0
         for step in range(MLP_STEPS):
             if step % CHECK_FREQ == 0:
                 network.eval()
                 with torch.no_grad():
                     error = float(F.mse_loss(network(x_out), y_out))
                     if error < least:
-                        least, best, found = error, network(x_test), step
+                        least, best, best_step = error, network(x_test), step
                 network.train()
-            if step - found > PATIENCE * CHECK_FREQ:
+            if step - best_step > PATIENCE * CHECK_FREQ:
                 break
             rows = torch.randint(len(x), (min(MLP_BATCH_SIZE, len(x)),)).to(x.device)
             F.mse_loss(network(x[rows]), y[rows]).backward()
             optimizer.step()
             optimizer.zero_grad()
+    assert best is not None
     return offset + best.double() * spread
 
 

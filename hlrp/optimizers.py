@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def make_optimizer(
     return MuonAdamW([{"params": matrices, "weight_decay": weight_decay}], others, lr)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, without: list[nn.Parameter] = ()) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict]:
     """Two groups: matrices, with weight decay, and biases, gains and single vectors, without."""
     left_out = {id(p) for p in without}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
@@ -161,7 +162,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     for key, tensor in load_file(folder / "optimizer_state.safetensors").items():
         index, name = key.split("/")
         owner = parameters.get(int(index))
-        if hasattr(owner, "device_mesh") and tensor.shape == owner.shape:
+        if owner is not None and hasattr(owner, "device_mesh") and tensor.shape == owner.shape:
             from torch.distributed.tensor import distribute_tensor
 
             tensor = distribute_tensor(tensor, owner.device_mesh, owner.placements, src_data_rank=None)

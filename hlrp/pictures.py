@@ -13,17 +13,18 @@ The fields of a sample are dataset, task, episode, index (its first frame), fps,
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
+from hlrp.contract import SampleSet
+from hlrp.data import subset
 from hlrp.laq import LAQ
 from hlrp.plots import STYLE
-from hlrp.strategies import STRATEGIES, Latents, Shown, Skip
+from hlrp.strategies import STRATEGIES, BucketSamples, Latents, Skip
 
 EVERYTHING = "all"
 EXAMPLE = "expected a bucket such as 'left: task~left', or a file of such lines"
@@ -104,7 +105,7 @@ def parse_condition(text: str, line: str) -> Condition:
     return Condition(field, test, values)
 
 
-def check_fields(buckets: Sequence[Bucket], sets: dict[str, Dataset]) -> None:
+def check_fields(buckets: Sequence[Bucket], sets: Mapping[str, SampleSet]) -> None:
     """Raises ValueError for a field that the first sample of no set has."""
     if not any(bucket.conditions for bucket in buckets):
         return
@@ -124,7 +125,7 @@ def check_fields(buckets: Sequence[Bucket], sets: dict[str, Dataset]) -> None:
 
 
 def fill(
-    buckets: Sequence[Bucket], sets: dict[str, Dataset], limit: int, seed: int
+    buckets: Sequence[Bucket], sets: Mapping[str, SampleSet], limit: int, seed: int
 ) -> dict[str, tuple[list[dict], Tensor]]:
     """At most `limit` random samples of each bucket, and for each sample the number of its set, int64 (b,).
 
@@ -140,7 +141,7 @@ def fill(
             if not open_ones:
                 orders[number] = []
             picks, orders[number] = orders[number][:per_turn], orders[number][per_turn:]
-            samples = Subset(dataset, picks).__getitems__(list(range(len(picks)))) if picks else []
+            samples = subset(dataset, picks).__getitems__(list(range(len(picks)))) if picks else []
             for bucket in open_ones:
                 mine = [sample for sample in samples if bucket.holds(sample)]
                 mine = mine[: limit - len(found[bucket.name][0])]
@@ -191,7 +192,7 @@ def bindings_of(pictures: Sequence[str], buckets: Sequence[Bucket], eval_freq: i
 def draw_pictures(
     laq: LAQ,
     latents_of: Callable[[dict], Latents],
-    sets: dict[str, Dataset],
+    sets: Mapping[str, SampleSet],
     buckets: Sequence[Bucket],
     bindings: Sequence[Binding],
     folder: Path,
@@ -216,7 +217,7 @@ def draw_pictures(
         if not samples:
             skipped.append(f"all of bucket {bucket.name}: no held-out sample has {bucket}, in {', '.join(sets)}")
             continue
-        shown = Shown(laq, latents_of, samples, source, seed)
+        pictured = BucketSamples(laq, latents_of, samples, source, seed)
         place = folder if not bucket.conditions else folder / bucket.name
         place.mkdir(parents=True, exist_ok=True)
         for strategy in (binding.strategy for binding in due if bucket.name in binding.buckets):
@@ -225,11 +226,11 @@ def draw_pictures(
             title += f". {bucket.name}: {len(samples)} held-out samples" if bucket.conditions else ""
             try:
                 with matplotlib.rc_context(STYLE):
-                    found = STRATEGIES[strategy](shown, place / f"{strategy}{end}.png", title)
+                    result = STRATEGIES[strategy](pictured, place / f"{strategy}{end}.png", title)
             except Skip as reason:
                 skipped.append(f"{strategy} of bucket {bucket.name}: {reason}")
                 continue
-            figures |= {f"{bucket.name}/{strategy}/{name}": value for name, value in found.items()}
+            figures |= {f"{bucket.name}/{strategy}/{name}": value for name, value in result.items()}
     laq.train(was_training)
     for reason in skipped:
         log.warning("no picture %s", reason)
@@ -239,7 +240,7 @@ def draw_pictures(
 class Pictures:
     """The pictures of a run: chosen by the settings `pictures`, `buckets` and `eval_freq`, drawn into `grids`."""
 
-    def __init__(self, args, sets: dict[str, Dataset]):
+    def __init__(self, args, sets: Mapping[str, SampleSet]):
         """sets: the held-out samples of each source. Raises ValueError for an unknown bucket or picture."""
         self.buckets, self.sets = read_buckets(args.buckets), sets
         self.bindings = bindings_of(args.pictures, self.buckets, args.eval_freq)

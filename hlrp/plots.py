@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def frequent(indices: Tensor) -> dict[str, int]:
 
 
 INK, BLUE, GREY, ORANGE = "#1f2933", "#2563eb", "#9aa5b1", "#d97706"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -228,15 +228,16 @@ def latent_map(vectors: Tensor, actions: Tensor | None) -> "Figure":
     place = principal_components(vectors[rows], torch.ones(len(rows), dtype=torch.bool), 2)
     place = torch.cat([place, torch.zeros(len(place), 2)], dim=1)[:, :2]  # of one dimension, a line
     noise = 0.02 * place.std() * torch.randn(place.shape, generator=torch.Generator().manual_seed(0))
-    has_direction = actions is not None and not is_constant(actions).all()
-    colours = directions(actions)[rows] if has_direction else GREY
+    if actions is not None and is_constant(actions).all():
+        actions = None
+    colours = GREY if actions is None else directions(actions)[rows]
     figure = new_figure(figsize=(4.6, 3.9), layout="constrained")
     axes = figure.subplots()
     axes.scatter(*(place + noise).T, s=9, c=colours, alpha=0.75, linewidths=0)
     axes.set_xlabel("first principal component")
     axes.set_ylabel("second")
     axes.set_aspect("equal", adjustable="datalim")
-    if has_direction and int((~is_constant(actions)).sum()) > 1:
+    if actions is not None and int((~is_constant(actions)).sum()) > 1:
         wheel = axes.inset_axes((0.86, 0.84, 0.15, 0.15), projection="polar")
         angles = np.linspace(0, 2 * np.pi, 60)
         from matplotlib.colors import hsv_to_rgb

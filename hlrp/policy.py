@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, snapshot_download
-from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -39,7 +39,7 @@ from hlrp.demonstrations import PolicySettings
 from hlrp.images import fit
 from hlrp.metrics import normalisable
 from hlrp.transformer import masked_mean
-from hlrp.vla import VLA, FlowHead, LatentSpace, ParallelHead, VLAConfig
+from hlrp.vla import VLA, FlowHead, Head, LatentSpace, ParallelHead, VLAConfig
 from hlrp.vlm import VLM, Encoded, VLMConfig
 
 INSTRUCTIONS = "instructions.json"  # in a checkpoint folder
@@ -73,7 +73,8 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
 
     def __post_init__(self):
         if self.device is None:
-            self.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            self.device = "cpu" if accelerator is None else accelerator.type
         super().__post_init__()
         self.normalization_mapping = {key: NormalizationMode(mode) for key, mode in self.normalization_mapping.items()}
         for name in ("n_obs_steps", "chunk_size", "n_action_steps", "action_repeat", "num_inference_steps"):
@@ -99,6 +100,11 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
             raise ValueError(f"no camera among the inputs {sorted(self.input_features or {})}; hlrp needs one")
         if self.action_feature is None:
             raise ValueError(f"no {ACTION!r} among the outputs {sorted(self.output_features or {})}")
+
+    @property
+    def latent_chunk_size(self) -> int:
+        """How many latent actions the policy predicts, one after another in time."""
+        return 0 if self.stage2 is None else self.stage2["vla"]["chunk_size"]
 
     @property
     def observation_delta_indices(self) -> list[int]:
@@ -152,8 +158,12 @@ class HLRPPolicy(PreTrainedPolicy):
     A sample whose actions are all padding has no action loss.
     """
 
-    config_class = HLRPConfig
-    name = "hlrp"
+    config: HLRPConfig
+    config_class: type[HLRPConfig] = HLRPConfig
+    name: str = "hlrp"
+    latent_head: Head | None
+    expert: ActionExpert | None
+    from_state: nn.Linear | None
 
     def __init__(
         self,
@@ -187,7 +197,7 @@ class HLRPPolicy(PreTrainedPolicy):
             self.latent_head.requires_grad_(False)
             if config.action_context != "prompt":
                 self.latent_head.queries.requires_grad_(True)
-        action_dim = config.action_feature.shape[0]
+        action_dim = self.action_dim
         self.trunk.requires_grad_(True)
         if shared and not config.latent_weight:
             for layers in (self.trunk.from_space, self.trunk.to_space):
@@ -210,7 +220,16 @@ class HLRPPolicy(PreTrainedPolicy):
 
     @property
     def trunk(self) -> ActionExpert:
-        return self.latent_head.expert if self.expert is None else self.expert
+        if self.expert is not None:
+            return self.expert
+        assert isinstance(self.latent_head, FlowHead)
+        return self.latent_head.expert
+
+    @property
+    def action_dim(self) -> int:
+        feature = self.config.action_feature
+        assert feature is not None  # `validate_features` has seen it
+        return feature.shape[0]
 
     def forward(self, batch: dict, reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """The loss and its parts. reduction: "none" gives the loss (b,) of each sample, "mean" one of the batch."""
@@ -265,7 +284,7 @@ class HLRPPolicy(PreTrainedPolicy):
             bins = predicted.unflatten(-1, (-1, config.num_bins)).argmax(-1)  # b t a
             return (bins + 0.5) / config.num_bins * 2 - 1
         if noise is None:
-            shape = len(seen.hidden), config.chunk_size, config.action_feature.shape[0]
+            shape = len(seen.hidden), config.chunk_size, self.action_dim
             noise = torch.randn(shape, device=seen.hidden.device)
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:  # LeRobot's time is 1 at noise
@@ -366,17 +385,18 @@ class HLRPPolicy(PreTrainedPolicy):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_name_or_path: str | Path, *, config: HLRPConfig | None = None, revision=None, **kwargs
+        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, revision=None, **kwargs
     ) -> "HLRPPolicy":
         """The policy of a folder or a hub id, in evaluation mode. Raises if a weight is missing or is one too many."""
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(pretrained_name_or_path), revision=revision))
         config = PreTrainedConfig.from_pretrained(folder) if config is None else config
-        return super().from_pretrained(folder, config=config, folder=folder, **kwargs | {"strict": True})
+        kwargs.update(config=config, folder=folder, strict=True)
+        return super().from_pretrained(folder, **kwargs)
 
 
-def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) -> tuple[VLM, nn.Module | None]:
+def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) -> tuple[VLM, Head | None]:
     """The vision-language model, and the head of stage 2 (None: the policy did not start from stage 2).
 
     A new policy gets the weights of stage 2, and `config.stage2` gets its configs.
@@ -394,6 +414,7 @@ def parts(config: HLRPConfig, folder: Path | None, instructions: Sequence[str]) 
         return vla.vlm, vla.head
     if config.stage2 is not None:
         vla_config = VLAConfig.from_dict(config.stage2["vla"], **chosen)
+        assert folder is not None  # what started from stage 2 is saved
         vlm = VLM.from_folder(folder / "vlm", vla_config.vlm)
         return vlm, VLA(vla_config, LatentSpace(**config.stage2["latent_space"]), vlm).head
     vlm_config = VLMConfig(config.vlm, config.image_size, **chosen)
@@ -410,7 +431,7 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
     Raises ValueError if statistics are missing or have other sizes than the policy.
     """
     dataset_stats = None if dataset_stats is None else numbers_normalisable(config, dataset_stats)
-    for key, feature in {**config.input_features, **config.output_features}.items():
+    for key, feature in features_of(config).items():
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if dataset_stats is None or mode is NormalizationMode.IDENTITY:
             continue
@@ -422,10 +443,15 @@ def make_hlrp_pre_post_processors(config: HLRPConfig, dataset_stats: dict | None
     return make_default_pre_post_processors(config, dataset_stats)
 
 
+def features_of(config: HLRPConfig) -> dict[str, PolicyFeature]:
+    """The inputs and outputs of a policy."""
+    return {**(config.input_features or {}), **(config.output_features or {})}
+
+
 def numbers_normalisable(config: HLRPConfig, dataset_stats: dict) -> dict:
     """The statistics after `normalisable`, for states and actions. Raises ValueError if one of them is not finite."""
     mended = dict(dataset_stats)
-    for key, feature in {**config.input_features, **config.output_features}.items():
+    for key, feature in features_of(config).items():
         if feature.type is FeatureType.VISUAL or key not in dataset_stats:
             continue
         for name, value in dataset_stats[key].items():
@@ -484,6 +510,7 @@ def data_of(config: HLRPConfig, policy_path: Path | None) -> tuple[str, ...]:
 def push_to_hub(policy: HLRPPolicy, folder: Path, data: Sequence[str]) -> None:
     """Uploads a checkpoint with LeRobot's model card in one commit."""
     api, config = HfApi(), policy.config
+    assert config.repo_id is not None  # `Args.check` of finetune_policy.py has seen it
     repo_id = api.create_repo(config.repo_id, private=config.private, exist_ok=True).repo_id
     card = policy.generate_model_card(", ".join(data), config.type, config.license, config.tags)
     with tempfile.TemporaryDirectory() as copy:

@@ -45,6 +45,12 @@ class Args:
     batch_size: int = 64  # pairs of frames that are encoded together
     num_workers: int = 2  # processes that load data
 
+    @property
+    def subject(self) -> Path:
+        """The `latents`, where a card is made."""
+        assert self.latents is not None
+        return self.latents
+
 
 def main(args: Args) -> None:
     if bool(args.compare) == (args.latents is not None):
@@ -61,10 +67,10 @@ def main(args: Args) -> None:
     document, pictures = judge(args)
     write_json(args.output_dir / "card.json", document)
     write_text(args.output_dir / "card.html", page(document, pictures))
-    if args.latents.is_dir() and is_of_its_data(args):
-        write_json(args.latents / CARD, document)
-    elif args.latents.is_dir():
-        print(f"{args.latents} keeps the card that it has: this one is of other data than it learned from")
+    if args.subject.is_dir() and is_of_its_data(args):
+        write_json(args.subject / CARD, document)
+    elif args.subject.is_dir():
+        print(f"{args.subject} keeps the card that it has: this one is of other data than it learned from")
     print(text(document))
     print(f"{args.output_dir / 'card.html'}")
 
@@ -73,7 +79,7 @@ def is_of_its_data(args: Args) -> bool:
     """Whether a checkpoint is judged on the sources that it learned from, all of them and no others."""
     from hlrp.sources import expand, parse_uri
 
-    learned = json.loads((args.latents / "config.json").read_text()).get("data", ())
+    learned = json.loads((args.subject / "config.json").read_text()).get("data", ())
     own, judged = ({parse_uri(uri).uri for uri in expand(uris)} for uris in (learned, args.data or learned))
     return own == judged
 
@@ -89,12 +95,12 @@ def check(args: Args) -> None:
         )
     if args.shuffled and args.train_shuffled:
         raise ValueError("shuffled and train_shuffled are the same control: give one")
-    if args.latents.is_file() and any([args.shuffled, args.train_shuffled, *args.transfer_to]):
+    if args.subject.is_file() and any([args.shuffled, args.train_shuffled, *args.transfer_to]):
         raise ValueError(
-            f"shuffled, train_shuffled and transfer_to need a model, but {args.latents} is a file of latents"
+            f"shuffled, train_shuffled and transfer_to need a model, but {args.subject} is a file of latents"
         )
-    if args.latents.is_file() and len(args.data) != 1:
-        raise ValueError(f"{args.latents} is of one source; --data names {len(args.data)}")
+    if args.subject.is_file() and len(args.data) != 1:
+        raise ValueError(f"{args.subject} is of one source; --data names {len(args.data)}")
     parse_groups(args.groups)
 
 
@@ -127,46 +133,46 @@ def judge(args: Args) -> tuple[dict, dict[str, dict[str, bytes]]]:
         keep_freed_memory()
     share = Share(0, 1, args.batch_size, args.num_workers, device)
     groups = parse_groups(args.groups)
-    if args.latents.is_file() or args.latents.suffix in (".npz", ".parquet"):
-        subject, data = File(read_latents(args.latents, args.delta), args.pairs, args.seed), args.data
+    if args.subject.is_file() or args.subject.suffix in (".npz", ".parquet"):
+        subject, data = File(read_latents(args.subject, args.delta), args.pairs, args.seed), args.data
     else:
-        laq = LAQ.from_pretrained(args.latents).requires_grad_(False).to(device)
-        config = json.loads((args.latents / "config.json").read_text())
+        laq = LAQ.from_pretrained(args.subject).requires_grad_(False).to(device)
+        config = json.loads((args.subject / "config.json").read_text())
         subject, data = Checkpoint(laq, args), expand(args.data or tuple(config["data"]))
 
-    opened = named_apart([open_source(parse_uri(uri).uri) for uri in data])
-    if not opened:
+    if not data:
         raise ValueError("data names no source; expected one or more")
-    sources, pictures = {}, {}
-    for uri, source in zip(data, opened, strict=True):
+    sources = named_apart([open_source(parse_uri(uri).uri) for uri in data])
+    cards, pictures = {}, {}
+    for uri, source in zip(data, sources, strict=True):
         if args.groups and (stray := [i for g in groups.values() for i in g if i >= source.action_dim]):
             raise ValueError(f"groups: dimension {stray[0]}, but the actions of {uri} have {source.action_dim}")
         card, pictures[source.name] = subject.card(source, groups, share)
         lines = verdict(source.name, card)
-        found = {"uri": source.uri, "passed": passed(lines), "verdict": [line._asdict() for line in lines]}
-        sources[source.name] = found | card
+        head = {"uri": source.uri, "passed": passed(lines), "verdict": [line._asdict() for line in lines]}
+        cards[source.name] = head | card
     return {
         "type": "card",
         "hlrp_version": version("lerobot_policy_hlrp"),
-        "latents": str(args.latents),
+        "latents": str(args.subject),
         "fingerprint": subject.fingerprint,
         "delta": subject.delta,
         "about": subject.about,
         "seed": args.seed,
-        "passed": all(card["passed"] for card in sources.values()),
-        "sources": sources,
+        "passed": all(card["passed"] for card in cards.values()),
+        "sources": cards,
     }, pictures
 
 
 def read_card(path: Path) -> dict:
     """A card from its file, or from the folder of a card or of a checkpoint."""
     places = [path, path / "card.json", path / "probe.json"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise ValueError(f"compare: {path} has neither card.json nor probe.json; python -m hlrp.probe makes them")
-    document = json.loads(found.read_text())
+    document = json.loads(file.read_text())
     if document.get("type") != "card":
-        raise ValueError(f"compare: {found} is no probe card")
+        raise ValueError(f"compare: {file} is no probe card")
     return document
 
 

@@ -111,6 +111,11 @@ class Bottleneck(nn.Module):
 class FSQ(Quantizer):
     """Rounds each dimension to a few levels (Mentzer et al. 2023, arXiv:2309.15505)."""
 
+    levels: Tensor
+    basis: Tensor
+    offset: Tensor
+    shift: Tensor
+
     def __init__(self, levels: Sequence[int]):
         """levels: of each dimension, 3 or more. The codebook has as many codes as their product."""
         if not levels or min(levels) < 3:
@@ -260,6 +265,9 @@ class Codebook(nn.Module):
     used, so the first batches place them all.
     """
 
+    codes: Tensor
+    usage: Tensor
+
     def __init__(self, dim: int, codebook_size: int, ema: bool, decay=0.99, dead_below=0.01):
         """ema: codes follow the running mean of their inputs, not a gradient. decay: of the running means, per
         training step. dead_below: a code restarts when it is used less often than this times the mean code."""
@@ -336,6 +344,10 @@ class RunningNorm(nn.Module):
     Unlike batch norm (Ioffe and Szegedy 2015, arXiv:1502.03167), it computes one function in training and evaluation,
     and no sample depends on the others of its batch.
     """
+
+    mean: Tensor
+    variance: Tensor
+    is_new: Tensor
 
     def __init__(self, *shape: int, momentum: float = 0.1):
         """momentum: weight of a new batch once 1 / momentum batches have counted alike."""

@@ -107,11 +107,12 @@ class RLDS(Stream):
         self.camera_path = self._choose_camera(camera or (known and known.camera))
         self.camera = self.camera_path.removeprefix("steps/observation/")
         self.instruction_path = self._choose_instruction(instruction or (known and known.instruction))
-        self.fps = known.fps if known and fps is None else fps
-        if not 0 < (self.fps or 0) < math.inf:
+        rate = known.fps if known and fps is None else fps
+        if rate is None or not 0 < rate < math.inf:
             raise ValueError(
                 f"{self.uri}: fps={fps}, and that of {info['name']} is not known; expected ?fps=10 or another rate"
             )
+        self.fps = rate
 
         self.action = self._choose_columns("action", known.action if known and action is None else action)
         self.state = self._choose_columns("state", known.state if known and state is None else state)

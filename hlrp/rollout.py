@@ -82,7 +82,7 @@ def main(args: Args) -> None:
             f"policy={args.policy} cannot be read: {error}. Run finetune_policy.py first, or give a policy's "
             "pretrained_model folder or hub id"
         ) from error
-    config.pretrained_path = args.policy
+    config.pretrained_path = args.policy  # pyright: ignore[reportAttributeAccessIssue]  it may be a hub id, too
     set_seed(args.seed)  # here, as lerobot-eval does: what makes the policy draws too
     envs = make_envs(configs, args.batch_size, args.episodes, args.processes)
     refuse_another_robot(config, envs, args.rename_map)

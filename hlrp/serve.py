@@ -13,7 +13,7 @@ import hlrp.policy  # noqa: F401  LeRobot knows the type by this import
 
 def main() -> None:
     constants.SUPPORTED_POLICIES.append("hlrp")  # the server's own list, which no plugin can join
-    serve()
+    serve()  # pyright: ignore[reportCallIssue]  LeRobot's decorator reads the config from the command line
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import EncodedSource, Stream
+from hlrp.contract import EncodedSource, Indices, Stream
 from hlrp.shard_index import ABSENT, STATISTICS, SUFFIX, Index, Row, merge_statistics, read_index
 from hlrp.streams import Episode
 from hlrp.tars import Sample, as_column, read_samples, tasks_of, to_array, to_object
@@ -106,7 +106,7 @@ class Shards(EncodedSource):
         digests = b"".join(index.digest for index in self.shards)
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
-    def encoded(self, episode: int, indices: Sequence[int]) -> list[bytes]:
+    def encoded(self, episode: int, indices: Indices) -> list[bytes]:
         """The frames as they lie in the TAR."""
         shard, row = self._locate(episode)
         length = int(self.lengths[episode])
@@ -120,25 +120,25 @@ class Shards(EncodedSource):
         data = shard.read(rows, lambda row: f"frame {indices[rows.index(row)]} of episode {episode}")
         return [data[row] for row in rows]
 
-    def about(self, episode: int, indices: Sequence[int]) -> dict:
+    def about(self, episode: int, indices: Indices) -> dict:
         """What read() gives, without the frames."""
         place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         columns = {name: self._rows(episode, name, indices) for name in self.read_columns}
         return columns | header.get("facts", {})  # which the index was made from, and has been checked
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         return tasks_of(header, members.get("txt", b""), f"{place}, txt", indices)
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         return self._rows(episode, "action", indices)
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         return self._rows(episode, "state", indices)
 
-    def labels(self, episode: int, indices: Sequence[int]) -> dict[str, Tensor]:
+    def labels(self, episode: int, indices: Indices) -> dict[str, Tensor]:
         return {name: self._rows(episode, name, indices) for name in LABELS if name in self.columns}
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
@@ -174,7 +174,7 @@ class Shards(EncodedSource):
             self._last = episode, Members(self.place(episode), members)
         return self._last[1]
 
-    def _rows(self, episode: int, name: str, indices: Sequence[int]) -> Tensor:
+    def _rows(self, episode: int, name: str, indices: Indices) -> Tensor:
         place, members = self._members(episode)
         array = as_column(name, to_array(members[f"{name}.npy"], f"{place}, {name}.npy"), place)
         return torch.from_numpy(array.take(indices, axis=0))
@@ -288,6 +288,7 @@ class ShardStream(Stream):
             except ValueError:  # which the training tells
                 if not self.skip_broken or shard + 1 == self.num_shards:
                     raise
+        raise ValueError(f"{self.uri}: it has no TAR")
 
     def _samples(self, shard: int) -> Iterator[Sample]:
         url = self.urls[shard]
@@ -303,7 +304,7 @@ def width(column: np.ndarray | None) -> int:
     return 0 if column is None else column.shape[1]
 
 
-def open_url(url: str) -> BinaryIO:
+def open_url(url: str) -> Any:
     """A path or a URL, opened by webdataset. Raises ValueError that names it."""
     from webdataset.gopen import gopen
 

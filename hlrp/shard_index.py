@@ -82,7 +82,7 @@ class Index(NamedTuple):
 
     def read(self, rows: Sequence[Row], what: Callable[[Row], str]) -> dict[Row, bytes]:
         """The data at these rows, adjacent ones in one go, each checked. what: names a row for an error."""
-        found, tar, tar_size = {}, self.tar_file(), self.facts["tar_size"]
+        data_at, tar, tar_size = {}, self.tar_file(), self.facts["tar_size"]
         for run in runs(sorted(set(rows))):
             start, end = run[0][0], run[-1][0] + run[-1][1]
             if not tarfile.BLOCKSIZE <= start <= end <= tar_size:
@@ -90,13 +90,14 @@ class Index(NamedTuple):
             block = tar.read(start, end - start)
             for row in run:
                 at, size, checksum = row
-                found[row] = data = block[at - start : at - start + size]
+                data_at[row] = data = block[at - start : at - start + size]
                 if google_crc32c.value(data) != checksum or not size:
-                    self.table("frames"), self.table("members")  # is the row itself damaged?
+                    for table in ("frames", "members"):  # is the row itself damaged?
+                        self.table(table)
                     if size:
                         name = self.name_of(row) or what(row)
                         raise ValueError(f"{self.tar}: {name}: checksum differs; the file is damaged")
-        return found
+        return data_at
 
     def name_of(self, row: Row) -> str:
         """The name of a member, as its header in the TAR has it; "" where no header is."""
@@ -178,14 +179,14 @@ def read_index(path: Path) -> Index:
         name: Table(data_start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in header.items()
     }
-    parts = []
+    parts = {}
     for name in ("lengths", "fps"):
         start, dtype, (num_episodes,) = tables[name]
         stop = start + 8 * num_episodes
         data = head[start:stop] if stop <= len(head) else file.read(start, stop - start)
         if google_crc32c.value(data) != facts["checksums"][name]:
             raise ValueError(f"{path}: checksum of its table {name} differs; the file is damaged")
-        parts.append(np.frombuffer(data, dtype))
+        parts[name] = np.frombuffer(data, dtype)
 
     try:
         tar_stat = os.stat(tar)
@@ -194,7 +195,8 @@ def read_index(path: Path) -> Index:
     if tar_stat.st_size != facts["tar_size"]:
         raise ValueError(f"{tar}: {tar_stat.st_size} bytes, but {facts['tar_size']} by its index; is it cut off?")
     versions = stat.st_mtime_ns, tar_stat.st_mtime_ns
-    return Index(path, tar, facts, tables, *parts, hashlib.sha256(head[:data_start]).digest(), versions)
+    digest = hashlib.sha256(head[:data_start]).digest()
+    return Index(path, tar, facts, tables, parts["lengths"], parts["fps"], digest, versions)
 
 
 def index_tar(
@@ -229,8 +231,8 @@ def index_tar(
             lengths.append(len(images))
             rates.append(sample.fps(fps))
             frames += [row_of(member) for member in images]
-            shown = {member.name for member in images}
-            others = {suffix: m for suffix, m in sample.members.items() if m.name not in shown}
+            image_names = {member.name for member in images}
+            others = {suffix: m for suffix, m in sample.members.items() if m.name not in image_names}
             kinds += [suffix for suffix in others if suffix not in kinds]
             members.append({suffix: row_of(member) for suffix, member in others.items()})
             for name in ("state", "action"):
@@ -252,6 +254,7 @@ def index_tar(
         raise ValueError(f"{tar}: episodes with latent actions of several kinds; expected one LAQ")
     everywhere = {name: values[0] for name, values in same.items() if all(v == values[0] for v in values)}
     known = {"format": FORMAT, "tar_size": size, "tar_checksum": checksum}
+    assert first is not None  # a TAR without an episode is an error
     known |= {"kinds": kinds, "columns": first[1]} | everywhere
     return to_safetensors(tables, known | (facts or {}))
 
@@ -292,7 +295,8 @@ def to_safetensors(tables: dict[str, np.ndarray], facts: dict) -> bytes:
     tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
     facts = facts | {"checksums": {name: google_crc32c.value(t.tobytes()) for name, t in tables.items()}}
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"hlrp": json.dumps(facts)}}, 0
+    header: dict[str, dict] = {"__metadata__": {"hlrp": json.dumps(facts)}}
+    end = 0
     for name, table in ({"checksum": np.zeros(1, np.uint32)} | tables).items():
         offsets = [end, end := end + table.nbytes]
         header[name] = {"dtype": names[str(table.dtype)], "shape": list(table.shape), "data_offsets": offsets}

@@ -2,21 +2,20 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hlrp.checkpoints import sync
-from hlrp.contract import EncodedSource, Stream
+from hlrp.contract import EncodedSource, Indices, Source, Stream
 from hlrp.idle import episode_scores
 from hlrp.images import JPEG, NPY, PNG, fit, middle, point_in_middle
 from hlrp.shard_index import SUFFIX, index_tar
@@ -61,11 +60,11 @@ class View:
 
     length: int
     fps: float
-    read: Callable[[Sequence[int]], dict]
-    actions: Callable[[Sequence[int]], Tensor] | None
-    instructions: Callable[[Sequence[int]], list[str]] | None = None
-    labels: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
-    encoded: Callable[[Sequence[int]], list[bytes]] | None = None
+    read: Callable[[Indices], dict]
+    actions: Callable[[Indices], Tensor] | None
+    instructions: Callable[[Indices], list[str]]
+    labels: Callable[[Indices], dict[str, Tensor]] | None = None
+    encoded: Callable[[Indices], list[bytes]] | None = None
 
 
 @lru_cache
@@ -111,7 +110,7 @@ def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
                 )
             tar.write(END)
         sync(partial_tar)
-        facts = {"skipped": skipped}
+        facts: dict[str, Any] = {"skipped": skipped}
         if settings.idle_span is not None:
             facts["idle_span"] = settings.idle_span
         columns = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
@@ -258,7 +257,9 @@ def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
     from torchvision.io import encode_jpeg, encode_png
 
     if codec == "jpeg":
-        return encode_jpeg(frame.contiguous(), quality).numpy().tobytes()
+        encoded = encode_jpeg(frame.contiguous(), quality)
+        assert isinstance(encoded, Tensor)  # one frame gives one
+        return encoded.numpy().tobytes()
     if codec == "png":
         return encode_png(frame.contiguous()).numpy().tobytes()
     import av
@@ -275,11 +276,20 @@ def idle_scores(small: list[Tensor], fps: float, actions: Tensor | None, span: f
     if span is None:
         return {}
     frames = torch.cat(small)
-    episode = SimpleNamespace(
-        lengths=[len(frames)],
-        fps=[fps],
-        action_dim=0 if actions is None else actions.shape[1],
-        read=lambda _, indices: {"frames": frames[list(indices)]},
-        actions=lambda _, indices: actions[list(indices)],
-    )
-    return episode_scores(episode, 0, span)
+    return episode_scores(OneEpisode(frames, fps, actions), 0, span)
+
+
+class OneEpisode(Source):
+    """An episode in memory."""
+
+    def __init__(self, frames: Tensor, fps: float, actions: Tensor | None):
+        self.frames, self.taken = frames, actions
+        self.lengths, self.fps = np.array([len(frames)]), np.array([fps])
+        self.action_dim = 0 if actions is None else actions.shape[1]
+
+    def read(self, episode: int, indices: Indices) -> dict:
+        return {"frames": self.frames[list(indices)]}
+
+    def actions(self, episode: int, indices: Indices) -> Tensor:
+        assert self.taken is not None
+        return self.taken[list(indices)]

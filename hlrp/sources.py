@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from hlrp.contract import Source, Stream
+from hlrp.contract import Indices, Source, Stream
 from hlrp.rlds import MIXTURES, mixture
 from hlrp.streams import in_turns, readable
 
@@ -179,9 +179,7 @@ def place_parts(uri: str) -> tuple[tuple[str, ...], list[tuple[str, str | int | 
     return (path.parent if is_tar else path).parts, sorted(options.items())
 
 
-def instructions(
-    sources: Sequence, skip_broken: bool = False, episodes: Sequence[Sequence[int]] | None = None
-) -> list[str]:
+def instructions(sources: Sequence, skip_broken: bool = False, episodes: Sequence[Indices] | None = None) -> list[str]:
     """The different instructions of all sources, sorted: a tokenizer from scratch learns from them.
 
     episodes: of each source, the ones to take instructions from, and then none from a stream (default: all episodes,

@@ -17,7 +17,7 @@ from hlrp.backbones import farneback, mean_flow
 from hlrp.clips import short
 from hlrp.data import collate
 from hlrp.laq import LAQ
-from hlrp.laq_validation import partners
+from hlrp.laq_validation import joined, partners
 from hlrp.metrics import code_counts, explained_variance, is_constant, k_means, psnr
 from hlrp.plots import (
     GAIN,
@@ -40,7 +40,7 @@ from hlrp.plots import (
 )
 from hlrp.transformer import mean_action
 
-NUM_ROWS = 6  # pairs shown
+NUM_ROWS = 6  # pairs in a picture
 NUM_GROUPS = 8  # of continuous latent actions, by k-means
 
 
@@ -59,11 +59,11 @@ class Latents(NamedTuple):
 def encoded(laq: LAQ, batch: dict) -> Latents:
     """The latent action of each pair of frames of a batch."""
     device = next(laq.parameters()).device
-    parts = [laq.encode(frames.to(device)) for frames in batch["frames"][:, :2].split(64)]
-    return Latents(*(None if xs[0] is None else torch.cat(xs).cpu() for xs in zip(*parts, strict=True)))
+    parts = [Latents(*laq.encode(frames.to(device))) for frames in batch["frames"][:, :2].split(64)]
+    return joined(parts, Tensor.cpu)
 
 
-class Shown:
+class BucketSamples:
     """The samples of a bucket, with their latent actions and the LAQ that decodes these."""
 
     def __init__(self, laq: LAQ, latents_of: Callable[[dict], Latents], samples: list[dict], source: Tensor, seed: int):
@@ -93,14 +93,20 @@ class Shown:
             return self.indices
         return k_means(self.codes.flatten(1), min(NUM_GROUPS, len(self.codes)), self.seed)[:, None]
 
+    def discrete(self) -> tuple[Tensor, int]:
+        """The codes int64 (b, m) and the codebook size. Raises Skip where latent actions are continuous."""
+        codebook_size = self.laq.quantizer.codebook_size
+        if self.indices is None or codebook_size is None:
+            raise Skip("latent actions are continuous, there are no codes")
+        return self.indices, codebook_size
+
     def sequences(self) -> tuple[list[str], Tensor, Tensor]:
         """The different sequences of codes, the most frequent first, their counts, and the number of each sample's
         sequence."""
-        if self.indices is None:
-            raise Skip("latent actions are continuous, there are no codes")
-        found, number, counts = self.indices.unique(dim=0, return_inverse=True, return_counts=True)
+        indices, _ = self.discrete()
+        unique, number, counts = indices.unique(dim=0, return_inverse=True, return_counts=True)
         order = counts.argsort(descending=True, stable=True)
-        names = [" ".join(map(str, found[i].tolist())) for i in order]
+        names = [" ".join(map(str, unique[i].tolist())) for i in order]
         return names, counts[order], order.argsort()[number]
 
     def decode(self, samples: Sequence[int], codes: Tensor) -> Tensor:
@@ -128,17 +134,20 @@ MAX_TOKENS = 8  # positions with a chart
 MIN_COUNT = 3  # samples of a code that has an arrow
 
 
-def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def reconstructions(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """Pairs, and what the LAQ decodes from the first frame with the pair's own latent action and with another's."""
-    rows = shown.rows
-    others = partners(shown.source, shown.seed)
-    decoded = {"decoded": shown.decode(rows, shown.codes[rows])}
-    if shown.true is not None:
-        decoded = {"decoded, true code": shown.decode(rows, shown.true[rows]), "decoded, predicted": decoded["decoded"]}
-    decoded["with another code"] = shown.decode(rows, shown.codes[others[rows]])
-    first, second = shown.pairs.values()
-    captions = [shown.captions[i] for i in rows]
-    if "pixels" in shown.decoded:
+    rows = samples.rows
+    others = partners(samples.source, samples.seed)
+    decoded = {"decoded": samples.decode(rows, samples.codes[rows])}
+    if samples.true is not None:
+        decoded = {
+            "decoded, true code": samples.decode(rows, samples.true[rows]),
+            "decoded, predicted": decoded["decoded"],
+        }
+    decoded["with another code"] = samples.decode(rows, samples.codes[others[rows]])
+    first, second = samples.pairs.values()
+    captions = [samples.captions[i] for i in rows]
+    if "pixels" in samples.decoded:
         *_, mine, _ = decoded.values()
         decoded[f"|error| x {GAIN}"] = difference(mine, second)
         scores = {
@@ -150,28 +159,28 @@ def reconstructions(shown: Shown, path: Path, title: str) -> dict[str, float]:
         captions = [f"{note} dB. {caption}" for note, caption in zip(notes, captions, strict=True)]
     else:
         decoded[f"|change| x {GAIN}"] = difference(first, second)
-    pairs_grid(path, title, shown.pairs | decoded, captions)
+    pairs_grid(path, title, samples.pairs | decoded, captions)
     return {}
 
 
-def transfer(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def transfer(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The latent action of a sample, applied to the first frame of a sample of another episode (of another source where
     there are several). `cycle`: share of the codes that the LAQ reads again from the decoded frame."""
-    groups = shown.source if len(shown.source.unique()) > 1 else shown.episodes
+    groups = samples.source if len(samples.source.unique()) > 1 else samples.episodes
     if len(groups.unique()) < 2:
         raise Skip("its samples are all of one episode")
-    takers = elsewhere(groups, shown.seed)
-    rows = shown.rows
-    decoded = shown.decode(takers[rows].tolist(), shown.codes[rows])
-    (first, second), there = shown.pairs.values(), shown.frames[takers[rows], 0] / 255
+    takers = elsewhere(groups, samples.seed)
+    rows = samples.rows
+    decoded = samples.decode(takers[rows].tolist(), samples.codes[rows])
+    (first, second), there = samples.pairs.values(), samples.frames[takers[rows], 0] / 255
     columns = {"from: first frame": first, "then": second, f"|change| x {GAIN}": difference(first, second)}
     columns |= {"to: first frame": there, "its code applied": decoded}
     figures = {}
-    if "pixels" in shown.decoded:
+    if "pixels" in samples.decoded:
         columns[f"its |change| x {GAIN}"] = difference(decoded, there)
-        if shown.indices is not None:
-            figures["cycle"] = cycle(shown, takers)
-    captions = [f"{shown.captions[i]}  ->  {shown.captions[takers[i]]}" for i in rows]
+        if samples.indices is not None:
+            figures["cycle"] = cycle(samples, takers)
+    captions = [f"{samples.captions[i]}  ->  {samples.captions[takers[i]]}" for i in rows]
     pairs_grid(path, title, columns, captions)
     return figures
 
@@ -183,96 +192,98 @@ def elsewhere(groups: Tensor, seed: int) -> Tensor:
     return torch.multinomial(differs, 1, generator=generator)[:, 0]
 
 
-def cycle(shown: Shown, takers: Tensor) -> float:
+def cycle(samples: BucketSamples, takers: Tensor) -> float:
     """Share of the codes that the LAQ reads again from a frame and the frame that it decoded with the code."""
     some = torch.arange(len(takers))[:128]
-    device = next(shown.laq.parameters()).device
-    decoded = (255 * shown.decode(takers[some].tolist(), shown.codes[some])).round().byte()
-    pairs = torch.stack([shown.frames[takers[some], 0], decoded], dim=1)
-    indices = torch.cat([shown.laq.encode(part.to(device))[1].cpu() for part in pairs.split(64)])
-    return float((indices == shown.indices[some]).double().mean())
+    decoded = (255 * samples.decode(takers[some].tolist(), samples.codes[some])).round().byte()
+    pairs = torch.stack([samples.frames[takers[some], 0], decoded], dim=1)
+    again, (indices, _) = encoded(samples.laq, {"frames": pairs}).indices, samples.discrete()
+    assert again is not None
+    return float((again == indices[some]).double().mean())
 
 
-def permuted(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def permuted(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """Pairs, decoded with their own latent actions, and with the latent actions of the bucket permuted at random.
     `over_true`: the error with permuted latent actions over the error with the true ones, by target where there are
     several."""
-    if len(shown.codes) < 2:
+    if len(samples.codes) < 2:
         raise Skip("it has one sample")
-    orders = [partners(torch.zeros_like(shown.source), shown.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)]
-    device = next(shown.laq.parameters()).device
+    orders = [partners(torch.zeros_like(samples.source), samples.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)]
+    device = next(samples.laq.parameters()).device
     sums: list[dict[str, float]] = [{}, {}]
-    for some in torch.arange(len(shown.codes)).split(64):
-        variants = [shown.codes[some].to(device), shown.codes[orders[0][some]].to(device)]
-        tasks = [shown.tasks[i] for i in some]
-        for total, errors in zip(sums, shown.laq.errors(shown.frames[some].to(device), variants, tasks), strict=True):
+    for some in torch.arange(len(samples.codes)).split(64):
+        variants = [samples.codes[some].to(device), samples.codes[orders[0][some]].to(device)]
+        tasks = [samples.tasks[i] for i in some]
+        for total, errors in zip(
+            sums, samples.laq.errors(samples.frames[some].to(device), variants, tasks), strict=True
+        ):
             for target, error in errors.items():
                 total[target] = total.get(target, 0.0) + float(error.double().sum())
     ratios = {target: (sums[1][target] + 1e-12) / (sums[0][target] + 1e-12) for target in sums[0]}
     figures = {"over_true" if len(ratios) == 1 else f"over_true/{t}": ratio for t, ratio in ratios.items()}
-    if shown.decoded:
-        rows = shown.rows
-        columns = shown.pairs | {"its own code": shown.decode(rows, shown.codes[rows])}
+    if samples.decoded:
+        rows = samples.rows
+        columns = samples.pairs | {"its own code": samples.decode(rows, samples.codes[rows])}
         for i, order in enumerate(orders, 1):
-            columns[f"permutation {i}"] = shown.decode(rows, shown.codes[order[rows]])
-        pairs_grid(path, title, columns, [shown.captions[i] for i in rows])
+            columns[f"permutation {i}"] = samples.decode(rows, samples.codes[order[rows]])
+        pairs_grid(path, title, columns, [samples.captions[i] for i in rows])
     return figures
 
 
-def one_code(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def one_code(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The code of a pair, applied to the first frames of many samples, in one row for each code."""
-    rows, anchors = shown.rows, shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:]
-    applied = shown.decode(anchors * len(rows), shown.codes[rows].repeat_interleave(len(anchors), dim=0))
+    rows, anchors = samples.rows, samples.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:]
+    applied = samples.decode(anchors * len(rows), samples.codes[rows].repeat_interleave(len(anchors), dim=0))
     applied = rearrange(applied, "(r n) c h w -> r n c h w", n=len(anchors))
-    above = Row(shown.frames[anchors, 0] / 255, labels=[shown.names[i] for i in anchors])
-    transfer_grid(path, title, shown.pairs, above, applied, [shown.captions[i] for i in rows])
+    above = Row(samples.frames[anchors, 0] / 255, labels=[samples.names[i] for i in anchors])
+    transfer_grid(path, title, samples.pairs, above, applied, [samples.captions[i] for i in rows])
     return {}
 
 
-def many_codes(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def many_codes(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The most frequent codes, applied to one frame. `spread`: mean distance of two pictures, over the mean change of a
     pair; 0 where all codes have the same effect."""
-    anchor = shown.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:][0]
-    givers = {f"code {i + 1}": i for i in shown.moving[: NUM_ROWS + NUM_ANCHORS]}
-    if shown.indices is not None:
-        givers = frequent(shown.indices)
-    decoded = shown.decode([anchor] * len(givers), shown.codes[[*givers.values()]])
-    change = "pixels" in shown.decoded
-    codes_grid(path, title, shown.frames[anchor, 0] / 255, dict(zip(givers, decoded, strict=True)), change=change)
+    anchor = samples.moving[: NUM_ROWS + NUM_ANCHORS][-NUM_ANCHORS:][0]
+    givers = {f"code {i + 1}": i for i in samples.moving[: NUM_ROWS + NUM_ANCHORS]}
+    if samples.indices is not None:
+        givers = frequent(samples.indices)
+    decoded = samples.decode([anchor] * len(givers), samples.codes[[*givers.values()]])
+    change = "pixels" in samples.decoded
+    codes_grid(path, title, samples.frames[anchor, 0] / 255, dict(zip(givers, decoded, strict=True)), change=change)
     if not change or len(givers) < 2:
         return {}
     apart = torch.pdist(decoded.flatten(1), p=1).mean() / decoded[0].numel()
-    first, second = (shown.frames[shown.moving].float() / 255).unbind(1)
+    first, second = (samples.frames[samples.moving].float() / 255).unbind(1)
     return {"spread": float(apart / (second - first).abs().mean().clamp(min=1e-6))}
 
 
-def usage(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def usage(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """How often each code is used at each token position."""
-    shown.sequences()
-    save(usage_chart(shown.indices[:, :MAX_TOKENS], shown.laq.quantizer.codebook_size), path, title)
+    indices, codebook_size = samples.discrete()
+    save(usage_chart(indices[:, :MAX_TOKENS], codebook_size), path, title)
     return {}
 
 
-def sequences(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def sequences(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """How often each whole sequence of codes occurs. `most_frequent`: share of the samples with the first."""
-    names, counts, _ = shown.sequences()
+    names, counts, _ = samples.sequences()
     if counts[0] < 2:
         raise Skip("no sequence of codes occurs twice")
     save(sequences_chart(names, counts.tolist()), path, title)
     return {"different": float(len(names)), "most_frequent": float(counts[0] / counts.sum())}
 
 
-def examples(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def examples(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """Pairs with exactly the same sequence of codes, one row for each sequence: they should show the same motion."""
-    names, counts, number = shown.sequences()
+    names, counts, number = samples.sequences()
     rows = []
     for i, name in enumerate(names[:NUM_ROWS]):
         if counts[i] < 2:
             break
         mine = torch.where(number == i)[0]
-        mine = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(shown.seed))[:4]]
-        frames = shown.frames[mine].flatten(0, 1)
-        labels = [label for j in mine for label in (shown.names[j], "then")]
+        mine = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(samples.seed))[:4]]
+        frames = samples.frames[mine].flatten(0, 1)
+        labels = [label for j in mine for label in (samples.names[j], "then")]
         rows.append(Row([*frames], f"codes {name}, {counts[i]} of {len(number)} samples", labels))
     if not rows:
         raise Skip("no sequence of codes occurs twice")
@@ -280,34 +291,36 @@ def examples(shown: Shown, path: Path, title: str) -> dict[str, float]:
     return {}
 
 
-def embedding(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def embedding(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The latent actions in their first two principal components, coloured by the direction of the action."""
-    if len(shown.codes) < 3:
-        raise Skip(f"it has {len(shown.codes)} samples, fewer than 3")
-    actions = shown.action if shown.action is not None and shown.has_action.all() else None
-    save(latent_map(shown.codes.flatten(1), actions), path, title)
+    if len(samples.codes) < 3:
+        raise Skip(f"it has {len(samples.codes)} samples, fewer than 3")
+    actions = samples.action if samples.action is not None and samples.has_action.all() else None
+    save(latent_map(samples.codes.flatten(1), actions), path, title)
     return {}
 
 
-def actions(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def actions(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The actions of each source, coloured by the code of the token position that explains most of them. `explained`:
     share of a dimension's variance that the best token position explains, the mean over dimensions and sources."""
-    if not shown.has_action.any():
+    if samples.action is None or not samples.has_action.any():
         raise Skip("its samples have no actions")
-    return scattered(shown, shown.action, shown.has_action, "action", path, title)
+    return scattered(samples, samples.action, samples.has_action, "action", path, title)
 
 
-def states(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def states(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The states, drawn as the actions are: a code should say how the robot moves, and not where it is."""
-    if not shown.has_state.any():
+    if samples.state is None or not samples.has_state.any():
         raise Skip("its samples have no states")
-    return scattered(shown, shown.state.double(), shown.has_state, "state", path, title)
+    return scattered(samples, samples.state.double(), samples.has_state, "state", path, title)
 
 
-def scattered(shown: Shown, values: Tensor, has_value: Tensor, word: str, path: Path, title: str) -> dict[str, float]:
-    groups, parts, explained = shown.groups(), [], []
-    for number in shown.source[has_value].unique():
-        mine = has_value & (shown.source == number)
+def scattered(
+    samples: BucketSamples, values: Tensor, has_value: Tensor, word: str, path: Path, title: str
+) -> dict[str, float]:
+    groups, parts, explained = samples.groups(), [], []
+    for number in samples.source[has_value].unique():
+        mine = has_value & (samples.source == number)
         dims = (~is_constant(values[mine])).nonzero().flatten() if mine.sum() > NUM_GROUPS else []
         if not len(dims):
             continue
@@ -317,11 +330,16 @@ def scattered(shown: Shown, values: Tensor, has_value: Tensor, word: str, path: 
         explained.append(float(of_tokens.amax(dim=0).mean()))
         best = of_tokens[token].argsort(descending=True)[:2].sort().values
         pair = x[:, best] if len(best) > 1 else torch.cat([x, torch.zeros_like(x)], dim=1)
-        names = (*(f"{word} {int(dims[i])}" for i in best), "")[:2]
-        name = shown.datasets[int(mine.nonzero()[0])]
-        what = f"token {token}" if shown.indices is not None else "k-means"
+        names = [*(f"{word} {int(dims[i])}" for i in best), ""]
+        name = samples.datasets[int(mine.nonzero()[0])]
+        what = f"token {token}" if samples.indices is not None else "k-means"
         parts.append(
-            Scatter(f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}", pair, labels[:, token], names)
+            Scatter(
+                f"{name}: {what} explains {float(of_tokens[token].mean()):z.2f}",
+                pair,
+                labels[:, token],
+                (names[0], names[1]),
+            )
         )
     if not parts:
         raise Skip(f"no source has more than {NUM_GROUPS} samples whose {word}s vary")
@@ -329,15 +347,15 @@ def scattered(shown: Shown, values: Tensor, has_value: Tensor, word: str, path: 
     return {"explained": sum(explained) / len(explained)}
 
 
-def compass(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def compass(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """The mean optical flow of the pairs with each code, raw, and less the mean of their source, which a moving camera
     has in all its pairs. `explained`, `explained_centred`: the share of its variance that the best token position
     explains, the mean over both axes; `consistency`: cosine of the centred flows of a code in two sources, the mean."""
-    flow = mean_flow(farneback(shown.frames)).double()
+    flow = mean_flow(farneback(samples.frames)).double()
     centred = flow.clone()
-    for number in shown.source.unique():
-        centred[shown.source == number] -= flow[shown.source == number].mean(dim=0)
-    groups = shown.groups()[:, :MAX_TOKENS]
+    for number in samples.source.unique():
+        centred[samples.source == number] -= flow[samples.source == number].mean(dim=0)
+    groups = samples.groups()[:, :MAX_TOKENS]
     kinds, rows, figures = {"raw": flow, "centred": centred}, {}, {}
     for kind, values in kinds.items():
         rows[kind] = [means_of(values, column) for column in groups.unbind(1)]
@@ -347,7 +365,9 @@ def compass(shown: Shown, path: Path, title: str) -> dict[str, float]:
         raise Skip(f"no code occurs {MIN_COUNT} times")
     cosines = []
     for column in groups.unbind(1):
-        per_source = [means_of(centred[shown.source == i], column[shown.source == i]) for i in shown.source.unique()]
+        per_source = [
+            means_of(centred[samples.source == i], column[samples.source == i]) for i in samples.source.unique()
+        ]
         for i, some in enumerate(per_source):
             for others in per_source[:i]:
                 for code in some.keys() & others.keys():
@@ -364,17 +384,16 @@ def means_of(values: Tensor, groups: Tensor) -> dict[int, Tensor]:
     return {int(name): values[groups == name].mean(dim=0) for name in names[counts >= MIN_COUNT]}
 
 
-def sources(shown: Shown, path: Path, title: str) -> dict[str, float]:
+def sources(samples: BucketSamples, path: Path, title: str) -> dict[str, float]:
     """How often each source has each code. `apart`: the distance of two sources' shares at a token position, half the
     sum of the differences, from 0 to 1: the mean over positions and sources. At 1 a code tells the source."""
-    shown.sequences()
-    numbers = shown.source.unique()
+    indices, codebook_size = samples.discrete()
+    numbers = samples.source.unique()
     if len(numbers) < 2:
         raise Skip("its samples are all of one data set")
-    codebook_size = shown.laq.quantizer.codebook_size
-    counts = [code_counts(shown.indices[shown.source == i], codebook_size) for i in numbers]
+    counts = [code_counts(indices[samples.source == i], codebook_size) for i in numbers]
     shares = torch.stack([count / count.sum(dim=1, keepdim=True) for count in counts], dim=-1)  # m k s
-    names = [shown.datasets[int((shown.source == i).nonzero()[0])] for i in numbers]
+    names = [samples.datasets[int((samples.source == i).nonzero()[0])] for i in numbers]
     save(heat_map(shares[:MAX_TOKENS], names), path, title)
     i, j = torch.triu_indices(len(numbers), len(numbers), offset=1)
     return {"apart": float((shares[..., i] - shares[..., j]).abs().sum(dim=1).mean() / 2)}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hlrp.clips import Clips, Sizes
-from hlrp.contract import EpisodeRange, Source, hash_integers, permute, too_coarse
+from hlrp.contract import EpisodeRange, Indices, Source, hash_integers, permute, too_coarse
 from hlrp.images import decode_all
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Episode:
         """Memory of its frames [byte]."""
         return self.frames.nbytes if isinstance(self.frames, LateFrames) else sum(map(len, self.frames))
 
-    def read(self, indices: Sequence[int]) -> dict:
+    def read(self, indices: Indices) -> dict:
         if isinstance(self.frames, LateFrames):
             frames = self.frames.decoded(indices)
         else:
@@ -129,17 +129,19 @@ class Episode:
             read[name] = torch.from_numpy(column[np.asarray(indices)])
         return read | self.facts
 
-    def instructions(self, indices: Sequence[int]) -> list[str]:
+    def instructions(self, indices: Indices) -> list[str]:
         return [self.task if isinstance(self.task, str) else self.task[i] for i in indices]
 
-    def actions(self, indices: Sequence[int]) -> Tensor:
+    def actions(self, indices: Indices) -> Tensor:
+        assert self.action is not None
         return torch.from_numpy(self.action[np.asarray(indices)])
 
-    def states(self, indices: Sequence[int]) -> Tensor:
+    def states(self, indices: Indices) -> Tensor:
+        assert self.state is not None
         return torch.from_numpy(self.state[np.asarray(indices)])
 
 
-class Held(Source):
+class InMemory(Source):
     """Episodes of a stream in memory, as a source."""
 
     def __init__(self, stream, episodes: Sequence[Episode], numbers: Sequence[int]):
@@ -150,10 +152,10 @@ class Held(Source):
         self.lengths = np.array([len(episode.frames) for episode in self.episodes])
         self.fps = np.array([episode.fps for episode in self.episodes])
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         return self.episodes[episode].read(indices)
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         return self.episodes[episode].instructions(indices)
 
     def place(self, episode: int) -> str:
@@ -162,10 +164,10 @@ class Held(Source):
     def number(self, episode: int) -> int:
         return self.episode_numbers[episode]
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         return self.episodes[episode].actions(indices)
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         return self.episodes[episode].states(indices)
 
     def forget_all_but(self, frames: dict[int, set[int]]) -> None:
@@ -185,7 +187,7 @@ class StreamClips:
         times: Sequence[float] = (0.0, 0.5),
         image_size: int = 224,
         source_index: int = 0,
-        labelled_episodes: EpisodeRange | Sequence[int] | None = None,
+        labelled_episodes: EpisodeRange | Indices | None = None,
         seed: int = 0,
         **settings,
     ):
@@ -321,7 +323,7 @@ class StreamClips:
         common = {"source_index": self.source_index, "labelled_episodes": labelled}
         every = range(len(episodes))
         return Clips(
-            Held(self.source, episodes, numbers), every, self.times, self.image_size, **common, **self.settings
+            InMemory(self.source, episodes, numbers), every, self.times, self.image_size, **common, **self.settings
         )
 
     def hold(self, num_episodes: int) -> Clips:

@@ -24,13 +24,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
 from operator import itemgetter
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from hlrp.clips import SAMPLE_KEYS
+from hlrp.contract import Indices
 from hlrp.streams import VideoFrames
 
+TAR: Any = tarfile  # with modes and errors that its types leave out
 END = bytes(2 * tarfile.BLOCKSIZE)  # of a TAR
 PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")  # what webdataset would unpickle
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -125,7 +127,7 @@ class Sample:
             if not np.abs(times - times[0] - np.arange(len(times)) / fps).max() <= 0.5 / fps:  # nan is not, either
                 raise ValueError(f"{place}: not the times of a regular frame rate; expected fps in the JSON")
         fps = default if fps is None else fps
-        if type(fps) not in (int, float) or not 0 < fps < float("inf"):
+        if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
             name = self.members["json"].name if "json" in self.members else f"{self.key}.json"
             found = "without a frame rate" if fps is None else f"fps={fps!r}"
             raise ValueError(f"{self.path}: {name}: {found}; expected fps there, {self.key}.timestamp.npy or ?fps=10")
@@ -191,7 +193,7 @@ def changes_of(tasks: Sequence[str]) -> dict:
     return {"task": tasks[0]} | ({"task_changes": changes} if len(changes) > 1 else {})
 
 
-def tasks_of(header: dict, text: bytes, name: str, frames: Sequence[int]) -> list[str]:
+def tasks_of(header: dict, text: bytes, name: str, frames: Indices) -> list[str]:
     """The instruction at each of these frames by the JSON, or by the text member `name`; "" where there is none."""
     if changes := header.get("task_changes"):
         return [changes[bisect_right(changes, frame, key=itemgetter(0)) - 1][1] for frame in frames]
@@ -228,7 +230,7 @@ def to_array(data: bytes, name: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], str, np.dtype]:
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype]:
     file = io.BytesIO(header)
     np.lib.format.read_magic(file)
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -275,7 +277,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
     """
     offset = 0
     try:
-        tar = tarfile.open(fileobj=file, mode=mode, bufsize=2**20)  # noqa: SIM115  who opened the file closes it
+        tar = TAR.open(fileobj=file, mode=mode, bufsize=2**20)  # who opened the file closes it
         info = tar.firstmember
         while info is not None:
             offset = info.offset
@@ -294,7 +296,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
             if rest.count(0) < len(rest):
                 at = tar.fileobj.tell() - len(rest)
                 raise ValueError(f"{path}: goes on past the end of the TAR, at byte {at}")
-    except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+    except (TAR.EmptyHeaderError, TAR.TruncatedHeaderError) as error:
         raise ValueError(f"{path}: cut off at byte {offset}, where the next member or the end should be") from error
     except (tarfile.TarError, OSError, EOFError, zlib.error, OverflowError) as error:
         raise ValueError(f"{path}: not a readable TAR at byte {offset}: {error}") from error
@@ -304,7 +306,7 @@ def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     """None at the block of zeros that ends a TAR."""
     try:
         return tar.tarinfo.fromtarfile(tar)
-    except tarfile.EOFHeaderError:
+    except TAR.EOFHeaderError:
         return None
     except (ValueError, IndexError) as error:  # of extended headers
         raise tarfile.ReadError(str(error)) from error

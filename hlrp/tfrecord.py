@@ -73,7 +73,7 @@ def open_file(path: str):
         return open(path, "rb")
     import fsspec
 
-    return fsspec.open(path, "rb").open()
+    return fsspec.open(path, "rb").open()  # pyright: ignore[reportAttributeAccessIssue]  one path gives one file
 
 
 def read_records(path: str, num_records: int | None = None) -> Iterator[Record]:
@@ -151,7 +151,7 @@ def read_features(uri: str, tree: dict) -> dict[str, Feature]:
             kind = next(key for key in (*node, "unknown") if key not in ("pythonClassName", "description"))
             what = node.get(kind, {})
             shape = tuple(int(size) for size in what.get("shape", {}).get("dimensions", ()))
-            dtype = {"text": "string", "classLabel": "int64"}.get(kind, what.get("dtype", ""))
+            dtype = {"text": "string", "classLabel": "int64"}.get(kind) or what.get("dtype", "")
             features[path] = Feature(kind, dtype, shape, what.get("encoding", "none").lower(), depth)
 
     if "featuresDict" not in tree:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,13 @@ INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # save and stop
 
 
+if TYPE_CHECKING:
+    Interval = int
+else:
+    Interval = int | None  # None on the command line stands for a part of --steps, which `RunArgs.resolved` fills in
+NOT_GIVEN: Any = None
+
+
 @dataclass
 class RunArgs:
     """The settings that all three scripts share."""
@@ -89,7 +96,7 @@ class RunArgs:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
     lr: float = 1e-3  # highest learning rate
     # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
-    warmup_steps: int | None = None
+    warmup_steps: Interval = NOT_GIVEN
     weight_decay: float = 0.05  # share of a weight, times the learning rate, that each step takes away
     grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down to it
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
@@ -98,11 +105,11 @@ class RunArgs:
     num_workers: int = 2  # processes that load data, for each training process
 
     # log the training loss every so many steps; None: a twelfth of --steps, at most 50
-    log_freq: int | None = None
+    log_freq: Interval = NOT_GIVEN
     # validate every so many steps, and after the last one; None: half of --steps, at most 300
-    eval_freq: int | None = None
+    eval_freq: Interval = NOT_GIVEN
     # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 300
-    save_freq: int | None = None
+    save_freq: Interval = NOT_GIVEN
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to OUTPUT_DIR/tensorboard
 
@@ -198,7 +205,9 @@ class Run:
         # how often what waits for the device is looked at [optimizer step]
         self.check_freq = 1 if self.device.type == "cpu" else 10
         self.watchdog = Watchdog(accelerator.process_index)
-        self.step, self.report, self.output = 0, None, None
+        self.step = 0
+        self.report: Any = None  # a dict once there is one
+        self.has_started = False  # from there on, there is a log
         self.has_stepped = False  # since the last batch was given
         self.stop_signal, self.stop_asked, self.must_stop = 0, 0.0, False
         self.handlers = {}
@@ -247,6 +256,7 @@ class Run:
         }
         run_id, project = f"{folder.name}-{self.record['started']}", os.environ.get("WANDB_PROJECT", "hlrp")
         self.output = Log(accelerator, folder, self.step, args.steps, self.settings, run_id, project)
+        self.has_started = True
         if self.is_main:
             write_json(record, self.record)
         self.handlers = {number: signal.signal(number, self.request_stop) for number in STOP}
@@ -346,7 +356,13 @@ class Run:
         """`labelled_counts` of an optimizer step, on all ranks, for each of its batches."""
         counts = labelled_counts(batches, with_points=bool(self.settings.get("point_weight")))
         means = {name: count.to(self.device, torch.float32) for name, count in counts.items()}
-        return {name: self.accelerator.reduce(count, "mean") / len(batches) for name, count in means.items()}
+        return {name: self.mean(count) / len(batches) for name, count in means.items()}
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        mean = self.accelerator.reduce(x, "mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def accumulate(self, model: nn.Module):
         """A context in which ranks exchange gradients only in the last forward and backward pass of a step."""
@@ -382,8 +398,10 @@ class Run:
             self.log_training({"loss": loss, **means, "grad_norm": grad_norm, "lr": lr})
 
     def refuse_faults(self) -> None:
-        first = self.accelerator.reduce(self.first_fault, "min") if dist.is_initialized() else self.first_fault
-        if math.isinf(first := float(first)):
+        first_fault: Any = self.first_fault
+        if dist.is_initialized():
+            first_fault = self.accelerator.reduce(first_fault, "min")
+        if math.isinf(first := float(first_fault)):
             self.intake.seen.clear()
             return
         mine = float(self.first_fault) == first
@@ -397,21 +415,22 @@ class Run:
 
     def log_training(self, values: dict[str, float | Tensor]) -> None:
         """Means over ranks of the scalars of a step, the share of each source so far, and the speed."""
-        names = [name for name, value in values.items() if torch.is_tensor(value)]
-        means = torch.stack([full(values[name]).detach().float() for name in names])
-        means = self.accelerator.reduce(means, "mean").tolist()
-        values = values | dict(zip(names, means, strict=True)) | self.mixture.shares(self.step * self.samples_per_step)
+        tensors = {name: full(value).detach().float() for name, value in values.items() if isinstance(value, Tensor)}
+        means = self.mean(torch.stack([*tensors.values()])).tolist()
+        record: dict[str, Any] = values | dict(zip(tensors, means, strict=True))
+        record |= self.mixture.shares(self.step * self.samples_per_step)
         num_ranks = self.accelerator.num_processes
         if self.clock.stopwatch is not None:
             steps = self.clock.samples * num_ranks / self.samples_per_step
             mine = torch.tensor([[self.clock.waited, self.clock.stopwatch.read()]], device=self.device)
-            if line := stragglers(self.accelerator.gather(mine).cpu() / steps):
+            of_all: Any = self.accelerator.gather(mine)
+            if line := stragglers(of_all.cpu() / steps):
                 self.print(line)
-        values |= self.clock.speed(num_ranks, (self.args.steps - self.step) * self.samples_per_step)
+        record |= self.clock.speed(num_ranks, (self.args.steps - self.step) * self.samples_per_step)
         if self.intake.num_broken:
-            values["broken"] = self.intake.num_broken
+            record["broken"] = self.intake.num_broken
         self.clock.restart()
-        self.output.write("train", values, self.step)
+        self.output.write("train", record, self.step)
 
     def log(self, split: str, values: dict[str, float]) -> None:
         """Scalars of this step that are no training, which takes no part in the speed of it."""
@@ -475,7 +494,8 @@ class Run:
                 if average is not None:
                     save_tensors(partial / "training_state" / WEIGHTS, weights)
                     weights = average.module.state_dict()
-                (write or model.save_pretrained)(partial / "pretrained_model", weights, **provenance)
+                save: Any = write or model.save_pretrained
+                save(partial / "pretrained_model", weights, **provenance)
                 save_optimizer(partial / "training_state", optimizer, state)
                 step = {"step": self.step, "report": self.report, "turns": turns}
                 write_json(partial / "training_state" / "training_step.json", step)
@@ -484,7 +504,7 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         self.watchdog.stopped.set()
-        if self.output is None:
+        if not self.has_started:
             return
         for number, handler in self.handlers.items():  # a further warning is not to kill what is about to end
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)

@@ -131,6 +131,8 @@ class Transformer(nn.Module):
     are zero. modulations: one for each block.
     """
 
+    angles: Tensor
+
     def __init__(self, dim: int, depth: int, num_heads: int, grid: tuple[int, int]):
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
@@ -172,6 +174,9 @@ def mean_action(action: Tensor, action_is_pad: Tensor) -> tuple[Tensor, Tensor]:
 
 class ActionReadout(nn.Module):
     """A linear map from features (b, d) to the mean action of a chunk, with weights of its own for each source."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, dim: int, num_sources: int, action_dim: int):
         super().__init__()

@@ -7,10 +7,10 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -84,7 +84,7 @@ def glance(path: str | Path) -> Header | None:
         last = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream)]
         if not first or not last or any(pts is None or is_hidden for pts, _, is_hidden in first + last):
             return None
-        start, end = (float(pts * stream.time_base) for pts in (min(first)[0], max(last)[0]))
+        start, end = seconds(min(first)[0], stream), seconds(max(last)[0], stream)
         is_regular = abs((num_frames - 1) / float(rate) - (end - start)) < TOLERANCE
         if not is_regular or not first[0][1] or min(first)[0] != first[0][0]:
             return None
@@ -95,7 +95,7 @@ def index(path: str | Path) -> Index:
     """Reads all packets of a file. Raises ValueError as `probe` does."""
     with naming(path):
         check_whole(path)
-        with av.open(str(path)) as container:
+        with closing(av.open(str(path))) as container:
             stream = video_stream(container)
             rows = [(p.pts, p.dts, p.pos, p.is_keyframe, p.is_discard) for p in packets_of(container, stream)]
             if not rows:
@@ -105,7 +105,7 @@ def index(path: str | Path) -> Index:
             is_key, is_hidden = np.array(columns[3:], dtype=bool)
             rate = stream.guessed_rate or stream.average_rate
             clock, tick = next(
-                ((stamps, float(stream.time_base)) for stamps in (pts, dts) if (stamps != UNKNOWN).all()),
+                ((stamps, seconds(1, stream)) for stamps in (pts, dts) if (stamps != UNKNOWN).all()),
                 (np.arange(len(pts)), 1 / float(rate or 1)),
             )
             stores_times = container.format.name in STORE_TIMES
@@ -131,6 +131,12 @@ def index(path: str | Path) -> Index:
             key_stamps = np.stack([pts, dts, marks], axis=1)[keys]
             fps = mean_rate(stream, shown_at)
             return Index(shown_at, marks[order], mark, key_numbers, key_stamps, bool(is_key.any()), fps)
+
+
+def seconds(stamp: int | None, stream: VideoStream) -> float:
+    """A time stamp of a stream in seconds."""
+    assert stamp is not None and stream.time_base is not None
+    return float(stamp * stream.time_base)
 
 
 def tells_order(
@@ -186,7 +192,7 @@ def from_start(container: InputContainer, stream: VideoStream, mark: Mark, has_k
     has_begun = False
     for packet in dropwhile(lambda packet: has_keys and not packet.is_keyframe, packets):
         try:
-            frames = packet.decode()
+            frames = frames_in(packet)
         except av.FFmpegError:
             if has_begun:
                 raise
@@ -199,8 +205,13 @@ def from_start(container: InputContainer, stream: VideoStream, mark: Mark, has_k
 def decoded(stream: VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
     """The frames in these packets, in the order in which they are shown."""
     for packet in packets:
-        yield from packet.decode()
+        yield from frames_in(packet)
     yield from stream.codec_context.decode(None)
+
+
+def frames_in(packet: av.Packet) -> list[Any]:
+    """The frames that the decoder gives at a packet of a video stream."""
+    return packet.decode()
 
 
 def marked(packets: Iterable[av.Packet], mark: Mark) -> Iterator[av.Packet]:
@@ -213,7 +224,7 @@ def marked(packets: Iterable[av.Packet], mark: Mark) -> Iterator[av.Packet]:
 
 def video_stream(container: InputContainer) -> VideoStream:
     stream = container.streams.best("video")
-    if stream is None:
+    if not isinstance(stream, VideoStream):
         raise RuntimeError("there is no video stream")
     return stream
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -21,11 +21,12 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
-from hlrp.contract import Source, tell_once
+from hlrp.contract import Indices, Source, tell_once
 from hlrp.video_index import (
     TOLERANCE,
     UNKNOWN,
     Header,
+    frames_in,
     from_start,
     index,
     marked,
@@ -71,7 +72,7 @@ class VideoReader:
         self.size = self.stream.codec_context.width, self.stream.codec_context.height
         self.pixel_shape = self.stream.sample_aspect_ratio or 1  # width by height
 
-    def frames(self, times: Sequence[float]) -> Tensor:
+    def frames(self, times: Sequence[float] | np.ndarray) -> Tensor:
         """The frames shown at `times` [s], in any order. Raises ValueError where the video does not last that long."""
         times = np.asarray(times, dtype=np.float64)
         first, last = self.shown_at[0], self.shown_at[-1]
@@ -163,14 +164,11 @@ class VideoReader:
 
     def _image(self, frame: av.VideoFrame) -> np.ndarray:
         """(h, w, c) as a player shows it: upright, with square pixels."""
-        image = self.to_rgb.reformat(  # PyAV ignores the frame's colour space and range unless told
-            frame,
-            width=max(1, round(frame.width * self.pixel_shape)),
-            format="rgb24",
-            interpolation="BICUBIC",
-            dst_colorspace="ITU601",
-            src_color_range="JPEG" if frame.color_range == ColorRange.JPEG else "MPEG",
-        ).to_ndarray()  # h w c
+        settings: dict[str, Any] = {"format": "rgb24", "interpolation": "BICUBIC"}
+        settings["width"] = max(1, round(frame.width * self.pixel_shape))
+        settings["dst_colorspace"] = "ITU601"  # PyAV ignores the frame's colour space and range unless told
+        settings["src_color_range"] = "JPEG" if frame.color_range == ColorRange.JPEG else "MPEG"
+        image = self.to_rgb.reformat(frame, **settings).to_ndarray()  # h w c
         return oriented(image, orientation(frame))
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
@@ -191,7 +189,7 @@ class VideoReader:
         """The frames in the packets, in the order in which they are shown. A decoder keeps some back, since others may
         be shown before them; once it has the packet at `drain_at`, it is made to give them all."""
         for packet in packets:
-            yield from packet.decode()
+            yield from frames_in(packet)
             if packet.pts is not None and packet.pts == self.drain_at:
                 break
         yield from self.stream.codec_context.decode(None)
@@ -341,23 +339,24 @@ class Videos(Source):
             clips = read_table(path, folder)
             self.name += f"-{path.stem}"
         headers = probe_all(list(dict.fromkeys(clip.path for clip in clips)))
-        errors, found = [], []
+        errors, readable = [], []
         for clip in clips:
             try:
-                found.append((clip, frames_of(clip, headers[clip.path])))
+                readable.append((clip, frames_of(clip, headers[clip.path])))
             except ValueError as error:
                 errors.append(error)
-        if errors and (not skip_broken or not found):
+        if errors and (not skip_broken or not readable):
             what = "files" if table is None else f"rows of {path}"
             raise ValueError(f"{self.uri}: {len(errors)} of {len(clips)} {what} cannot be read, first: {errors[0]}")
         for error in errors:
             logger.warning("skipped %s", error)
         self.num_skipped = len(errors)
 
-        self.clips, self.frames = [clip for clip, _ in found], [frames for _, frames in found]
+        self.clips, self.frames = [clip for clip, _ in readable], [frames for _, frames in readable]
         self.paths = [clip.path for clip in self.clips]
-        self.num_frames = {path: headers[path].num_frames for path in self.paths}
-        self.fps = np.array([headers[path].fps for path in self.paths])
+        known = {path: header for path, header in headers.items() if isinstance(header, Header)}
+        self.num_frames = {path: known[path].num_frames for path in self.paths}
+        self.fps = np.array([known[path].fps for path in self.paths])
         self.lengths = np.array([len(frames) for frames in self.frames])
         self.tasks = [
             read_task(clip.path.with_suffix(".txt")) if clip.text is None else clip.text for clip in self.clips
@@ -369,14 +368,14 @@ class Videos(Source):
             what += ([frames.start for frames in self.frames],)
         self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         return [self.tasks[episode]] * len(indices)
 
     def place(self, episode: int) -> str:
         clip = self.clips[episode]
         return f"{clip.path}, {clip.row}" if clip.row else str(clip.path)
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         path, length, indices = self.paths[episode], int(self.lengths[episode]), np.asarray(indices)
         video = open_video(path)
         if len(video.grid) != self.num_frames[path]:

@@ -10,9 +10,10 @@ arXiv:2505.06111). A head turns hidden states into latent actions; a new one is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ class TokensHead(CodeHead):
         encoded = vlm(images, tasks, use_cache=self.length > 1)
         num_draws = NUM_DRAWS if self.length > 1 else 1
         draws = [self.continue_(vlm, encoded, temperature=1.0)[1] for _ in range(num_draws)]
-        return self.unfold(sum(draws) / num_draws)
+        return self.unfold(reduce(torch.add, draws) / num_draws)
 
     def continue_(self, vlm: VLM, encoded: Encoded, temperature: float) -> tuple[Tensor, Tensor]:
         """Codes int64 (b, n) that follow a prompt, and the probabilities (b, n, k) of each, given the codes before."""
@@ -273,7 +274,8 @@ class VLAConfig:
     @classmethod
     def from_dict(cls, values: dict, **changes) -> "VLAConfig":
         """values: as `asdict` gives them; changes: other settings of the VLM."""
-        return cls(**values | {"vlm": VLMConfig(**values["vlm"] | changes)})
+        settings: dict[str, Any] = values | {"vlm": VLMConfig(**values["vlm"] | changes)}
+        return cls(**settings)
 
     def resolved(self, space: LatentSpace) -> "VLAConfig":
         """Fills in what follows from stage 1 and from the kind of VLM, where it is not given.

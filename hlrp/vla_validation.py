@@ -2,16 +2,17 @@
 what do its predictions say about the actions? Every figure stands beside its control.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from hlrp.contract import SampleSet
 from hlrp.images import regrid
 from hlrp.laq import LAQ
-from hlrp.laq_validation import COLLAPSED_UP_TO, Share, probe_rows
+from hlrp.laq_validation import COLLAPSED_UP_TO, Share, joined, probe_rows
 from hlrp.metrics import code_health, episode_split, one_hot_features, probe_r2
 from hlrp.quantizers import nearest
 from hlrp.strategies import Latents
@@ -51,8 +52,7 @@ def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
 
 def feature_dim(laq: LAQ, vlm: VLM) -> int:
     """How many numbers of the LAQ's features one image token of the VLM predicts."""
-    size = laq.config.image_size
-    blank = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8, device=laq.queries.device)
+    blank = torch.zeros(1, 1, 3, laq.image_size, laq.image_size, dtype=torch.uint8, device=laq.queries.device)
     return regrid(label(laq, blank)["features"], vlm.num_image_tokens).shape[-1]
 
 
@@ -70,6 +70,7 @@ def complete(laq: LAQ, predicted: Predicted) -> tuple[Tensor | None, Tensor]:
     indices, vectors = predicted
     num_tokens = laq.config.num_tokens
     if vectors is None:
+        assert indices is not None
         vectors = laq.quantizer.lookup(indices.flatten(0, 1))  # (b t) n e
         return indices, vectors.flatten(1).unflatten(0, indices.shape[:2])
     if laq.quantizer.codebook_size is None:
@@ -101,8 +102,8 @@ def under(condition: str, batch: dict, tasks: list[str], seed: int) -> dict:
 def evaluate(
     vla: VLA,
     laq: LAQ,
-    sets: dict[str, Dataset],
-    fit_sets: dict[str, Dataset] | None = None,
+    sets: Mapping[str, SampleSet],
+    fit_sets: Mapping[str, SampleSet] | None = None,
     rank: int = 0,
     num_ranks: int = 1,
     batch_size: int = 64,
@@ -129,21 +130,23 @@ def evaluate(
         if len(dataset) < num_ranks:
             raise ValueError(f"{name} has {len(dataset)} samples for {num_ranks} ranks: give it more episodes")
         tasks = share.tasks(dataset)
-        found = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks, with_errors=True)
-        figures = {"samples": len(dataset), "episodes": len(found.episodes.unique())}
+        predictions = predict_all(vla, laq, dataset, share, seed, CONDITIONS, tasks, with_errors=True)
+        figures: dict[str, Any] = {"samples": len(dataset), "episodes": len(predictions.episodes.unique())}
         figures["tasks"] = len(tasks)
+        assert predictions.errors is not None
         for i, condition in enumerate(CONDITIONS):
-            figures[f"loss{condition}"] = float(found.errors[:, i].double().mean())
-        if found.indices is not None and found.true_indices is not None:
-            figures |= accuracies(found.indices, found.true_indices)
-            health = code_health(found.indices[:, 0].flatten(1), laq.quantizer.codebook_size)
-            codes = found.true_indices.flatten(1).unique(dim=0)
-            figures |= health | {"possible_sequences": len(codes)}
-        if found.actions is not None:
+            figures[f"loss{condition}"] = float(predictions.errors[:, i].double().mean())
+        indices, true_indices = predictions.indices, predictions.true_indices
+        codebook_size = laq.quantizer.codebook_size
+        if indices is not None and true_indices is not None and codebook_size is not None:
+            figures |= accuracies(indices, true_indices)
+            figures |= code_health(indices[:, 0].flatten(1), codebook_size)
+            figures["possible_sequences"] = len(true_indices.flatten(1).unique(dim=0))
+        if predictions.actions is not None:
             fit = None
             if fit_sets and name in fit_sets:
                 fit = predict_all(vla, laq, fit_sets[name], share, seed, (), tasks, with_errors=False)
-            figures |= action_probes(found, fit, laq.quantizer.codebook_size, seed)
+            figures |= action_probes(predictions, fit, codebook_size, seed)
         report[name] = figures
     vla.train(was_training)
     return report
@@ -152,7 +155,7 @@ def evaluate(
 def predict_all(
     vla: VLA,
     laq: LAQ,
-    dataset: Dataset,
+    dataset: SampleSet,
     share: Share,
     seed: int,
     conditions: tuple[str, ...],
@@ -191,8 +194,7 @@ def predict_all(
                 has_action,
             )
         )
-    columns = zip(*parts, strict=True)
-    return Predictions(*(None if xs[0] is None else share.gather(torch.cat(xs)) for xs in columns))
+    return joined(parts, share.gather)
 
 
 def accuracies(indices: Tensor, true: Tensor) -> dict:
@@ -208,33 +210,36 @@ def accuracies(indices: Tensor, true: Tensor) -> dict:
     }
 
 
-def action_probes(found: Predictions, fit: Predictions | None, codebook_size: int | None, seed: int) -> dict:
+def action_probes(scored: Predictions, fit: Predictions | None, codebook_size: int | None, seed: int) -> dict:
     """Ridge probes from latent actions to the mean action, scored on validation episodes.
 
     They are fitted on true latent actions, and read predicted ones by the same weights: of codes how likely each is,
     of a flow the mean of its vectors. A probe fitted on predictions would also find what is no latent action in them.
     """
-    rows = probe_rows(found, fit)
+    rows = probe_rows(scored, fit)
     if rows is None:
         return {"action_r2": None, "action_r2_random": None, "action_r2_true": None}
     sides, is_fit, actions, episodes = rows
     if fit is None:
         is_fit = episode_split(episodes, share=0.5, seed=seed)
 
-    def true_features(of_codes: bool) -> list[Tensor]:
-        return [
-            (one_hot_features(s.true_indices.flatten(1), codebook_size) if of_codes else s.true_vectors.flatten(1))[
-                s.has_action
-            ]
-            for s in sides
-        ]
+    def true_features(codebook_size: int | None) -> list[Tensor]:
+        """Of the codes where there is a codebook size, else of the vectors."""
+        features = []
+        for side in sides:
+            x = side.true_vectors.flatten(1)
+            if codebook_size is not None:
+                x = one_hot_features(side.true_indices.flatten(1), codebook_size)
+            features.append(x[side.has_action])
+        return features
 
-    are_codes = found.expected.ndim == 4
-    said = found.expected.flatten(1)[found.has_action]
-    known = true_features(are_codes)
-    read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], said]))
+    assert scored.expected is not None
+    are_codes = scored.expected.ndim == 4
+    expected = scored.expected.flatten(1)[scored.has_action]
+    known = true_features(codebook_size if are_codes else None)
+    read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], expected]))
     predicted = probe_r2(read, actions, episodes, is_fit, seed)
-    every = true_features(found.true_indices is not None and codebook_size is not None)
+    every = true_features(None if scored.true_indices is None else codebook_size)
     true = probe_r2(torch.cat(every), actions, episodes, is_fit, seed)
     return {
         "action_r2": predicted["r2"],
@@ -253,11 +258,11 @@ def alarms(report: dict[str, dict]) -> list[str]:
                 f"{name}: the codes predicted are right for {figures['accuracy']:.1%}, no more than the most "
                 f"frequent code at each position ({figures['majority']:.1%})."
             )
-        unique, possible = figures.get("unique_sequences"), figures.get("possible_sequences")
-        if unique is not None and unique <= min(COLLAPSED_UP_TO, possible // 2):
+        unique = figures.get("unique_sequences")
+        if unique is not None and unique <= min(COLLAPSED_UP_TO, figures["possible_sequences"] // 2):
             sentences.append(
                 f"{name}: the predictions have collapsed. Different sequences of codes: {unique} predicted, "
-                f"{possible} true ones in {figures['samples']} samples."
+                f"{figures['possible_sequences']} true ones in {figures['samples']} samples."
             )
         for condition, fault in (("_shuffled_text", "read the text"), ("_blank_image", "look at the image")):
             if figures[f"loss{condition}"] <= figures["loss"] and (
@@ -280,6 +285,6 @@ def predicted_latents(vla: VLA, laq: LAQ, batch: dict) -> Latents:
         indices, vectors = complete(laq, vla.generate(images, tasks))
         codes = laq.expand(vectors[:, 0].unflatten(1, (laq.config.num_tokens, -1)))
         true, _ = laq.encode(batch["frames"][some, :2].to(device))
-        parts.append((codes, None if indices is None else indices[:, 0], true))
+        parts.append(Latents(codes, None if indices is None else indices[:, 0], true))
     vla.train(was_training)
-    return Latents(*(None if xs[0] is None else torch.cat(xs).cpu() for xs in zip(*parts, strict=True)))
+    return joined(parts, Tensor.cpu)

@@ -13,14 +13,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from hlrp.backbones import interpolation_of, load, read, to_pixels, use_attention
+from hlrp.backbones import Pretrained, interpolation_of, load, read, to_pixels, use_attention
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Prefix(NamedTuple):
 
 
 class Cache(NamedTuple):
-    keys_values: object  # transformers' DynamicCache
+    keys_values: Any  # transformers' DynamicCache
     position: Tensor  # b, the next
 
 
@@ -106,7 +106,11 @@ class VLM(nn.Module):
     neither tower. Frozen parts have no dropout. `forward` does not call `lm_head`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, processor, config: VLMConfig):
+    config: Pretrained
+    model: Pretrained
+    lm_head: nn.Module | None
+
+    def __init__(self, model: Pretrained, tokenizer: Any, processor: Pretrained, config: VLMConfig):
         """model: transformers' model with a language head;  processor: its image processor."""
         super().__init__()
         self.config, self.family = model.config, model.config.model_type
@@ -122,7 +126,7 @@ class VLM(nn.Module):
         self.embed_scale = getattr(embedding, "scalar_embed_scale", 1.0)
         is_tied = model.lm_head.weight is embedding.weight
         self.lm_head = None if is_tied else model.lm_head
-        self.text = [self.model.get_submodule(family.text)]  # in lists: each module has one name
+        self.text: list[Any] = [self.model.get_submodule(family.text)]  # in lists: each module has one name
         self.vision = [self.model.get_submodule(family.vision)]
         self.layers = [*self.text[0].layers]
         lists = [module for module in self.vision[0].modules() if isinstance(module, nn.ModuleList)]
@@ -233,10 +237,10 @@ class VLM(nn.Module):
 
     def merge_adapters(self) -> None:
         text = self.text[0]
-        for name, module in [*text.named_modules()]:
-            if hasattr(module, "lora_A"):
-                module.merge()
-                text.set_submodule(name, module.get_base_layer())
+        adapted: dict[str, Any] = {name: module for name, module in text.named_modules() if hasattr(module, "lora_A")}
+        for name, module in adapted.items():
+            module.merge()
+            text.set_submodule(name, module.get_base_layer())
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -255,7 +259,8 @@ class VLM(nn.Module):
     @property
     def vocab_head(self) -> Tensor:
         """(vocab_size, dim); the weight of the token embeddings where the model ties the two."""
-        return (self.lm_head or self.model.get_input_embeddings()).weight
+        head: Any = self.lm_head or self.model.get_input_embeddings()
+        return head.weight
 
     def vocab_logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., dim) -> (..., vocab_size), as the pretrained head gives them."""
@@ -287,7 +292,7 @@ class VLM(nn.Module):
         tokens = VLMS[self.family].frame.format(image * self.num_image_tokens)
         text = text.replace("<start_of_image>" if self.family == "gemma3" else image, tokens)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-        is_image = ids == image_id
+        is_image = ids.eq(image_id)
         if is_image.sum() != num_views * self.num_image_tokens:
             raise ValueError(f"the instruction {task!r} holds {image!r}, which stands for an image")
         if self.is_qwen:
@@ -320,7 +325,7 @@ class VLM(nn.Module):
         patches, grids = repeat(pixels, pattern, **sizes), self.grids(b * v).to(pixels.device)
         return {"pixel_values": patches, "image_grid_thw": grids}
 
-    def prefix(self, images: Tensor, tasks: list[str]) -> Prefix:
+    def prefix(self, images: Tensor, tasks: Sequence[str]) -> Prefix:
         """images: uint8 (b, v, c, h, w), v views at the same time, in the order of the prompt."""
         if len(tasks) != len(images):
             raise ValueError(f"{len(tasks)} instructions; expected {len(images)}, one for each row of images")
@@ -341,7 +346,7 @@ class VLM(nn.Module):
         return Prefix(embedding(ids), mask, positions, pixels)
 
     def forward(
-        self, images: Tensor, tasks: list[str], suffix: Tensor | None = None, use_cache: bool = False
+        self, images: Tensor, tasks: Sequence[str], suffix: Tensor | None = None, use_cache: bool = False
     ) -> Encoded:
         """images uint8 (b, v, c, h, w), b instructions, suffix (b, m, d) -> hidden (b, n + m, d).
 
@@ -374,12 +379,12 @@ class VLM(nn.Module):
         hidden, keys_values = self.run(suffix, mask, self.follow(position, m, axes), cache=keys_values, use_cache=True)
         return Encoded(torch.cat([encoded.hidden, hidden], dim=1), mask, Cache(keys_values, position + m))
 
-    def at_image(self, prompt: Encoded, tasks: list[str], num_views: int) -> Tensor:
+    def at_image(self, prompt: Encoded, tasks: Sequence[str], num_views: int) -> Tensor:
         """The hidden states (b, num_image_tokens, d) of a prompt at the tokens of its last image, in raster order."""
         rows = []
         for hidden, task in zip(prompt.hidden, tasks, strict=True):
             ids = self.prompt(task, num_views).ids
-            places = (ids == self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
+            places = ids.eq(self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
             rows.append(hidden[(places - len(ids)).to(hidden.device)])  # counted from the end, since the left is padded
         return torch.stack(rows)
 
@@ -410,7 +415,7 @@ def read_parts(name: str):
 
     tokenizer, processor = (read(getattr(transformers, auto), name) for auto in ("AutoTokenizer", "AutoImageProcessor"))
     faults = ("missing_entries", "connection_errors")
-    options = {f"_raise_exceptions_for_{fault}": False for fault in faults}
+    options: dict[str, Any] = {f"_raise_exceptions_for_{fault}": False for fault in faults}
     legacy = cached_file(name, "chat_template.json", **options)  # where processors kept it before *.jinja
     if legacy is not None:
         tokenizer.chat_template = json.loads(Path(legacy).read_text())["chat_template"]
@@ -429,14 +434,14 @@ def tiny(image_size: int, instructions: Sequence[str]):
         multiple = f"a multiple of {patch_size * merge_size}"
         raise ValueError(f"image_size={image_size}; expected {multiple} from 16 up for tiny")
     tokenizer = tiny_tokenizer(instructions)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "head_dim": 32}
+    text: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "head_dim": 32}
     text |= {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": 192}
     vision |= {"num_position_embeddings": (image_size // patch_size) ** 2, "deepstack_visual_indexes": [1]}
-    patches = {"patch_size": patch_size, "temporal_patch_size": 2}
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in IMAGE_TOKENS}
+    patches: dict[str, Any] = {"patch_size": patch_size, "temporal_patch_size": 2}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in IMAGE_TOKENS}
     config = transformers.Qwen3VLConfig(
         text_config=text | {"tie_word_embeddings": True},
         vision_config=vision | patches | {"spatial_merge_size": merge_size},

@@ -11,7 +11,6 @@ A stroke is (start, end, radius, rgb) with round ends (t, 2), a disc where these
 """
 
 import hashlib
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlrp.contract import Source
+from hlrp.contract import Indices, Source
 
 IMAGE_SIZE = 64
 BLOCK_HALF_SIZE = 4.5
@@ -39,10 +38,14 @@ def picture(scene, i: int, embodiment: str, tip, blocks, balls=None, shift=None)
     return draw(strokes, blocks, scene.colours[i], scene.floor[i], shift)
 
 
+def floats(values) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)
+
+
 def arm_strokes(tip: np.ndarray, base: np.ndarray) -> list[tuple]:
     reach = tip - base
     distance = np.linalg.norm(reach, axis=-1, keepdims=True)
-    across = reach[:, ::-1] * np.float32([-1, 1]) / distance
+    across = reach[:, ::-1] * floats([-1, 1]) / distance
     elbow = base + reach / 2 + across * np.sqrt(LINK**2 - (distance / 2) ** 2)
     return [
         (tip, tip, 3.5, (35, 35, 45)),
@@ -53,12 +56,12 @@ def arm_strokes(tip: np.ndarray, base: np.ndarray) -> list[tuple]:
 
 
 def hand_strokes(tip: np.ndarray, skin: np.ndarray) -> list[tuple]:
-    palm = tip + np.float32([2, 9])
+    palm = tip + floats([2, 9])
     fingers = [((-2.5, -2), (-3, 0.5)), ((0, -3), (0.5, -0.5)), ((2.5, -2), (4, 1)), ((3, 0), (9, 3))]
     return [
-        *((palm + np.float32(root), tip + np.float32(end), 1.7, skin) for root, end in fingers),
-        (palm, palm + np.float32([1, 2]), 4.6, skin),
-        (palm + np.float32([4, 9]), palm + np.float32([22, 60]), 4.8, (60, 75, 120)),
+        *((palm + floats(root), tip + floats(end), 1.7, skin) for root, end in fingers),
+        (palm, palm + floats([1, 2]), 4.6, skin),
+        (palm + floats([4, 9]), palm + floats([22, 60]), 4.8, (60, 75, 120)),
     ]
 
 
@@ -74,8 +77,8 @@ def draw(strokes: list[tuple], blocks, block_colours, floor, shift) -> Tensor:
     ends = np.empty((2, len(strokes), t, 2), dtype=np.float32)
     for i, (start, end, _, _) in enumerate(strokes):
         ends[0, i], ends[1, i] = start + shift, end + shift
-    radius = np.float32([radius for _, _, radius, _ in strokes])
-    shapes = [*covered_by_strokes(*ends, radius), *covered_by_squares(blocks.swapaxes(0, 1) + shift)]
+    radius = floats([radius for _, _, radius, _ in strokes])
+    shapes = [*covered_by_strokes(ends[0], ends[1], radius), *covered_by_squares(blocks.swapaxes(0, 1) + shift)]
 
     weights = np.empty((t, len(shapes) + 2, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)  # of each colour
     free = np.ones((t, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)  # not covered yet
@@ -86,7 +89,7 @@ def draw(strokes: list[tuple], blocks, block_colours, floor, shift) -> Tensor:
     np.multiply(free, 0.5 + 0.5 * wave[:, 1, :, None] * wave[:, 0, None, :], out=weights[:, -2])
     np.subtract(free, weights[:, -2], out=weights[:, -1])
 
-    colours = np.concatenate([np.float32([colour for *_, colour in strokes]), block_colours, floor])
+    colours = np.concatenate([floats([colour for *_, colour in strokes]), block_colours, floor])
     image = colours.T @ weights.reshape(t, len(colours), -1)  # t c (h w)
     return torch.from_numpy((image + 0.5).astype(np.uint8)).view(t, 3, IMAGE_SIZE, IMAGE_SIZE)
 
@@ -193,7 +196,7 @@ class World(Source):
         self.action_dim = self.state_dim = 2 if self.variant.has_actions else 0
         self.fingerprint = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
 
-    def read(self, episode: int, indices: Sequence[int]) -> dict:
+    def read(self, episode: int, indices: Indices) -> dict:
         indices, group, i = self._locate(episode, indices)
         scene = self._simulate(group)
         embodiments = self.variant.embodiments
@@ -219,16 +222,16 @@ class World(Source):
         sample["frames"] = picture(scene, i, embodiment, tip, scene.blocks[i, indices], balls, shift)
         return sample
 
-    def instructions(self, episode: int, indices: Sequence[int]) -> list[str]:
+    def instructions(self, episode: int, indices: Indices) -> list[str]:
         indices, group, i = self._locate(episode, indices)
         return [self._simulate(group).task[i]] * len(indices)
 
-    def actions(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def actions(self, episode: int, indices: Indices) -> Tensor:
         """float32 (t, 2): the actions taken at these frames."""
         indices, group, i = self._locate(episode, indices)
         return torch.from_numpy(self._simulate(group).action[i, indices])
 
-    def states(self, episode: int, indices: Sequence[int]) -> Tensor:
+    def states(self, episode: int, indices: Indices) -> Tensor:
         """float32 (t, 2): the states at these frames."""
         indices, group, i = self._locate(episode, indices)
         return normalised(self._simulate(group).tip[i, indices])
@@ -236,7 +239,7 @@ class World(Source):
     def _simulate(self, group: int) -> "Scene":
         return simulate(self.seed, group, self.kinds)
 
-    def _locate(self, episode: int, indices: Sequence[int]) -> tuple[np.ndarray, int, int]:
+    def _locate(self, episode: int, indices: Indices) -> tuple[np.ndarray, int, int]:
         """Checked indices, the group of episodes that is simulated together, and the place in it."""
         if not 0 <= episode < len(self.lengths):
             raise ValueError(f"{self.uri}: episode {episode}, but there are {len(self.lengths)}")

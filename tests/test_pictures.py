@@ -14,7 +14,7 @@ BUCKETS = read_buckets(["left: task~left", "cows: task~cow"])
 
 
 class Model(nn.Module):
-    """What `Shown` asks of a LAQ."""
+    """What `BucketSamples` asks of a LAQ."""
 
     config, weights = SimpleNamespace(delta=0.2), {"pixels": 1.0}
 

@@ -32,7 +32,7 @@ from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
 from hlrp.shard_writer import Settings, record, view_of
 from hlrp.shards import Args, main
 from hlrp.sources import instructions, open_source
-from hlrp.streams import Episode, Held, VideoFrames, clips_of, open_in_memory
+from hlrp.streams import Episode, InMemory, VideoFrames, clips_of, open_in_memory
 from hlrp.tars import END, array_bytes, member_bytes, read_members
 from hlrp.world import World
 
@@ -804,7 +804,7 @@ def test_an_index_of_another_format_is_refused(tmp_path, png):
 def test_the_task_of_each_frame_survives_shards_streams_and_what_a_labelled_dataset_is_written_from(tmp_path):
     tasks = ["", "lift", "lift", "put", "put", "put", "lift"]
     episode = Episode("e", [jpeg(i) for i in range(7)], 10.0, tasks)
-    held = Held(
+    held = InMemory(
         SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0, crop=False),
         [episode],
         [0],
@@ -837,7 +837,7 @@ def test_unusable_changes_of_the_task_and_actions_that_are_not_finite_are_named(
 
 
 def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
-    held = Held(
+    held = InMemory(
         SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0, crop=False), [], []
     )
     held.uneven = {3: np.array([0.0, 0.1, 0.9])}

@@ -11,7 +11,7 @@ from torch import nn
 from hlrp import strategies
 from hlrp.clips import Clips
 from hlrp.data import collate
-from hlrp.strategies import STRATEGIES, Latents, Shown, Skip, encoded
+from hlrp.strategies import STRATEGIES, BucketSamples, Latents, Skip, encoded
 from hlrp.world import IMAGE_SIZE, World, moved, picture, pushed, simulate
 
 SPAN = 8.0  # the longest way in Δ [pixel]
@@ -81,13 +81,13 @@ def samples_of(*variants: str, num: int = 150) -> tuple[list[World], list[dict],
 
 
 @pytest.fixture(scope="module")
-def clean() -> Shown:
+def clean() -> BucketSamples:
     worlds, samples, source = samples_of("clean")
     oracle = Oracle(worlds).eval()
-    return Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
+    return BucketSamples(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
 
 
-def run(shown: Shown, strategy: str, folder) -> tuple[dict, list, list]:
+def run(shown: BucketSamples, strategy: str, folder) -> tuple[dict, list, list]:
     """The figures of a strategy, and the sheets and charts that it drew."""
     sheets, saved = [], []
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def test_predicted_latent_actions_stand_beside_the_true_ones(clean, tmp_path):
     codes, indices = clean.codes, clean.indices
     _, samples, source = samples_of("clean")
     still = Latents(torch.zeros_like(codes), torch.full_like(indices, 2), codes)
-    shown = Shown(clean.laq, lambda batch: still, samples, source, seed=0)
+    shown = BucketSamples(clean.laq, lambda batch: still, samples, source, seed=0)
     _, (rows,), _ = run(shown, "reconstructions", tmp_path)
     assert rows[0].labels[2:4] == ["decoded, true code", "decoded, predicted"]
     for row in rows:
@@ -229,7 +229,7 @@ def test_the_compass_points_where_the_tip_goes_also_under_a_moving_camera(clean,
         for sample in samples
     ]
     latents = encoded(clean.laq, batch)
-    shown = Shown(clean.laq, lambda batch: latents, moving, source, seed=0)
+    shown = BucketSamples(clean.laq, lambda batch: latents, moving, source, seed=0)
     _, _, (figure,) = run(shown, "compass", tmp_path)
     shaken = arrows(figure)
     assert all(place[0] > 0 for place in shaken["token 0, raw"].values())  # all to the right
@@ -239,7 +239,7 @@ def test_the_compass_points_where_the_tip_goes_also_under_a_moving_camera(clean,
 def test_two_embodiments_with_the_same_actions_use_the_same_codes(tmp_path):
     worlds, samples, source = samples_of("arm", "hand")
     oracle = Oracle(worlds).eval()
-    shown = Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
+    shown = BucketSamples(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
     figures, _, (figure,) = run(shown, "sources", tmp_path)
     assert figures["apart"] < 0.2
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["world-arm", "world-hand"]
@@ -257,12 +257,12 @@ def test_a_source_heat_map_of_a_large_codebook_is_no_larger_than_a_screen_or_two
     worlds, samples, source = samples_of("arm", "hand", num=20)
     oracle = Oracle(worlds).eval()
     oracle.quantizer.codebook_size = 8192
-    shown = Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
+    shown = BucketSamples(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
     assert 0 <= run(shown, "sources", tmp_path)[0]["apart"] <= 1
     assert max(matplotlib.image.imread(tmp_path / "picture.png").shape) < 2000
 
 
-def skipped(shown: Shown, strategy: str, tmp_path) -> str:
+def skipped(shown: BucketSamples, strategy: str, tmp_path) -> str:
     with pytest.raises(Skip) as reason:
         STRATEGIES[strategy](shown, tmp_path / "picture.png", "")
     assert not [*tmp_path.iterdir()]
@@ -273,8 +273,8 @@ def test_what_cannot_be_shown_is_skipped_with_its_reason(clean, tmp_path):
     assert skipped(clean, "sources", tmp_path) == "its samples are all of one data set"
     worlds, samples, source = samples_of("human", num=40)
 
-    def shown_by(oracle: Oracle, some: list[dict]) -> Shown:
-        return Shown(oracle.eval(), lambda batch: encoded(oracle, batch), some, source[: len(some)], seed=0)
+    def shown_by(oracle: Oracle, some: list[dict]) -> BucketSamples:
+        return BucketSamples(oracle.eval(), lambda batch: encoded(oracle, batch), some, source[: len(some)], seed=0)
 
     no_actions = shown_by(Oracle(worlds), samples)
     assert skipped(no_actions, "actions", tmp_path) == "its samples have no actions"
@@ -296,7 +296,7 @@ def test_what_cannot_be_shown_is_skipped_with_its_reason(clean, tmp_path):
 def test_optical_flow_stands_for_pixels_where_a_laq_decodes_none(tmp_path):
     worlds, samples, source = samples_of("clean", num=60)
     oracle = Oracle(worlds, target="flow", is_continuous=True).eval()
-    shown = Shown(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
+    shown = BucketSamples(oracle, lambda batch: encoded(oracle, batch), samples, source, seed=0)
     _, (rows,), _ = run(shown, "reconstructions", tmp_path)
     assert rows[0].labels[-1] == "|change| x 3"
     for strategy in ("transfer", "one-code", "many-codes", "actions", "compass"):  # k-means makes groups of ways
