@@ -58,6 +58,7 @@ setup(
         "dev": [
             *simulation,
             "lerobot[async]>=0.6.1,<0.7",
+            "pyright[nodejs]==1.1.414",  # each version finds something else
             "pytest>=8,<10",
             "pytest-cov>=5,<8",
             "pytest-xdist>=3.6,<4",

@@ -1,6 +1,7 @@
 """Shards: TAR files of episodes, `shards:DIR`, `shards:DIR/000000.tar` or `shards:DIR/{000000..000127}.tar`.
 
-With an index beside each TAR (`hlrp.shard_index`) they are a source of random access; without, or from a URL, a stream.
+With an index beside each TAR (`hlrp.shard_index`) they are a source, whose episodes are read at random. Without
+indexes, or from a URL, they are a stream.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from hlrp.streams import Episode
 from hlrp.tars import Sample, as_column, read_samples, tasks_of, to_array, to_object
 
 logger = logging.getLogger(__name__)
-PLAN = "shards.json"  # in a folder that hlrp.shards writes
+PLAN = "shards.json"  # the plan of a folder that hlrp.shards writes
 ENDINGS = (".tar", ".tgz", ".tar.gz")  # a compressed one is streamed
 LABELS = ("latent_vectors", "latent_indices")
 NOT_READ = ("action", "timestamp", *LABELS)  # arrays that read() does not give
@@ -50,24 +51,24 @@ def find_tars(location: str | Path) -> list[str]:
 
 
 def is_indexed(location: str | Path) -> bool:
-    """Whether an index lies beside any of these TARs."""
+    """Whether there is an index beside any of these TARs."""
     if is_url(location):
         return False
     return any(Path(tar).expanduser().with_suffix(SUFFIX).is_file() for tar in find_tars(location))
 
 
 class Members(NamedTuple):
-    """Those of an episode that are no frames."""
+    """The members of an episode that are no frames."""
 
-    place: str  # of the episode, for errors
-    data: dict[str, bytes]  # by kind
+    place: str  # where the episode is, for errors
+    data: dict[str, bytes]  # kind of a member -> its bytes
 
 
 class Shards(EncodedSource):
-    """Episodes in TARs with indexes: a source, as the data contract has it.
+    """Episodes in TARs with indexes, as a source (`hlrp.contract`).
 
-    dataset: the one to read, of several in a folder.
-    Every read checks the data's checksum. Raises ValueError for files that are missing, damaged, or cut off. With
+    dataset: which data set to read, if the folder has several.
+    Every read checks the checksum of the data. Raises ValueError for files that are missing, damaged, or cut off. With
     `skip_broken`, shards whose index or size is wrong are left out, logged and counted in `num_skipped`.
     """
 
@@ -77,18 +78,18 @@ class Shards(EncodedSource):
         self.uri = uri or f"shards:{location}"
         tars = [Path(tar).expanduser() for tar in find_tars(location)]
         self.name = f"shards-{tars[0].absolute().parent.name}" + (f"-{dataset}" if dataset else "")
-        found, errors = open_indexes(tars)
+        indexes, errors = open_indexes(tars)
         errors += missing_shards(Path(location).expanduser(), tars)
-        if errors and (not skip_broken or not found):
+        if errors and (not skip_broken or not indexes):
             raise ValueError(f"{self.uri}: {errors[0]}")
         for error in errors:
             logger.warning("skipped %s, %s", self.uri, error)
         self.num_skipped = len(errors)
 
-        datasets = sorted({index.facts.get("dataset") or "" for index in found})
+        datasets = sorted({index.facts.get("dataset") or "" for index in indexes})
         if dataset is not None and dataset not in datasets:
-            raise ValueError(f"{self.uri}: dataset={dataset}; it has {', '.join(datasets)}")
-        self.shards = [index for index in found if dataset in (None, index.facts.get("dataset") or "")]
+            raise ValueError(f"{self.uri}: dataset={dataset}; expected one of {', '.join(datasets)}")
+        self.shards = [index for index in indexes if dataset in (None, index.facts.get("dataset") or "")]
         check_alike(self.uri, self.shards)
         facts = self.shards[0].facts
         self.columns: dict[str, list[int]] = facts["columns"]
@@ -107,13 +108,13 @@ class Shards(EncodedSource):
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
 
     def encoded(self, episode: int, indices: Indices) -> list[bytes]:
-        """The frames as they lie in the TAR."""
+        """The frames as the TAR stores them."""
         shard, row = self._locate(episode)
         length = int(self.lengths[episode])
         indices = np.asarray(indices).tolist()
         low, high = min(indices), max(indices)
         if low < 0 or high >= length:
-            raise ValueError(f"{self.place(episode)}: frames {low} to {high} of {length}")
+            raise ValueError(f"{self.place(episode)}: expected frames below {length}, got {low} to {high}")
         first = int(self.first_rows[episode] - self.first_rows[episode - row])
         rows = shard.rows("frames", first + low, first + high + 1)
         rows = [rows[index - low] for index in indices]
@@ -121,11 +122,11 @@ class Shards(EncodedSource):
         return [data[row] for row in rows]
 
     def about(self, episode: int, indices: Indices) -> dict:
-        """What read() gives, without the frames."""
+        """What read() gives beside the frames and the task."""
         place, members = self._members(episode)
         header = to_object(members["json"], f"{place}, json") if "json" in members else {}
         columns = {name: self._rows(episode, name, indices) for name in self.read_columns}
-        return columns | header.get("facts", {})  # which the index was made from, and has been checked
+        return columns | header.get("facts", {})  # checked when the index was made
 
     def instructions(self, episode: int, indices: Indices) -> list[str]:
         place, members = self._members(episode)
@@ -142,11 +143,11 @@ class Shards(EncodedSource):
         return {name: self._rows(episode, name, indices) for name in LABELS if name in self.columns}
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
-        """Of "state" or "action", over all frames: float64 (n,) each of count, mean, std, min, max, q01, q99."""
+        """Statistics of "state" or "action" over all frames: count, mean, std, min, max, q01, q99; float64 (n,)."""
         return merge_statistics([{key: index.table(f"{name}.{key}") for key in STATISTICS} for index in self.shards])
 
     def idle_scores(self, span: float) -> dict[str, np.ndarray] | None:
-        """What `hlrp.idle.episode_scores` gives for all frames, in their order; None where a shard lacks this span."""
+        """What `hlrp.idle.episode_scores` gives for all frames, in their order; None if a shard lacks this span."""
         if any(index.facts.get("idle_span") != span for index in self.shards):
             return None
         names = [name for name in self.shards[0].tables if name.startswith("idle.")]
@@ -159,12 +160,12 @@ class Shards(EncodedSource):
         return f"{shard.tar}, episode {row} in it"
 
     def _locate(self, episode: int) -> tuple[Index, int]:
-        """The shard of an episode, and the place of the episode in it."""
+        """The shard that an episode is in, and its number in that shard."""
         number = bisect_right(self.first_episodes, episode) - 1
         return self.shards[number], int(episode) - self.first_episodes[number]
 
     def _members(self, episode: int) -> Members:
-        """Those of the last episode are still there."""
+        """The members of an episode that are no frames; those of the last episode are kept."""
         if self._last[0] != episode:
             shard, row = self._locate(episode)
             rows: list[Row] = shard.rows("members", row, row + 1)
@@ -195,25 +196,25 @@ def open_indexes(tars: Sequence[Path]) -> tuple[list[Index], list[str]]:
     def index_or_error(tar: Path) -> Index | str:
         path = tar.with_suffix(SUFFIX)
         if not path.is_file():
-            fits = f"python -m hlrp.shards --index --output-dir {tar.parent} makes it"
-            return f"{tar}: no {path.name} beside it; {fits}" if tar.is_file() else f"{tar}: no such file"
+            advice = f"python -m hlrp.shards --index --output-dir {tar.parent} makes it"
+            return f"{tar}: no {path.name} beside it; {advice}" if tar.is_file() else f"{tar}: no such file"
         try:
             return read_index(path)
         except ValueError as error:
             return str(error)
 
-    with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
-        found = list(threads.map(index_or_error, tars))
-    return [i for i in found if isinstance(i, Index)], [error for error in found if isinstance(error, str)]
+    with ThreadPoolExecutor(max_workers=8) as threads:  # they wait for the disk at the same time
+        results = list(threads.map(index_or_error, tars))
+    return [i for i in results if isinstance(i, Index)], [error for error in results if isinstance(error, str)]
 
 
 def missing_shards(folder: Path, tars: Sequence[Path]) -> list[str]:
-    """What a folder lacks by the plan of hlrp.shards, where it has one."""
+    """A message for each shard that the folder's plan has and the folder has not; none without a plan."""
     if not (folder / PLAN).is_file():
         return []
     planned = [folder / f"{number:06d}.tar" for number in range(len(read_plan(folder)["shards"]))]
-    fits = "the same python -m hlrp.shards once more writes it"
-    return [f"{tar} is not there yet; {fits}" for tar in planned if tar not in set(tars)]
+    advice = "the same python -m hlrp.shards once more writes it"
+    return [f"{tar} is not there yet; {advice}" for tar in planned if tar not in set(tars)]
 
 
 def read_plan(folder: Path) -> dict:
@@ -224,7 +225,7 @@ def read_plan(folder: Path) -> dict:
 
 
 def check_alike(uri: str, shards: Sequence[Index]) -> None:
-    """Raises ValueError, naming the data sets, where shards differ in what an episode holds."""
+    """Raises ValueError, naming the data sets, if shards differ in arrays, camera or latent actions of an episode."""
     kinds: dict[str, str] = {}
     for index in shards:
         facts = index.facts
@@ -236,10 +237,11 @@ def check_alike(uri: str, shards: Sequence[Index]) -> None:
 
 
 class ShardStream(Stream):
-    """Episodes in TARs without indexes, also from pipe:, http(s):, s3:, gs: URLs: a stream, see `hlrp.streams`.
+    """Episodes in TARs without indexes, also from pipe:, http(s):, s3:, gs: URLs, as a stream (`hlrp.streams`).
 
-    fps: of episodes whose JSON and time stamps do not tell. ignore: extensions of members to leave out, by commas.
-    Raises ValueError, naming file and member, for what is broken, cut off, a pickle, or unknown.
+    fps: frame rate of episodes that have none in their JSON, and no time stamps. ignore: extensions of members to leave
+    out, separated by commas.
+    Raises ValueError, naming file and member, for a member that is broken, cut off, a pickle, or unknown.
     """
 
     def __init__(
@@ -259,13 +261,13 @@ class ShardStream(Stream):
         self.fps, self.camera = episode.fps, first.header.get("camera") or ""
         self.state_dim, self.action_dim = map(width, (episode.state, episode.action))
         files = [Path(url).expanduser() for url in self.urls if not is_url(url)]
-        begins = [member.data for member in first.members.values()]  # of URLs, no more is known
-        digest = hashlib.sha256(b"".join(begins)).hexdigest()
+        beginning = [member.data for member in first.members.values()]  # all that is known of a URL
+        digest = hashlib.sha256(b"".join(beginning)).hexdigest()
         what = repr(([Path(url).name for url in self.urls], contents_hash(files), digest, self.fps, self.ignore))
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def episodes(self, shard: int) -> Iterator[Episode]:
-        """Raises ValueError at an episode that is no such; next() then gives the one behind it, if the TAR is whole."""
+        """Raises ValueError at an unreadable episode; next() then gives the one behind it, if the TAR is whole."""
         return map(self._episode, self._samples(shard))
 
     def _episode(self, sample: Sample) -> Episode:
@@ -273,19 +275,19 @@ class ShardStream(Stream):
         for name, column in (("state", episode.state), ("action", episode.action)):
             if width(column) != getattr(self, f"{name}_dim"):
                 raise ValueError(
-                    f"{episode.name}: {name} of {width(column)} numbers, {getattr(self, f'{name}_dim')} in the first "
-                    "episode; expected episodes of one kind"
+                    f"{episode.name}: expected a {name} of {getattr(self, f'{name}_dim')} numbers as in the first "
+                    f"episode, got {width(column)}"
                 )
         if (camera := sample.header.get("camera") or "") != self.camera:
-            raise ValueError(f"{episode.name}: camera {camera!r}, {self.camera!r} in the first episode; expected one")
+            raise ValueError(f"{episode.name}: expected camera {self.camera!r} as in the first episode, got {camera!r}")
         return episode
 
     def _first(self) -> Sample:
-        """The first sample; with `skip_broken`, that of the first TAR that has one."""
+        """The first sample; with `skip_broken`, the first one of the first TAR that can be read."""
         for shard in range(self.num_shards):
             try:
                 return next(self._samples(shard))
-            except ValueError:  # which the training tells
+            except ValueError:  # the training reports it
                 if not self.skip_broken or shard + 1 == self.num_shards:
                     raise
         raise ValueError(f"{self.uri}: it has no TAR")
@@ -305,7 +307,7 @@ def width(column: np.ndarray | None) -> int:
 
 
 def open_url(url: str) -> Any:
-    """A path or a URL, opened by webdataset. Raises ValueError that names it."""
+    """Opens a path or a URL by webdataset. Raises ValueError that names it."""
     from webdataset.gopen import gopen
 
     try:

@@ -1,17 +1,17 @@
-"""The index beside a TAR of episodes: where each member lies, and its checksum. A safetensors file, without a pickle.
+"""The index beside a TAR of episodes: where each member is, and its checksum. It is a safetensors file.
 
-    header       __metadata__["hlrp"]: facts of the TAR as JSON, and the checksum of each table
-    checksum     uint32 (1,): of the header, so that it stands for all of the index and, by it, of the TAR
+    header       __metadata__["hlrp"]: facts about the TAR as JSON, and the checksum of each table
+    checksum     uint32 (1,): checksum of the header, which has those of the tables, which have those of the members
     lengths, fps      int64 and float64 (episodes,)
     members      uint8 (episodes, kinds * 16): a ROW for each member that is no frame, in the order of facts["kinds"]
     frames       uint8 (frames, 16): a ROW for each frame
     state.*, action.*   float64 (n,): count, mean, std, min, max, q01, q99 over all frames of the TAR
-    idle.*       float32 (frames, ...): what `hlrp.idle.episode_scores` gives, where it was asked for
+    idle.*       float32 (frames, ...): what `hlrp.idle.episode_scores` gives, with --idle-span
 
-Opening reads the header and the first tables, checked; the rest is read where it is needed. A row is not checked: a
-wrong one leads to data that fail their checksum. All checksums are CRC32C.
+Opening an index reads and checks the header and the first tables; other tables are read when they are needed. A row is
+not checked, since a wrong one leads to data that fail their checksum. All checksums are CRC32C.
 
-What is wrong with a shard: every checksum, and the TAR against its index.
+`faults` checks a whole shard: every checksum, and the TAR against its index.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ ROW = np.dtype([("start", "<i8"), ("size", "<u4"), ("checksum", "<u4")])
 UNPACK_ROWS = struct.Struct("<qII").iter_unpack
 ABSENT = (-1, 0, 1)  # an episode without this member
 DTYPES = {"U8": "uint8", "U32": "uint32", "I64": "int64", "F32": "float32", "F64": "float64"}
-HEAD_SIZE = 2**16  # read at once when an index is opened [byte]
-GAP = 4 * tarfile.BLOCKSIZE  # between members that are read together: up to padding and extended headers
+HEAD_SIZE = 2**16  # how much of an index is read at once when it is opened [byte]
+GAP = 4 * tarfile.BLOCKSIZE  # members that are less far apart are read together: padding, headers and extended headers
 NUM_OPEN = 512  # files that a process keeps open
 STATISTICS = ("count", "mean", "std", "min", "max", "q01", "q99")
 
@@ -45,7 +45,7 @@ Row = tuple[int, int, int]  # start, size [byte], checksum
 
 
 class Table(NamedTuple):
-    start: int  # in the index [byte]
+    start: int  # where it begins in the index [byte]
     dtype: str
     shape: tuple[int, ...]
 
@@ -57,8 +57,8 @@ class Index(NamedTuple):
     tables: dict[str, Table]
     lengths: np.ndarray
     fps: np.ndarray
-    digest: bytes  # of the header, and so of all
-    versions: tuple[int, int]  # of the index and the TAR when they were opened: a new file is opened anew
+    digest: bytes  # hash of the header, and thereby of all data
+    versions: tuple[int, int]  # when the index and the TAR were last changed, so that a new file is opened again
 
     def file(self) -> "File":
         return open_file(str(self.path), self.versions[0])
@@ -67,26 +67,26 @@ class Index(NamedTuple):
         return open_file(str(self.tar), self.versions[1])
 
     def table(self, name: str) -> np.ndarray:
-        """A whole table, its checksum checked."""
+        """Reads and checks a whole table."""
         start, dtype, shape = self.tables[name]
         data = self.file().read(start, prod(shape) * np.dtype(dtype).itemsize)
         if google_crc32c.value(data) != self.facts["checksums"][name]:
-            raise ValueError(f"{self.path}: checksum of its table {name} differs; the file is damaged")
+            raise ValueError(f"{self.path}: the checksum of its table {name} differs; the file is damaged")
         return np.frombuffer(data, dtype).reshape(shape)
 
     def rows(self, name: str, start: int, stop: int) -> list[Row]:
-        """Those of the frames, or of the members of the episodes, from start to stop."""
+        """The rows start, ..., stop - 1 of the table "frames", or all rows of these episodes in the table "members"."""
         table = self.tables[name]
         data = self.file().read(table.start + start * table.shape[1], (stop - start) * table.shape[1])
         return list(UNPACK_ROWS(data))
 
     def read(self, rows: Sequence[Row], what: Callable[[Row], str]) -> dict[Row, bytes]:
-        """The data at these rows, adjacent ones in one go, each checked. what: names a row for an error."""
+        """The data that these rows point to, checked; neighbours are read in one go. what: names a row in errors."""
         data_at, tar, tar_size = {}, self.tar_file(), self.facts["tar_size"]
         for run in runs(sorted(set(rows))):
             start, end = run[0][0], run[-1][0] + run[-1][1]
             if not tarfile.BLOCKSIZE <= start <= end <= tar_size:
-                raise ValueError(f"{self.path}: its row of {what(run[-1])} is no place in {self.tar.name}")
+                raise ValueError(f"{self.path}: its row of {what(run[-1])} points to no place in {self.tar.name}")
             block = tar.read(start, end - start)
             for row in run:
                 at, size, checksum = row
@@ -100,7 +100,7 @@ class Index(NamedTuple):
         return data_at
 
     def name_of(self, row: Row) -> str:
-        """The name of a member, as its header in the TAR has it; "" where no header is."""
+        """The name of a member in the TAR; "" if there is no header at this row."""
         try:
             header = self.tar_file().read(row[0] - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
             return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
@@ -109,7 +109,7 @@ class Index(NamedTuple):
 
 
 def runs(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Sorted rows, in groups that lie side by side."""
+    """Groups sorted rows whose data are side by side."""
     run, end = [], 0
     for row in rows:
         if run and not 0 <= row[0] - end <= GAP:
@@ -122,7 +122,7 @@ def runs(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 class File:
-    """An open file. No position is kept, so that forked processes and threads may share it."""
+    """An open file without a position, so that forked processes and threads may share it."""
 
     def __init__(self, path: str):
         self.path = path
@@ -138,10 +138,10 @@ class File:
     def read(self, start: int, size: int) -> bytes:
         try:
             data = os.pread(self.descriptor, size, start)
-            while len(data) < size:  # a network drive may give less
+            while len(data) < size:  # a network drive may give less at once
                 more = os.pread(self.descriptor, size - len(data), start + len(data))
                 if not more:
-                    raise ValueError(f"{self.path}: no byte {start + len(data)} in it; is it cut off?")
+                    raise ValueError(f"{self.path}: it has no byte {start + len(data)}; is it cut off?")
                 data += more
         except OSError as error:
             raise ValueError(f"{self.path}: not readable at byte {start}: {error.strerror}") from error
@@ -154,27 +154,27 @@ def open_file(path: str, version: int) -> File:
 
 
 def read_index(path: Path) -> Index:
-    """Raises ValueError, naming the file, where the index is damaged, or the TAR beside it not of its size."""
+    """Raises ValueError, naming the file, if the index is damaged or the TAR beside it has another size."""
     file, tar = File(str(path)), path.with_suffix(".tar")
     stat = os.fstat(file.descriptor)
     size = stat.st_size
     head = file.read(0, min(size, HEAD_SIZE))
     data_start = 8 + int.from_bytes(head[:8], "little")  # as safetensors has it
     if len(head) < 8 or data_start + 4 > size:
-        raise ValueError(f"{path}: {size} bytes, no whole index; python -m hlrp.shards makes it anew without it")
+        raise ValueError(f"{path}: {size} bytes are no index; delete it, and python -m hlrp.shards makes it again")
     if len(head) < data_start + 4:
         head = file.read(0, data_start + 4)
     checksum = int.from_bytes(head[data_start : data_start + 4], "little")
     if google_crc32c.value(head[:data_start]) != checksum:
-        raise ValueError(f"{path}: checksum of its header differs; it is damaged, or no index of hlrp.shards")
+        raise ValueError(f"{path}: the checksum of its header differs; it is damaged, or no index of hlrp.shards")
 
     header = json.loads(head[8:data_start])
     facts = json.loads(header.pop("__metadata__")["hlrp"])
     if facts["format"] != FORMAT:
-        raise ValueError(f"{path}: of format {facts['format']}; expected {FORMAT}, as python -m hlrp.shards writes it")
+        raise ValueError(f"{path}: expected format {FORMAT}, as python -m hlrp.shards writes it, got {facts['format']}")
     end = data_start + max(entry["data_offsets"][1] for entry in header.values())
     if size != end:
-        raise ValueError(f"{path}: {size} bytes, expected {end}; is it cut off?")
+        raise ValueError(f"{path}: expected {end} bytes, got {size}; is it cut off?")
     tables = {
         name: Table(data_start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in header.items()
@@ -185,7 +185,7 @@ def read_index(path: Path) -> Index:
         stop = start + 8 * num_episodes
         data = head[start:stop] if stop <= len(head) else file.read(start, stop - start)
         if google_crc32c.value(data) != facts["checksums"][name]:
-            raise ValueError(f"{path}: checksum of its table {name} differs; the file is damaged")
+            raise ValueError(f"{path}: the checksum of its table {name} differs; the file is damaged")
         parts[name] = np.frombuffer(data, dtype)
 
     try:
@@ -193,7 +193,9 @@ def read_index(path: Path) -> Index:
     except OSError as error:
         raise ValueError(f"{tar}: {error.strerror}, but its index is there") from error
     if tar_stat.st_size != facts["tar_size"]:
-        raise ValueError(f"{tar}: {tar_stat.st_size} bytes, but {facts['tar_size']} by its index; is it cut off?")
+        raise ValueError(
+            f"{tar}: expected {facts['tar_size']} bytes by its index, got {tar_stat.st_size}; is it cut off?"
+        )
     versions = stat.st_mtime_ns, tar_stat.st_mtime_ns
     digest = hashlib.sha256(head[:data_start]).digest()
     return Index(path, tar, facts, tables, parts["lengths"], parts["fps"], digest, versions)
@@ -206,10 +208,10 @@ def index_tar(
     facts: dict | None = None,
     scores: dict[str, np.ndarray] | None = None,
 ) -> bytes:
-    """The index of a TAR of episodes (see `hlrp.tars`), whoever wrote it.
+    """Makes the index of a TAR of episodes (see `hlrp.tars`), whoever wrote the TAR.
 
-    fps: where neither JSON nor time stamps tell. facts, scores: more to record.
-    Raises ValueError, naming the member, where the TAR or an episode is broken, or episodes differ in their arrays.
+    fps: frame rate of episodes that have none in their JSON, and no time stamps. facts, scores: more to record.
+    Raises ValueError, naming the member, if the TAR or an episode is broken, or episodes differ in their arrays.
     """
     lengths, rates, frames, members, kinds = [], [], [], [], []
     columns: dict[str, list[np.ndarray]] = {}
@@ -225,9 +227,7 @@ def index_tar(
             shapes = {name: list(column.shape[1:]) for name, column in sorted(sample.columns.items())}
             first = first or (sample.key, shapes)
             if shapes != first[1]:
-                raise ValueError(
-                    f"{tar}: {sample.key} has arrays {shapes}, but {first[0]} {first[1]}; expected one kind of episode"
-                )
+                raise ValueError(f"{tar}: {sample.key}: expected arrays {first[1]} as in {first[0]}, got {shapes}")
             lengths.append(len(images))
             rates.append(sample.fps(fps))
             frames += [row_of(member) for member in images]
@@ -251,7 +251,7 @@ def index_tar(
     tables |= {f"idle.{name}": score for name, score in (scores or {}).items()}
     size, checksum = file_checksum(tar)
     if any(space != same["latent_space"][0] for space in same["latent_space"]):
-        raise ValueError(f"{tar}: episodes with latent actions of several kinds; expected one LAQ")
+        raise ValueError(f"{tar}: expected latent actions of one LAQ in all episodes, got those of several")
     everywhere = {name: values[0] for name, values in same.items() if all(v == values[0] for v in values)}
     known = {"format": FORMAT, "tar_size": size, "tar_checksum": checksum}
     assert first is not None  # a TAR without an episode is an error
@@ -264,7 +264,7 @@ def row_of(member) -> Row:
 
 
 def statistics(values: np.ndarray) -> list[np.ndarray]:
-    """values (frames, n) -> float64 (n,) each of `STATISTICS`."""
+    """values (frames, n) -> each of `STATISTICS`, float64 (n,)."""
     values = values.astype(np.float64)
     q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
     count = np.full(values.shape[1], float(len(values)))
@@ -272,7 +272,7 @@ def statistics(values: np.ndarray) -> list[np.ndarray]:
 
 
 def merge_statistics(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Those of several shards together; the quantiles as the mean of theirs, which is near, and the rest exactly."""
+    """The statistics of several shards together: exact, but for the quantiles, which are the mean of the shards'."""
     each = {name: np.stack([part[name] for part in parts]) for name in STATISTICS}  # shards n
     weight = each["count"] / each["count"].sum(axis=0)
     merged = {name: (weight * each[name]).sum(axis=0) for name in ("mean", "q01", "q99")}
@@ -282,7 +282,7 @@ def merge_statistics(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.nda
 
 
 def file_checksum(path: Path) -> tuple[int, int]:
-    """Size, and CRC32C of all of a file."""
+    """The size of a file, and the CRC32C of all its bytes."""
     size, checksum = 0, 0
     with open(path, "rb") as file:
         while data := file.read(2**20):
@@ -291,7 +291,7 @@ def file_checksum(path: Path) -> tuple[int, int]:
 
 
 def to_safetensors(tables: dict[str, np.ndarray], facts: dict) -> bytes:
-    """A safetensors file with the checksum of its header as the first tensor."""
+    """The bytes of a safetensors file whose first tensor is the checksum of the header."""
     tables = {name: np.ascontiguousarray(table) for name, table in tables.items()}
     facts = facts | {"checksums": {name: google_crc32c.value(t.tobytes()) for name, t in tables.items()}}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -308,7 +308,7 @@ def to_safetensors(tables: dict[str, np.ndarray], facts: dict) -> bytes:
 
 
 def faults(tar: Path) -> Iterator[str]:
-    """A line for each fault, with file and member."""
+    """One line for each fault of a shard, with file and member."""
     try:
         index = read_index(tar.with_suffix(SUFFIX))
     except ValueError as error:

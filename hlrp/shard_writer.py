@@ -1,4 +1,4 @@
-"""One shard: episodes of any source as a TAR and its index. What is in it follows from the source and the settings."""
+"""Writes one shard, episodes of any source as a TAR and its index. The same source and settings give the same bytes."""
 
 import json
 import logging
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 Codec = Literal["jpeg", "png", "yuv420"]
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "yuv420": "yuv.npy"}
 FIRST_BYTES = {"jpeg": JPEG, "png": PNG, "yuv420": NPY}
-CHUNK = 64  # frames decoded together
-SAME_RATE = 0.001  # share by which frame rates may differ and still be the same
-IDLE_SIZE = 64  # at which `hlrp.idle` measures motion [pixel]
+CHUNK = 64  # frames that are decoded together
+SAME_RATE = 0.001  # frame rates that differ by a smaller share count as the same
+IDLE_SIZE = 64  # side of the frames in which motion is measured, as in `hlrp.idle` [pixel]
 
 
 @dataclass
 class Settings:
-    """What a shard follows from, beside its source; `hlrp.shards.Args` says what each means."""
+    """The settings that the content of a shard depends on; `hlrp.shards.Args` explains each."""
 
     image_size: int | None
     fps: float | None
@@ -46,9 +46,9 @@ class Settings:
 
 
 class Job(NamedTuple):
-    """Episodes start to stop of a source; of a stream, its shard `start`."""
+    """One shard to write: the episodes start, ..., stop - 1 of a source, or the shard `start` of a stream."""
 
-    path: Path  # of the TAR
+    path: Path  # the TAR to write
     uri: str
     start: int
     stop: int
@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 @dataclass
 class View:
-    """One episode of a source or of a stream, with the methods of a source but without its number."""
+    """One episode of a source or a stream: the methods of a source, without the number of the episode."""
 
     length: int
     fps: float
@@ -69,17 +69,17 @@ class View:
 
 @lru_cache
 def opened(uri: str, skip_broken: bool):
-    """A source, opened once in each process."""
+    """Opens a source, once in each process."""
     return open_source(uri, skip_broken)
 
 
 def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
-    """Writes the TAR and its index: whole, or not at all. Returns how many episodes are left out.
+    """Writes the TAR and its index, both or none. Returns how many episodes were left out.
 
-    A process killed leaves `.partial` files, written over later.
+    A killed process leaves `.partial` files, which the next one overwrites.
 
     With `skip_broken`, episodes that cannot be read are left out, logged, and listed in the index.
-    Raises ValueError naming the episode, and OSError naming the file that the disk does not take.
+    Raises ValueError that names the episode, or OSError that names the file that could not be written.
     """
     source = opened(job.uri, skip_broken)
     index = job.path.with_suffix(SUFFIX)
@@ -105,8 +105,8 @@ def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
                     tar.write(member_bytes(f"{key}.{suffix}", data))
             if not scores:
                 raise ValueError(
-                    f"{job.uri}, episodes from {job.start} on: none of this shard can be read: {skipped}; "
-                    "expected a source without them, or a larger frames_per_shard in another folder"
+                    f"{job.uri}, episodes from {job.start} on: no episode of this shard can be read: {skipped}; "
+                    "take them out of the source, or give a larger frames_per_shard and another folder"
                 )
             tar.write(END)
         sync(partial_tar)
@@ -130,7 +130,7 @@ def write_shard(job: Job, settings: Settings, skip_broken: bool) -> int:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What a disk says, "No space left on device", with the name of the file."""
+    """Adds the name of the file to an error of the disk, such as "No space left on device"."""
     try:
         yield
     except OSError as error:
@@ -138,15 +138,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def views(source, job: Job) -> Iterator[tuple[int, View | Exception]]:
-    """The episodes of a job by number; an error in place of one that a stream cannot give."""
+    """The episodes of a job with their numbers. Where a stream cannot give an episode, its error takes the place."""
     if not isinstance(source, Stream):
         for number in range(job.start, job.stop):
             yield number, view_of(source, number)
         return
-    passing = iter(source.episodes(job.start))
+    episodes = iter(source.episodes(job.start))
     for number in count():
         try:
-            view = view_passing(next(passing))
+            view = view_passing(next(episodes))
         except StopIteration:
             return
         except (ValueError, OSError) as error:
@@ -179,13 +179,14 @@ def view_passing(episode: Episode) -> View:
 
 
 def record(source, number: int, view: View, settings: Settings) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
-    """The members of an episode in their order, by what follows the key; and its idle scores, where asked for."""
+    """The members of an episode, in their order and named by what follows the key; and its idle scores, {} without
+    `idle_span`."""
     if (times := source.uneven.get(number)) is not None:
         away = np.abs((times - times[0]) * view.fps - np.arange(len(times)))
         if away.max() > 0.5:
             raise ValueError(
-                f"expected frames {1 / view.fps:.4g} s apart, for an episode in a shard has one frame rate, but frame "
-                f"{away.argmax()} is at {times[away.argmax()] - times[0]:.3f} s"
+                f"expected frames {1 / view.fps:.4g} s apart, because an episode in a shard has one frame rate, got "
+                f"frame {away.argmax()} at {times[away.argmax()] - times[0]:.3f} s"
             )
     fps = view.fps if settings.fps is None else settings.fps
     indices = frame_numbers(view, settings)
@@ -215,7 +216,7 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
     header |= {"camera": source.camera, "source": source.uri}
     if settings.instruction is not None:
         if settings.instruction not in facts:
-            raise ValueError(f"instruction={settings.instruction}; it has {', '.join(facts) or 'none but its task'}")
+            raise ValueError(f"instruction={settings.instruction}; expected one of {', '.join(facts) or 'no facts'}")
         header["task"] = str(facts[settings.instruction])
     if view.actions and not settings.drop_actions:
         columns["action"] = view.actions(indices)
@@ -234,19 +235,19 @@ def record(source, number: int, view: View, settings: Settings) -> tuple[dict[st
 
 
 def frame_numbers(view: View, settings: Settings) -> np.ndarray:
-    """The frames that are written: all, or those nearest to a grid of another rate.
+    """The numbers of the frames to write: all, or the nearest ones to the times of a lower rate.
 
-    Raises ValueError where these would repeat, or would leave out actions that the user did not drop.
+    Raises ValueError for a higher rate, and if frames with actions would be left out without `drop_actions`.
     """
     fps = settings.fps
     if fps is None or abs(view.fps / fps - 1) <= SAME_RATE:
         return np.arange(view.length)
     if fps > view.fps:
-        raise ValueError(f"fps={fps:g}, but it has {view.fps:g} fps; expected that or less")
+        raise ValueError(f"fps={fps:g}; expected at most the {view.fps:g} fps of the episode")
     if (view.actions or view.labels) and not settings.drop_actions:
         raise ValueError(
-            f"fps={fps:g}, but it has actions, one for each of its frames at {view.fps:g} fps, and no rule makes "
-            "one of several; --drop-actions writes the video alone"
+            f"fps={fps:g}, but the episode has an action for each of its frames at {view.fps:g} fps, and no rule joins "
+            "several into one; --drop-actions writes the video alone"
         )
     num_frames = int((view.length - 1) * fps / view.fps + 1e-6) + 1
     return np.rint(np.arange(num_frames) * view.fps / fps).astype(np.int64).clip(max=view.length - 1)
@@ -266,13 +267,13 @@ def encode(frame: Tensor, codec: Codec, quality: int) -> bytes:
 
     height, width = frame.shape[1:]
     if height % 2 or width % 2:
-        raise ValueError(f"codec=yuv420, but its frames are of {width} x {height} pixels; expected even sizes")
+        raise ValueError(f"codec=yuv420; expected frames of an even width and height, got {width} x {height} pixels")
     image = frame.permute(1, 2, 0).contiguous().numpy()
     return array_bytes(av.VideoFrame.from_ndarray(image, "rgb24").to_ndarray(format="yuv420p"))
 
 
 def idle_scores(small: list[Tensor], fps: float, actions: Tensor | None, span: float | None) -> dict[str, np.ndarray]:
-    """Those of `hlrp.idle`, from frames that are decoded already and as small as it wants them."""
+    """The scores of `hlrp.idle.episode_scores`, from frames that are decoded and small already."""
     if span is None:
         return {}
     frames = torch.cat(small)

@@ -1,15 +1,14 @@
 """TAR files as `webdataset` has them: members that share a name up to its first dot are a sample, here one episode.
 
-Members of an episode, by what follows the dot; any part but the frames may be missing:
+Members of an episode, by what follows the dot; all but the frames are optional:
     json              an object: fps; task, or instruction, text or caption; task_changes, [[0, TASK],
-                      [FRAME, TASK], ...], where the task is another from a frame on; facts, an object of whatever else
-                      is known
-    txt               the task, where the JSON has none
+                      [FRAME, TASK], ...], if the task changes at a frame; facts, an object of whatever else is known
+    txt               the task, if the JSON has none
     NAME.npy          state and action (t, n), timestamp (t,) [s], or any other array (t, ...)
     *.jpg, *.png, *.webp, *.yuv.npy   the frames, in the order of the numbers in their names; YUV 4:2:0 as in
                       `hlrp.images`
-    mp4, webm, ...    or else a video of all frames, as video2dataset writes it, which tells the frame rate
-Data alone are read: a pickle, also inside an NPY, is refused. So is what is no such member, unless it is to be ignored.
+    mp4, webm, ...    or a video of all frames, as video2dataset writes it, which tells the frame rate
+No pickle is read, not even inside an NPY: it is an error. So is any other member, unless the caller ignores it.
 """
 
 import io
@@ -48,11 +47,11 @@ class Member(NamedTuple):
 
 @dataclass
 class Sample:
-    """One episode as it lies in a file."""
+    """One episode of a TAR, its members not decoded yet."""
 
     path: str
     key: str
-    members: dict[str, Member] = field(default_factory=dict)  # by what follows the key and a dot
+    members: dict[str, Member] = field(default_factory=dict)  # what follows the key and a dot -> the member
 
     @cached_property
     def video(self) -> VideoFrames | None:
@@ -70,7 +69,7 @@ class Sample:
         return sum(map(is_image, self.members)) if self.video is None else len(self.video)
 
     def frames(self) -> list[Member]:
-        """The images by number: 10 comes after 9. Raises ValueError where they are of more than one kind."""
+        """The images by number: 10 comes after 9. Raises ValueError if there is none, or more than one kind."""
         suffixes = [suffix for suffix in self.members if is_image(suffix)]
         kinds = sorted({re.sub(r"\d+", "#", suffix) for suffix in suffixes})
         if not suffixes:
@@ -109,15 +108,15 @@ class Sample:
 
     @property
     def task(self) -> str | list[str]:
-        """One for the episode, or of each frame."""
+        """One task for the whole episode, or a list of one for each frame."""
         text = self.members.get("txt", Member("", 0, b""))
         num_frames = self.num_frames if "task_changes" in self.header else 1
         tasks = tasks_of(self.header, text.data, f"{self.path}: {text.name}", range(num_frames))
         return tasks if len(tasks) > 1 else tasks[0]
 
     def fps(self, default: float | None = None) -> float:
-        """That of its video; else that of the JSON; else that of the time stamps, which must be regular to half a
-        frame; else the default."""
+        """The frame rate of its video; or else in the JSON; or else of the time stamps, which must be regular to half a
+        frame; or else the default [1/s]."""
         if self.video is not None:
             return self.video.fps
         fps, times = self.header.get("fps"), self.columns.get("timestamp", [])
@@ -129,8 +128,8 @@ class Sample:
         fps = default if fps is None else fps
         if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
             name = self.members["json"].name if "json" in self.members else f"{self.key}.json"
-            found = "without a frame rate" if fps is None else f"fps={fps!r}"
-            raise ValueError(f"{self.path}: {name}: {found}; expected fps there, {self.key}.timestamp.npy or ?fps=10")
+            given = "without a frame rate" if fps is None else f"fps={fps!r}"
+            raise ValueError(f"{self.path}: {name}: {given}; expected fps there, {self.key}.timestamp.npy or ?fps=10")
         return float(fps)
 
 
@@ -139,7 +138,7 @@ def is_image(suffix: str) -> bool:
 
 
 def as_column(name: str, array: np.ndarray, place: str) -> np.ndarray:
-    """State and action as float32 (t, n). Raises ValueError where they are not finite."""
+    """An array as it is; state and action as float32 (t, n). Raises ValueError if one of these is not finite."""
     if name not in ("state", "action"):
         return array
     with np.errstate(over="ignore"):
@@ -151,7 +150,7 @@ def as_column(name: str, array: np.ndarray, place: str) -> np.ndarray:
 
 
 def to_object(data: bytes, name: str) -> dict:
-    """A JSON object, not to be changed. Raises ValueError that begins with `name`."""
+    """Parses a JSON object, which is cached: do not change it. Raises ValueError that begins with `name`."""
     try:
         content = _json(data)
     except (ValueError, RecursionError) as error:
@@ -167,7 +166,8 @@ def _json(data: bytes):
 
 
 def facts_of(header: dict, name: str) -> dict:
-    """What the JSON `name` knows of an episode beside its own keys."""
+    """The `facts` in a header, the JSON member `name`. Raises ValueError if they are no object, or use a name that
+    means something else in a sample."""
     facts = header.get("facts", {})
     if not isinstance(facts, dict):
         raise ValueError(f"{name}: facts={facts!r}; expected an object")
@@ -177,7 +177,7 @@ def facts_of(header: dict, name: str) -> dict:
 
 
 def check_changes(changes, name: str) -> None:
-    """Raises ValueError where the JSON `name` has unusable `task_changes`."""
+    """Raises ValueError if the `task_changes` in the JSON member `name` cannot be used."""
     if changes is None:
         return
     is_list = isinstance(changes, list) and all(isinstance(change, list) and len(change) == 2 for change in changes)
@@ -188,13 +188,13 @@ def check_changes(changes, name: str) -> None:
 
 
 def changes_of(tasks: Sequence[str]) -> dict:
-    """The tasks of the frames of an episode, as its JSON has them."""
+    """The tasks of all frames of an episode as keys of its JSON: `task`, and `task_changes` if it changes."""
     changes = [[i, task] for i, task in enumerate(tasks) if i == 0 or task != tasks[i - 1]]
     return {"task": tasks[0]} | ({"task_changes": changes} if len(changes) > 1 else {})
 
 
 def tasks_of(header: dict, text: bytes, name: str, frames: Indices) -> list[str]:
-    """The instruction at each of these frames by the JSON, or by the text member `name`; "" where there is none."""
+    """The instruction at each of these frames, from the JSON or else the text member `name`; "" if both have none."""
     if changes := header.get("task_changes"):
         return [changes[bisect_right(changes, frame, key=itemgetter(0)) - 1][1] for frame in frames]
     return [task_of(header, text, name)] * len(frames)
@@ -211,7 +211,8 @@ def task_of(header: dict, text: bytes, name: str) -> str:
 
 
 def to_array(data: bytes, name: str) -> np.ndarray:
-    """An NPY array, read-only. Raises ValueError that begins with `name`, also where it holds Python objects."""
+    """Reads an NPY array; it cannot be written to. Raises ValueError that begins with `name`, also for an array of
+    Python objects."""
     size = 10 + int.from_bytes(data[8:10], "little")
     if not data.startswith(b"\x93NUMPY\x01") or len(data) < size:
         raise ValueError(f"{name}: not an NPY array of version 1")
@@ -240,8 +241,8 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.d
 def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: str = "r:") -> Iterator[Sample]:
     """The episodes of a TAR, in their order.
 
-    ignore: extensions of members to leave out. mode: of `tarfile`; "r|*" for a stream, also a compressed one.
-    Raises ValueError, naming file and member, for what is unknown, a pickle, or there twice.
+    ignore: extensions of members to leave out. mode: as for `tarfile.open`; "r|*" is a stream, also a compressed one.
+    Raises ValueError, naming file and member, for a member that is unknown, a pickle, or there twice.
     """
     sample, keys = None, set()
     for member in read_members(file, path, mode):
@@ -273,7 +274,7 @@ def read_samples(file: BinaryIO, path: str, ignore: Sequence[str] = (), mode: st
 def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member]:
     """The files in a TAR. `tarfile` itself would take a broken header, or the end of the file, for the end of the TAR.
 
-    Raises ValueError, naming file and byte, where the TAR is broken, cut off, or goes on past its end.
+    Raises ValueError, naming file and byte, if the TAR is broken, cut off, or goes on past its end.
     """
     offset = 0
     try:
@@ -303,7 +304,7 @@ def read_members(file: BinaryIO, path: str, mode: str = "r:") -> Iterator[Member
 
 
 def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """None at the block of zeros that ends a TAR."""
+    """The next header; None at the block of zeros that ends a TAR."""
     try:
         return tar.tarinfo.fromtarfile(tar)
     except TAR.EOFHeaderError:
@@ -313,14 +314,14 @@ def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def member_bytes(name: str, data: bytes) -> bytes:
-    """A member as it lies in a TAR: header, data, and zeros up to a whole number of blocks."""
+    """A member as a TAR stores it: header, data, and zeros up to a whole number of blocks."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def array_bytes(array: np.ndarray) -> bytes:
-    """An NPY file."""
+    """An array as the bytes of an NPY file."""
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return file.getvalue()

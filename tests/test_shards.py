@@ -282,7 +282,7 @@ def test_idle_scores_cached_labels_and_facts_stay(tmp_path, world, monkeypatch):
 def test_fewer_frames_are_those_nearest_to_the_grid(tmp_path, world):
     with pytest.raises(ValueError, match=r"world:.*, episode 0: fps=4, .*--drop-actions"):
         write(tmp_path, fps=4.0)
-    with pytest.raises(ValueError, match="fps=20, but it has 10 fps"):
+    with pytest.raises(ValueError, match="fps=20; expected at most the 10 fps"):
         write(tmp_path, fps=20.0)
     assert not list(tmp_path.iterdir())
     write(tmp_path, fps=4.0, drop_actions=True)
@@ -337,7 +337,7 @@ def test_data_sets_lie_side_by_side_and_are_picked_by_name(tmp_path, world):
     write(tmp_path, WORLD, "world:human?episodes=5", frames_per_shard=100)
     with pytest.raises(ValueError, match=r"world-default .* world-human .*\?dataset=NAME"):
         Shards(tmp_path)
-    with pytest.raises(ValueError, match="dataset=kitchen; it has world-default, world-human"):
+    with pytest.raises(ValueError, match="dataset=kitchen; expected one of world-default, world-human"):
         Shards(tmp_path, dataset="kitchen")
     assert_same_source(Shards(tmp_path, dataset="world-default"), world)
     human = Shards(tmp_path, dataset="world-human")
@@ -539,7 +539,7 @@ def test_videos_in_tars_are_streamed_and_written_as_shards(tmp_path, packed):
         assert numbers(episode.read([7, 3, 3, 19])["frames"]) == [7, 3, 3, 19]
         assert numbers(decode(episode.frames[5], "a")[None]) == [5] and episode.size < 20000
     assert episodes[2].facts == {"room": "kitchen"} and episodes[2].actions([3]).tolist() == [[6, 7]]
-    held = Held(stream, episodes, [0, 1, 2])
+    held = InMemory(stream, episodes, [0, 1, 2])
     held.forget_all_but({1: {4, 9}})
     assert numbers(held.read(1, [9, 4])["frames"]) == [9, 4]
 
@@ -651,11 +651,11 @@ def damage(folder, name):
     found = read_index(index)
     if name == "header":
         flip(index, 300)
-        return "000001.index: checksum of its header differs"
+        return "000001.index: the checksum of its header differs"
     flip(index, found.tables[name].start + 3)
     if name in ("lengths", "fps"):
-        return f"000001.index: checksum of its table {name} differs"
-    return f"000001.index: (its row of .* is no place in|checksum of its table {name} differs)"
+        return f"000001.index: the checksum of its table {name} differs"
+    return f"000001.index: (its row of .* points to no place in|the checksum of its table {name} differs)"
 
 
 FAULTS = ["truncated", "truncated index", "no index", "no tar", "json", "state.npy", "action.npy", "000007.png"]
@@ -710,7 +710,7 @@ def test_a_tar_whose_structure_is_not_that_of_its_index_is_found(tmp_path, png, 
 def test_frames_outside_an_episode_are_not_those_of_its_neighbour(png):
     source = Shards(png)
     for index in (-1, int(source.lengths[3])):
-        with pytest.raises(ValueError, match=r"\.tar, episode \d in it: frames"):
+        with pytest.raises(ValueError, match=r"\.tar, episode \d in it: expected frames"):
             source.read(3, [0, index])
 
 
@@ -718,7 +718,7 @@ def test_a_file_that_breaks_under_the_reader_is_named(tmp_path, png):
     folder = copied(png, tmp_path / "copy")
     source = Shards(folder)
     os.truncate(folder / "000000.tar", 2048)
-    with pytest.raises(ValueError, match=r"000000.tar: no byte \d+ in it; is it cut off"):
+    with pytest.raises(ValueError, match=r"000000.tar: it has no byte \d+; is it cut off"):
         source.read(2, [0, 4])
 
 
@@ -796,7 +796,7 @@ def test_an_index_of_another_format_is_refused(tmp_path, png):
     folder = copied(png, tmp_path / "copy")
     tables = {"lengths": np.ones(1, dtype=np.int64), "fps": np.ones(1)}
     (folder / "000001.index").write_bytes(to_safetensors(tables, {"format": 99}))
-    with pytest.raises(ValueError, match="000001.index: of format 99"):
+    with pytest.raises(ValueError, match="000001.index: expected format 1, .* got 99"):
         Shards(folder)
     assert row_of(member(folder / "000000.tar", ".json"))[1] > 0
 
@@ -841,5 +841,5 @@ def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
         SimpleNamespace(uri="u", name="n", camera="", fingerprint="f", state_dim=0, action_dim=0, crop=False), [], []
     )
     held.uneven = {3: np.array([0.0, 0.1, 0.9])}
-    with pytest.raises(ValueError, match="expected frames 0.1 s apart.* frame 2 is at 0.900 s"):
+    with pytest.raises(ValueError, match="expected frames 0.1 s apart.* got frame 2 at 0.900 s"):
         record(held, 3, SimpleNamespace(fps=10.0), Settings(None, None, False, None, "jpeg", 90, None))
