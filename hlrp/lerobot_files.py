@@ -1,6 +1,6 @@
-"""The files of a LeRobot dataset, format v3: info.json, tasks, episodes, rows, and images in rows.
+"""Reads the files of a LeRobot dataset, format v3: info.json, tasks, episodes, rows, and images in rows.
 
-All raise ValueError, naming file, column and row, for what they cannot use.
+All functions raise ValueError, naming file, column and row, for data that cannot be used.
 """
 
 import importlib
@@ -16,12 +16,12 @@ from torch import Tensor
 from hlrp.images import decode_all
 from hlrp.video_index import unreadable
 
-POINT = "annotation.point"  # column of what `hlrp.contract` calls so, nan where it is not known
+POINT = "annotation.point"  # column of the `point` of `hlrp.contract`, nan if it is not known
 Columns = dict[str, np.ndarray]
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError, naming the file, where it is no JSON object."""
+    """Reads a JSON object. Raises ValueError that names the file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_info(root: Path, name: str) -> dict:
-    """meta/info.json of the dataset `name`, in `root`. Raises ValueError where it is unusable, or of another version.
+    """Reads meta/info.json in `root`, of the dataset `name`. Raises ValueError for another version of the format.
     LeRobot's converter puts a dataset of the Hub where hlrp looks first, and mends a folder in its place."""
     path = root / "meta" / "info.json"
     info = read_json(path)
@@ -56,7 +56,7 @@ def read_info(root: Path, name: str) -> dict:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None):
-    """A parquet file, or some columns of it, as a pyarrow table. Raises ValueError, naming what is missing."""
+    """Reads a parquet file, or some columns of it, as a pyarrow table. Raises ValueError for a missing column."""
     import pyarrow
     from pyarrow import parquet
 
@@ -80,8 +80,8 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def to_numpy(column) -> tuple[np.ndarray, dict[int, str]]:
-    """A pyarrow column of numbers, or of lists of them, as (rows, numbers). What is wrong with rows that are null, or
-    of another size than most, stands beside it; there are nan."""
+    """A pyarrow column of numbers, or of lists of numbers, as an array (rows, numbers); and the faults, row -> message.
+    A row at fault is null or has another size than most rows; in the array it is nan."""
     from pyarrow import types
 
     compute: Any = importlib.import_module("pyarrow.compute")  # whose functions are made when it is imported
@@ -98,7 +98,7 @@ def to_numpy(column) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def mended(rows: list) -> tuple[np.ndarray, dict[int, str]]:
-    """As `to_numpy`, row by row."""
+    """As `to_numpy`, but row by row, for a column with faults."""
     values, faults = {}, {}
     for number, row in enumerate(rows):
         if row is None:
@@ -119,7 +119,7 @@ def mended(rows: list) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def read_episodes(root: Path, video: str | None) -> Columns:
-    """What meta/episodes says of each episode, one number each, sorted by episode. video: the folder of a camera."""
+    """The columns of meta/episodes, one number for each episode, sorted by episode. video: the folder of a camera."""
     names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     if video is not None:
         names += [f"{video}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -141,7 +141,7 @@ def read_episodes(root: Path, video: str | None) -> Columns:
 def episode_files(
     root: Path, template: str, episodes: Columns, prefix: str, camera: str = ""
 ) -> tuple[list[Path], np.ndarray]:
-    """The files that episodes lie in, and for each episode the number of its file in that list."""
+    """The files of the episodes, and for each episode the number of its file in that list."""
     places = np.stack([episodes[f"{prefix}/chunk_index"], episodes[f"{prefix}/file_index"]], axis=1)
     unique, number = np.unique(places, axis=0, return_inverse=True)
     try:
@@ -155,10 +155,10 @@ def episode_files(
 def read_numbers(
     paths: list[Path], episodes: Columns, keys: Sequence[str], tasks: dict[int, str] | None
 ) -> tuple[Columns, np.ndarray, dict[int, str]]:
-    """Columns of all data files, one after another, the rows of an episode in the order of their frame_index; the place
-    of each row in these files as they are; and what is wrong with episodes that have broken rows.
+    """Reads columns of all data files, one file after another. Returns the columns, with the rows of each episode in
+    the order of their frame_index; for each row its place in the files; and the faults, episode -> message.
 
-    Adds to `episodes` where each begins there (`first_row`) and in its own file (`row_in_file`)."""
+    Adds two columns to `episodes`: its first row in these columns (`first_row`) and in its own file (`row_in_file`)."""
     lengths, episode_index = episodes["length"], episodes["episode_index"]
     episodes["first_row"], episodes["row_in_file"] = np.zeros_like(lengths), np.zeros_like(lengths)
     names = ["timestamp", "frame_index", *([] if tasks is None else ["task_index"]), *keys]
@@ -168,7 +168,7 @@ def read_numbers(
         here = np.flatnonzero(episodes["data_file"] == number)
         episode_of = np.repeat(here, lengths[here])
         if not np.array_equal(to_numpy(table["episode_index"])[0][:, 0], episode_index[episode_of]):
-            raise ValueError(f"{path}: its rows are not those of the episodes that meta/episodes has in it")
+            raise ValueError(f"{path}: expected the rows of the episodes that meta/episodes has in it, got others")
         for name in names:
             column, wrong = to_numpy(table[name])
             if name in keys:
@@ -206,7 +206,7 @@ def read_numbers(
 
 
 def read_tasks(root: Path) -> dict[int, str]:
-    """The instructions by their task_index, from meta/tasks.parquet, or meta/tasks.jsonl as version 2 has it."""
+    """task_index -> instruction, from meta/tasks.parquet, or from meta/tasks.jsonl as version 2 has it."""
     from pyarrow import types
 
     path, lines = root / "meta" / "tasks.parquet", root / "meta" / "tasks.jsonl"
@@ -229,8 +229,8 @@ def read_tasks(root: Path) -> dict[int, str]:
 
 
 def read_texts(paths: list[Path], key: str, tasks: dict[int, str] | None) -> tuple[np.ndarray, dict[int, str]]:
-    """The instructions in a column of all data files, a text or a number of `tasks` in each row: as numbers, int64
-    (rows,), and what they stand for."""
+    """Reads the instructions from a column of all data files that has a text, or a number of `tasks`, in each row.
+    Returns the number of the instruction of each row, int64 (rows,), and number -> instruction."""
     numbers, known = [], {}
     for path in paths:
         rows = read_table(path, [key])[key].to_pylist()
@@ -238,13 +238,13 @@ def read_texts(paths: list[Path], key: str, tasks: dict[int, str] | None) -> tup
         for row, value in enumerate(rows):
             if not isinstance(value, str) and (type(value) is not int or value not in (tasks or {})):
                 raise ValueError(f"{path}: {key}, row {row}: expected a text or a number of meta/tasks, got {value}")
-        texts = [value if isinstance(value, str) else tasks[value] for value in rows]
+        texts = [value if isinstance(value, str) else (tasks or {})[value] for value in rows]
         numbers += [known.setdefault(text, len(known)) for text in texts]
     return np.array(numbers, dtype=np.int64), {number: text for text, number in known.items()}
 
 
 def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:
-    """Images that stand as PNG or JPEG in the rows of a parquet file; uint8 (t, c, h, w)."""
+    """Decodes images that are PNG or JPEG in rows of a parquet file: uint8 (t, c, h, w)."""
     ends, rows = row_group_ends(path), rows.tolist()
     images = []
     for row in rows:

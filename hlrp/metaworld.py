@@ -3,8 +3,8 @@
     python -m hlrp.metaworld --output-dir data/mt10
     python -m hlrp.metaworld --output-dir data/doors --tasks door-open-v3,door-close-v3 --episodes 50
 
-As a data source, `metaworld:mt10?episodes=20` renders once, into $HLRP_CACHE or ~/.cache/hlrp.
-MetaWorld is Yu et al. 2019 (arXiv:1910.10897); task names and descriptions are those that LeRobot gives it.
+The data source `metaworld:mt10?episodes=20` renders once, into $HLRP_CACHE or ~/.cache/hlrp.
+MetaWorld: Yu et al. 2019 (arXiv:1910.10897). Names and descriptions of the tasks are LeRobot's.
 """
 
 import atexit
@@ -34,9 +34,9 @@ from hlrp.checkpoints import hold
 
 CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 CONTROL_FREQ = 80  # environment steps a second
-MIN_STEPS = 80  # environment steps; after an earlier success the expert goes on, or a clip would not fit in
+MIN_STEPS = 80  # environment steps; after an earlier success the expert goes on, so that a clip has room
 MAX_STEPS = 500  # environment steps after which an episode has failed, as in MetaWorld
-MAX_ATTEMPTS = 30  # seeds tried for one episode; the weakest expert (bin-picking) succeeds in every third
+MAX_ATTEMPTS = 30  # seeds to try for one episode; the weakest expert (bin-picking) succeeds with every third
 MT10 = (
     "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
     "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3",
@@ -44,7 +44,7 @@ MT10 = (
 
 
 class Setting(NamedTuple):
-    """What every episode of a rendering shares."""
+    """What all episodes of a dataset have in common."""
 
     cameras: tuple[str, ...]
     image_size: int
@@ -72,8 +72,8 @@ def render(
 ) -> Path:
     """Renders successful episodes of the scripted experts and writes them as a LeRobot v3 dataset.
 
-    The folder appears when it is whole; what a killed run left behind is done anew. The same settings give
-    the same episodes, and more episodes or other tasks beside it do not change an episode.
+    The folder appears when it is complete; after a killed run, the same command starts again. The same settings give
+    the same episodes, and an episode does not depend on the number of episodes or on the other tasks.
 
     Args:
         output_dir: Folder to write, must not exist yet.
@@ -83,22 +83,22 @@ def render(
         image_size: Height and width of a frame [pixel].
         action_repeat: Environment steps (80 a second) for each action and frame; 4 gives 20 frames a second.
         noise: Standard deviation of the Gaussian noise on the expert's motion in x, y and z.
-        seed: Of object positions and noise.
-        num_workers: Processes that simulate and render; the videos are encoded in this one.
+        seed: Seed of object positions and noise.
+        num_workers: Processes that simulate and render; this process encodes the videos.
     """
     output_dir = Path(output_dir)
     names = parse_tasks(tasks)
     unknown = [camera for camera in cameras if camera not in CAMERAS]
     if unknown or not cameras:
-        raise ValueError(f"cameras={cameras}: choose from {', '.join(CAMERAS)}")
+        raise ValueError(f"cameras={cameras}; expected one or more of {', '.join(CAMERAS)}")
     if image_size < 16 or image_size % 2:
-        raise ValueError(f"image_size={image_size}: must be even and at least 16 (video is stored as 4:2:0)")
+        raise ValueError(f"image_size={image_size}; expected an even number of 16 or more (video is stored as 4:2:0)")
     if action_repeat < 1 or CONTROL_FREQ % action_repeat:
-        raise ValueError(f"action_repeat={action_repeat}: must divide {CONTROL_FREQ} steps a second")
+        raise ValueError(f"action_repeat={action_repeat}; expected a divisor of the {CONTROL_FREQ} steps a second")
     if episodes < 1 or num_workers < 1:
-        raise ValueError(f"episodes={episodes}, num_workers={num_workers}: both must be at least 1")
+        raise ValueError(f"episodes={episodes}, num_workers={num_workers}; expected 1 or more of both")
     if output_dir.exists():
-        raise ValueError(f"output_dir={output_dir} exists already: delete it or choose another folder")
+        raise ValueError(f"output_dir={output_dir} exists already; delete it or choose another folder")
     _check_installed()
 
     setting = Setting(tuple(cameras), image_size, action_repeat, noise, seed)
@@ -109,7 +109,7 @@ def render(
     partial_dir.parent.mkdir(parents=True, exist_ok=True)
 
     print(f"rendering {episodes} episodes of {len(names)} MetaWorld tasks into {output_dir}", flush=True)
-    num_ahead = 4 * num_workers  # bounds the frames in memory
+    num_ahead = 4 * num_workers  # episodes that are rendered ahead of the encoder, which limits the memory
     spawn = get_context("spawn")  # a forked GL context would hang
     with ProcessPoolExecutor(num_workers, spawn, initializer=_end_with_parent) as pool:
         pending = deque(pool.submit(render_episode, setting, *job) for job in jobs[:num_ahead])
@@ -127,7 +127,7 @@ def render(
 def cached(
     tasks: str = "mt10", episodes: int = 20, camera: str = "corner2", size: int = 128, noise: float = 0.2, seed: int = 0
 ) -> Path:
-    """Folder of the dataset in $HLRP_CACHE (or ~/.cache/hlrp), rendered where it is not there yet."""
+    """The folder of the dataset in $HLRP_CACHE (or ~/.cache/hlrp); renders it if it is not there yet."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "metaworld"
     name = "+".join(tasks.split(",")) + f"_{episodes}episodes_{camera}_{size}px_noise{noise}_seed{seed}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -139,29 +139,29 @@ def cached(
 
 
 def open_metaworld(tasks: str, uri: str, skip_broken: bool, **options):
-    """The dataset of a URI, which is rendered at first."""
+    """The dataset of a URI; renders it if it is not there yet."""
     from hlrp.lerobot_data import LeRobotData
 
     return LeRobotData(cached(tasks, **options), uri=uri, name=f"metaworld-{tasks}", skip_broken=skip_broken)
 
 
 def parse_tasks(tasks: str) -> list[str]:
-    """Task names of a text like "mt10,door-close-v3"; an unknown one is a ValueError with near matches."""
+    """The task names in a text such as "mt10,door-close-v3". Raises ValueError for an unknown one."""
     config = lerobot_config()
     groups = {"mt10": list(MT10), "mt50": list(config["TASK_DESCRIPTIONS"]), **config["DIFFICULTY_TO_TASKS"]}
-    names = {}  # a dict keeps the order and drops repeats
+    names = {}  # a dict keeps the order and has no repeats
     for task in tasks.split(","):
         if task not in groups and task not in config["TASK_DESCRIPTIONS"]:
             known = [*groups, *config["TASK_DESCRIPTIONS"]]
             near = difflib.get_close_matches(task, known, n=3, cutoff=0.4) or groups
-            raise ValueError(f"unknown MetaWorld task {task!r}: did you mean {', '.join(near)}?")
+            raise ValueError(f"unknown MetaWorld task {task!r}; did you mean {', '.join(near)}?")
         names.update(dict.fromkeys(groups.get(task, [task])))
     return list(names)
 
 
 @lru_cache
 def lerobot_config() -> dict:
-    """LeRobot's table of MetaWorld's tasks; read as a file, since its module imports the simulator."""
+    """LeRobot's table of MetaWorld's tasks, read as a file, since importing its module would import the simulator."""
     return json.loads((files("lerobot") / "envs/metaworld_config.json").read_text())
 
 
@@ -182,7 +182,7 @@ def _no_gl(error: Exception) -> str:
 
 
 def _end_with_parent():
-    """Ends this worker when its parent was killed, of which the workers of a pool take no notice."""
+    """Ends this worker when its parent has been killed, which the workers of a pool do not notice by themselves."""
 
     def watch():
         parent = parent_process()
@@ -194,7 +194,7 @@ def _end_with_parent():
 
 
 def render_episode(setting: Setting, task: str, number: int) -> Episode:
-    """Successful episode `number` of a task, whichever process renders it and whatever it rendered before."""
+    """Renders successful episode `number` of a task. It does not depend on the process, nor on earlier episodes."""
     env, renderer = _stage(task, setting.image_size)
     for attempt in range(MAX_ATTEMPTS):
         task_id = lerobot_config()["TASK_NAME_TO_ID"][task]
@@ -205,7 +205,7 @@ def render_episode(setting: Setting, task: str, number: int) -> Episode:
     else:
         raise RuntimeError(
             f"the expert of {task} failed {MAX_ATTEMPTS} times in a row with noise={setting.noise} and "
-            f"action_repeat={setting.action_repeat}: lower them, or leave the task out"
+            f"action_repeat={setting.action_repeat}; lower them, or leave the task out"
         )
 
     scenes, state, action = zip(*steps, strict=True)
@@ -216,7 +216,7 @@ def render_episode(setting: Setting, task: str, number: int) -> Episode:
 
 
 def _roll_out(env, task: str, setting: Setting, rng: np.random.Generator) -> list[tuple] | None:
-    """(simulator data, state, action) at each decision until success; None where the expert fails."""
+    """(simulator data, state, action) at each decision until success; None if the expert fails."""
     from metaworld import policies
 
     expert = getattr(policies, lerobot_config()["TASK_POLICY_MAPPING"][task])()
@@ -244,7 +244,7 @@ def _stage(task: str, image_size: int):
 
 
 def stage(task: str, image_size: int):
-    """Environment and renderer of a task; without shadows, reflections and oversampling 17 times faster."""
+    """Environment and renderer of a task. Without shadows, reflections and oversampling it is 17 times faster."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa rasterises in this thread: processes scale
     warnings.filterwarnings("ignore", "Constant.s. may be too high")  # action is clipped
@@ -253,7 +253,7 @@ def stage(task: str, image_size: int):
 
     environment: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"]
     env = environment(seed=0)
-    env._freeze_rand_vec = False  # object positions from env.seed at each reset, as in LeRobot's environment
+    env._freeze_rand_vec = False  # each reset draws object positions from env.seed, as in LeRobot's environment
     env.seeded_rand_vec = True
     env.model.camera("corner2").pos = [0.75, 0.075, 0.7]  # as in LeRobot's environment
     env.model.vis.quality.offsamples = 0
@@ -268,14 +268,14 @@ def stage(task: str, image_size: int):
 
 
 def picture(renderer, scene, camera: str) -> np.ndarray:
-    """uint8 (h, w, c) of the simulator's data."""
+    """Renders the simulator's data as one camera sees them: uint8 (h, w, c)."""
     renderer.update_scene(scene, camera)
     image = renderer.render()
-    return image[::-1, ::-1] if camera.startswith("corner") else image  # those hang upside down
+    return image[::-1, ::-1] if camera.startswith("corner") else image  # the corner cameras hang upside down
 
 
 def _create_dataset(folder: Path, setting: Setting):
-    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # on decoders: none is used here
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # it warns of decoders, and none is used
     import av
     import datasets
     from lerobot.configs import RGBEncoderConfig
@@ -297,7 +297,7 @@ def _create_dataset(folder: Path, setting: Setting):
         },
         rgb_encoder=RGBEncoderConfig(vcodec="h264", g=2, crf=18, preset="veryfast"),
         streaming_encoding=True,
-        encoder_queue_maxsize=MAX_STEPS,  # an episode: LeRobot drops frames where the queue is full
+        encoder_queue_maxsize=MAX_STEPS,  # a whole episode: LeRobot drops frames when the queue is full
         encoder_threads=1,
     )
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
-    """How often each code stands at each token position: int64 (m, k), every occurrence counted.
+    """How often each code occurs at each token position: int64 (m, k).
 
-    indices: int64 (b, m). Raises ValueError where an index lies outside the codebook.
+    indices: int64 (b, m). Raises ValueError for an index outside the codebook.
     """
     if len(indices) and not 0 <= indices.min() <= indices.max() < codebook_size:
         raise ValueError(
@@ -29,7 +29,7 @@ def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Entropy of the last axis of counts [nat]; 0 where nothing was counted."""
+    """Entropy of the last axis of counts [nat]; 0 if nothing was counted."""
     shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.special.entr(shares).sum(dim=-1)
 
@@ -37,8 +37,8 @@ def entropy(counts: Tensor) -> Tensor:
 def code_health(indices: Tensor, codebook_size: int) -> dict:
     """Codebook use over a whole pass. indices: int64 (b, m).
 
-    usage: share of the codes seen at any position; perplexity: exp of the entropy of all indices together;
-    unique_sequences: distinct rows; entropy: one figure a token position [nat].
+    usage: share of the codes that occur at any position; perplexity: exp of the entropy of all indices together;
+    unique_sequences: number of different rows; entropy: one figure for each token position [nat].
     """
     counts = code_counts(indices, codebook_size)
     total = counts.sum(dim=0)
@@ -51,7 +51,7 @@ def code_health(indices: Tensor, codebook_size: int) -> dict:
 
 
 def mutual_information(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Of two labellings int64 (b,): [nat], and as a share of the mean of their entropies."""
+    """Mutual information of two labellings int64 (b,) [nat], and its share of the mean of their entropies."""
     size = int(b.max()) + 1
     table = (a * size + b).bincount(minlength=(int(a.max()) + 1) * size).reshape(-1, size)
     of_a, of_b = entropy(table.sum(dim=1)), entropy(table.sum(dim=0))
@@ -60,7 +60,7 @@ def mutual_information(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def k_means(x: Tensor, num_bins: int, seed: int = 0, num_steps: int = 20) -> Tensor:
-    """The nearest of `num_bins` centres (Lloyd's algorithm) of each row (b, d), standardised: int64 (b,)."""
+    """Clusters the standardised rows of (b, d) by Lloyd's algorithm: the number of each row's cluster, int64 (b,)."""
     x = x.double()
     x = (x - x.mean(dim=0)) / torch.where(is_constant(x), 1.0, x.std(dim=0))
     centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:num_bins]]
@@ -72,57 +72,57 @@ def k_means(x: Tensor, num_bins: int, seed: int = 0, num_steps: int = 20) -> Ten
     return torch.cdist(x, centres).argmin(dim=1)
 
 
-STILL = 1e-6  # a column whose range is no more than this share of its size never moves: the rest is rounding
-STILL_SCALE = 1e-3  # what one unit of a column that never moves stands for, as a share of its size
+STILL = 1e-6  # a column never moves if its range is at most this share of its size, which is rounding
+STILL_SCALE = 1e-3  # the standard deviation given to a column that never moves, as a share of its size
 
 
 def column_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
-    """LeRobot's statistics of the columns of (b, d), in float64 and about their mean, which float32 sums are not."""
+    """LeRobot's statistics of the columns of (b, d), in float64, since float32 sums of squares are too coarse."""
     values = values.astype(np.float64)
     quantiles = np.quantile(values, [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
-    found = {"min": values.min(axis=0), "max": values.max(axis=0), "mean": values.mean(axis=0)}
-    found |= {"std": values.std(axis=0), "count": np.array([len(values)])}
-    return found | dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles, strict=True))
+    statistics = {"min": values.min(axis=0), "max": values.max(axis=0), "mean": values.mean(axis=0)}
+    statistics |= {"std": values.std(axis=0), "count": np.array([len(values)])}
+    return statistics | dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles, strict=True))
 
 
 def normalisable(statistics: dict) -> dict[str, np.ndarray]:
-    """The statistics of a feature as LeRobot has them (d,), such that each of its normalisations can use them.
+    """LeRobot's statistics of a feature (d,), changed so that each of its normalisations can use them.
 
-    A column that never moves has a width: its value becomes 0, what lies beside it a small number, and 0 its value
-    again. Mean and standard deviation lie where the extremes and quantiles allow them to, which those of float32 sums
-    may not. Quantiles that coincide give way to the extremes.
+    A column that never moves gets a small width: its value is normalised to 0, and 0 back to its value. Mean and
+    standard deviation are moved to where the extremes and quantiles allow them to be; those of float32 sums may be
+    outside. Quantiles that coincide are replaced by the extremes.
     """
-    found = {name: np.asarray(value, dtype=np.float64) for name, value in statistics.items()}
-    if {"min", "max"} <= found.keys():
-        low, high = found["min"], found["max"]
-    elif {"mean", "std"} <= found.keys():
-        low, high = found["mean"] - found["std"], found["mean"] + found["std"]
+    mended = {name: np.asarray(value, dtype=np.float64) for name, value in statistics.items()}
+    if {"min", "max"} <= mended.keys():
+        low, high = mended["min"], mended["max"]
+    elif {"mean", "std"} <= mended.keys():
+        low, high = mended["mean"] - mended["std"], mended["mean"] + mended["std"]
     else:
-        return found
+        return mended
     size = np.maximum(np.abs(low), np.abs(high))
     is_still = high - low <= STILL * np.maximum(size, 1.0)
     middle, width = (low + high) / 2, STILL_SCALE * np.maximum(size, 1.0)
-    if "mean" in found:
-        found["mean"] = np.where(is_still, middle, found["mean"].clip(low, high))
+    if "mean" in mended:
+        mended["mean"] = np.where(is_still, middle, mended["mean"].clip(low, high))
     for first, last in (("q01", "q99"), ("q10", "q90")):
-        if first in found and last in found:
-            is_narrow = found[last] - found[first] <= 1e-3 * (high - low)
-            found[first] = np.where(is_narrow, low, found[first])
-            found[last] = np.where(is_narrow, high, found[last])
-    if "std" in found:
+        if first in mended and last in mended:
+            is_narrow = mended[last] - mended[first] <= 1e-3 * (high - low)
+            mended[first] = np.where(is_narrow, low, mended[first])
+            mended[last] = np.where(is_narrow, high, mended[last])
+    if "std" in mended:
         least = 0.0
-        if {"mean", "q10", "q90"} <= found.keys():  # a tenth of the values lies beyond each
-            below, above = (found["mean"] - found["q10"]).clip(0), (found["q90"] - found["mean"]).clip(0)
+        if {"mean", "q10", "q90"} <= mended.keys():  # a tenth of the values lies beyond each
+            below, above = (mended["mean"] - mended["q10"]).clip(0), (mended["q90"] - mended["mean"]).clip(0)
             least = np.sqrt(0.1 * (below**2 + above**2))
-        found["std"] = np.where(is_still, width, found["std"].clip(least, (high - low) / 2))
+        mended["std"] = np.where(is_still, width, mended["std"].clip(least, (high - low) / 2))
     for name, place in (("min", -1), ("q01", -1), ("q10", -1), ("q50", 0), ("q90", 1), ("q99", 1), ("max", 1)):
-        if name in found:
-            found[name] = np.where(is_still, middle + place * width, found[name])
-    return found
+        if name in mended:
+            mended[name] = np.where(is_still, middle + place * width, mended[name])
+    return mended
 
 
 def is_constant(values: Tensor, tolerance: float = STILL) -> Tensor:
-    """Which columns of (b, d) vary by no more than rounding, whatever their scale: bool (d,)."""
+    """Whether each column of (b, d) varies by no more than rounding, whatever its scale: bool (d,)."""
     values = values.double()
     return values.std(dim=0, correction=0) <= tolerance * values.abs().amax(dim=0)
 
@@ -130,7 +130,7 @@ def is_constant(values: Tensor, tolerance: float = STILL) -> Tensor:
 def r2_per_dim(pred: Tensor, target: Tensor) -> Tensor:
     """Coefficient of determination of each column: (b, d), (b, d) -> float64 (d,).
 
-    Against the mean of `target`. A constant column has no variance to explain: 1 where it is met, else 0.
+    It compares with the mean of `target`. A constant column has no variance to explain: 1 if it is predicted, else 0.
     """
     pred, target = pred.double(), target.double()
     residual = (target - pred).square().sum(dim=0)
@@ -141,10 +141,10 @@ def r2_per_dim(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, groups: Tensor) -> Tensor:
-    """The share of the variance of each column of (b, d) between groups int64 (b,): float64 (d,).
+    """The share of the variance of each column of (b, d) that lies between groups int64 (b,): float64 (d,).
 
-    Adjusted for the number of groups (epsilon squared, Kelley 1935): 0 on average where groups say nothing. A column
-    that does not vary has nothing to explain: 0, as where every sample is a group of its own.
+    It is adjusted for the number of groups (epsilon squared, Kelley 1935), so it is 0 on average for random groups. It
+    is 0 for a column that does not vary, and if every sample is a group of its own.
     """
     values = values.double()
     names, place, counts = groups.unique(return_inverse=True, return_counts=True)
@@ -159,7 +159,7 @@ def explained_variance(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a success rate (Wilson 1927, J. Am. Stat. Assoc. 22); z: 1.96 covers 95 %."""
+    """Confidence interval of a success rate (Wilson 1927, J. Am. Stat. Assoc. 22); z = 1.96 covers 95 %."""
     rate = successes / trials
     centre = rate + z**2 / (2 * trials)
     spread = z * ((rate * (1 - rate) + z**2 / (4 * trials)) / trials) ** 0.5
@@ -174,9 +174,9 @@ def psnr(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The ranks' tensors one after another along the first axis, on every rank; lengths may differ.
+    """Concatenates the ranks' tensors along the first axis, on every rank; their lengths may differ.
 
-    A collective of torch.distributed: all ranks call it.
+    It is a collective of torch.distributed: all ranks must call it.
     """
     length = torch.tensor([len(tensor)], device=tensor.device)
     lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
@@ -192,32 +192,32 @@ def gather(tensor: Tensor) -> Tensor:
 ALPHAS = [10.0**k for k in range(-4, 5)]  # ridge penalties per sample, for standardised features
 NUM_FOLDS = 4
 MIN_EPISODES = 3  # two to fit and to choose alpha on, one to score
-MAX_INDICATORS = 2048  # codes times token positions that a pass has samples enough to tell apart
+MAX_INDICATORS = 2048  # codes times token positions; for more, a pass has too few samples
 HIDDEN_SIZE, MLP_STEPS, MLP_BATCH_SIZE = 128, 400, 256
-CHECK_FREQ, PATIENCE = 10, 8  # steps from a look at left-out episodes to the next, and looks without a gain
+CHECK_FREQ, PATIENCE = 10, 8  # steps between checks on left-out episodes, and checks without a gain until it stops
 
 
 def code_features(codes: Tensor) -> Tensor:
     """The code vectors of all token positions side by side: (b, n, d) -> (b, n d).
 
-    They exist for every bottleneck, also the continuous ones. Where neighbouring codes mean neighbouring motions
-    (FSQ), a linear probe generalises to codes that it has not met.
+    They exist for every bottleneck, also a continuous one. If neighbouring codes mean similar motions (FSQ), a linear
+    probe generalises to codes that it has not met.
     """
     return codes.flatten(1).float()
 
 
 def one_hot_features(indices: Tensor, codebook_size: int) -> Tensor:
-    """One indicator per code and token position: int64 (b, m) -> (b, m k).
+    """One indicator for each code and token position: int64 (b, m) -> (b, m k).
 
-    Credits an assignment of codes to motions however the code vectors lie; codes unseen in fitting say
-    nothing, and thousands of codes need more samples than a validation pass has.
+    A probe of them finds any assignment of codes to motions, whatever the code vectors are. It knows nothing about
+    codes that it was not fitted on, and thousands of codes need more samples than a validation pass has.
     """
     return F.one_hot(indices, codebook_size).flatten(1).float()
 
 
 def probe_features(codes: Tensor, indices: Tensor | None, codebook_size: int | None) -> Tensor:
-    """What a probe reads of latent actions (b, n, d): which codes there are, as the next stage does, where they are
-    discrete and no more than `MAX_INDICATORS`; their vectors elsewhere."""
+    """The input of a probe for latent actions (b, n, d): indicators of their codes, as the next stage reads them, if
+    they are discrete and the indicators are no more than `MAX_INDICATORS`; else their vectors."""
     if indices is not None and codebook_size is not None and indices.shape[1] * codebook_size <= MAX_INDICATORS:
         return one_hot_features(indices, codebook_size)
     return code_features(codes)
@@ -226,11 +226,11 @@ def probe_features(codes: Tensor, indices: Tensor | None, codebook_size: int | N
 def episode_split(episodes: Tensor, share: float, seed: int) -> Tensor:
     """Marks all samples of a seeded `share` of the episodes (at least one, never all): bool (b,).
 
-    Raises ValueError where there are fewer than two episodes.
+    Raises ValueError for fewer than two episodes.
     """
     unique = episodes.unique()
     if len(unique) < 2:
-        raise ValueError(f"{len(unique)} episode(s); a split by episode needs at least 2")
+        raise ValueError(f"expected 2 or more episodes to split, got {len(unique)}")
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).to(unique.device)
     count = min(max(round(share * len(unique)), 1), len(unique) - 1)
     return torch.isin(episodes, unique[order[:count]])
@@ -239,7 +239,7 @@ def episode_split(episodes: Tensor, share: float, seed: int) -> Tensor:
 def ridge_predictions(x_train: Tensor, y_train: Tensor, x_test: Tensor, alphas: list[float]) -> list[Tensor]:
     """Ridge regression in float64 with standardised features, one prediction (b, a) per alpha.
 
-    Solves (X'X / b + alpha I) w = X'y / b, or its dual where there are more features than samples.
+    Solves (X'X / b + alpha I) w = X'y / b, or its dual if there are more features than samples.
     """
     x_train, y_train, x_test = x_train.double(), y_train.double(), x_test.double()
     mean, constant = x_train.mean(dim=0), is_constant(x_train)
@@ -257,13 +257,13 @@ def ridge_predictions(x_train: Tensor, y_train: Tensor, x_test: Tensor, alphas: 
 
 
 def choose_alpha(x: Tensor, y: Tensor, episodes: Tensor, seed: int = 0) -> float:
-    """The alpha of the least squared error on episodes left out of the fit, summed over up to 4 folds.
+    """The alpha with the smallest squared error on episodes left out of the fit, summed over up to 4 folds.
 
-    Every dimension of y counts alike, whatever its unit.
+    Every dimension of y has the same weight, whatever its unit.
     """
     unique, number = episodes.unique(return_inverse=True)
     if len(unique) < 2:
-        raise ValueError(f"{len(unique)} episode(s) to fit a probe on; choosing its penalty needs at least 2")
+        raise ValueError(f"expected 2 or more episodes to choose the penalty of a probe on, got {len(unique)}")
     fold = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).to(x.device)[number] % NUM_FOLDS
     weight = 1 / torch.where(is_constant(y), torch.inf, y.double().var(dim=0, correction=0))
     errors = torch.zeros(len(ALPHAS), dtype=torch.float64, device=x.device)
@@ -275,9 +275,9 @@ def choose_alpha(x: Tensor, y: Tensor, episodes: Tensor, seed: int = 0) -> float
 
 
 def ridge(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed: int = 0) -> Tensor:
-    """Ridge prediction float64 (b_test, a); the penalty is chosen on left-out training episodes.
+    """Prediction float64 (b_test, a) of ridge regression, whose penalty is chosen on left-out training episodes.
 
-    x_train: (b, d), y_train: (b, a), x_test: (b_test, d), episodes: int64 (b,), of the training rows.
+    x_train: (b, d), y_train: (b, a), x_test: (b_test, d), episodes: int64 (b,), those of the training rows.
     """
     alpha = choose_alpha(x_train, y_train, episodes, seed)
     return ridge_predictions(x_train, y_train, x_test, [alpha])[0]
@@ -286,8 +286,8 @@ def ridge(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, se
 def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed: int = 0) -> Tensor:
     """Prediction float64 (b_test, a) of a network of two hidden layers; arguments as for `ridge`.
 
-    It starts from the mean, and is taken as it was when it predicted left-out training episodes best: where there is
-    nothing to read, it says the mean.
+    It starts as the mean, and the result is the network that predicted left-out training episodes best. So if the input
+    tells nothing, the prediction is the mean.
     """
     out = episode_split(episodes, share=0.2, seed=seed)
     mean, constant = x_train.double().mean(dim=0), is_constant(x_train)
@@ -374,7 +374,7 @@ FEW_SHOT_LR, FEW_SHOT_DECAY, FEW_SHOT_NOISE = 3e-3, 0.1, 0.2
 def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int, seed: int) -> Tensor:
     """R2 of each column over sets of episodes drawn with replacement (bootstrap): float64 (num_draws, a).
 
-    The draws depend on the episodes and the seed alone, so that two predictions of one set are compared in pairs.
+    The draws depend on the episodes and the seed alone, so two predictions of one set can be compared draw by draw.
     """
     unique, number = episodes.unique(return_inverse=True)
     offset = target.double().mean(dim=0)
@@ -386,30 +386,30 @@ def resampled_r2(pred: Tensor, target: Tensor, episodes: Tensor, num_draws: int,
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(unique), (num_draws, len(unique)), generator=generator)
     once = torch.ones(drawn.shape, dtype=torch.float64)
-    times = torch.zeros_like(once).scatter_add_(1, drawn, once).to(target.device)  # that each was drawn: r e
+    times = torch.zeros_like(once).scatter_add_(1, drawn, once).to(target.device)  # how often each was drawn: r e
     residual = times @ of_episodes((pred - target).square())
     count = times @ of_episodes(torch.ones_like(target))
     total = times @ of_episodes(target.square()) - (times @ of_episodes(target)).square() / count
-    of_all = target.square().mean(dim=0) * count  # where hardly anything varies in what was drawn
+    of_all = target.square().mean(dim=0) * count  # in place of the total, if hardly anything varies in the draw
     return 1 - residual / torch.where(total < 0.1 * of_all, of_all, total).clamp(min=1e-12)
 
 
 def probe_r2(latents: Tensor, actions: Tensor, episodes: Tensor, is_fit: Tensor | None = None, seed: int = 0) -> dict:
     """R2 of a ridge probe latents -> actions, fitted and scored on different episodes.
 
-    latents: (b, d), actions: (b, a), episodes: int64 (b,); is_fit: bool (b,), the samples to fit on, by
-    default a seeded half of the episodes. Raises ValueError where an episode stands on both sides.
+    latents: (b, d), actions: (b, a), episodes: int64 (b,); is_fit: bool (b,), the samples to fit on (default: a seeded
+    half of the episodes). Raises ValueError if an episode is on both sides.
 
-    Returns the mean `r2` over action dimensions; `r2_per_dim`, None for a dimension that is constant on
-    either side (counted in `constant_dims`, left out of the mean); `r2_random`, the same probe on Gaussian
-    noise of the latents' shape: what it scores where there is nothing to read. A mean over none is None.
+    Returns `r2`, the mean over the dimensions of an action, None if there are none; `r2_per_dim`, None for a dimension
+    that is constant on either side, which is left out of the mean and counted in `constant_dims`; and `r2_random`, the
+    score of the same probe on Gaussian noise of the latents' shape, which tells nothing.
     """
     if is_fit is None:
         is_fit = episode_split(episodes, share=0.5, seed=seed)
     fitted, scored = episodes[is_fit].unique(), episodes[~is_fit].unique()
     if torch.isin(fitted, scored).any():
         both = fitted[torch.isin(fitted, scored)].tolist()
-        raise ValueError(f"episodes {both[:8]} are both in the fit and in the score of a probe")
+        raise ValueError(f"expected different episodes to fit and to score a probe on, got {both[:8]} on both sides")
 
     constant = is_constant(actions[is_fit]) | is_constant(actions[~is_fit])
     varying = actions[:, ~constant]

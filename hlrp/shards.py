@@ -6,9 +6,9 @@
     python -m hlrp.shards --output-dir others --index          # TARs that plain webdataset wrote (`hlrp.tars`)
     python train_laq.py --data shards:shards
 
-One sample of a TAR is one episode: its JSON, its arrays, and each frame once. The same command goes on after a crash: a
-shard is finished when its index is there, and a finished one is left as it is. shards.json has the settings and the
-plan, which follows from the sources alone, so that processes, and parts of a job array, share it without talking.
+One sample of a TAR is one episode: its JSON, its arrays, and each frame once. After a crash, the same command goes on:
+a shard is finished when it has an index, and finished shards are left as they are. shards.json has the settings and the
+plan. The plan follows from the sources alone, so the parts of a job array share the work without messages.
 """
 
 import logging
@@ -54,21 +54,21 @@ class Args:
     # side of the square that frames are letterboxed into [pixel]; None: as they are
     image_size: int | None = None
     fps: float | None = None  # keep the frames nearest to this rate [1/s]; None: all
-    drop_actions: bool = False  # leave out actions and cached latent actions, which --fps cannot thin out
-    instruction: str | None = None  # which fact of an episode is its instruction; None: its task
+    drop_actions: bool = False  # leave out actions and cached latent actions, which --fps cannot resample
+    instruction: str | None = None  # name of the fact of an episode that is its instruction; None: its task
     codec: Codec = "jpeg"  # how frames are stored: png is lossless, yuv420 is raw and the fastest to read
     quality: int = 90  # quality of JPEG, 1 to 100
-    idle_span: float | None = None  # also measure over this time what --idle.motion needs [s]; None: do not
+    idle_span: float | None = None  # also measure motion over this time, for --idle.motion [s]; None: do not
 
     frames_per_shard: int = 20000  # frames after which the next episode begins another shard; a stream keeps its shards
     num_processes: int = 1  # processes that read and write
-    part: int = field(default_factory=slurm_part)  # which part of the work to do, from 0 on; a Slurm array sets it
-    num_parts: int = field(default_factory=lambda: slurm("COUNT", 1))  # parts of the work; a Slurm array sets it
+    part: int = field(default_factory=slurm_part)  # number of the part to do, from 0 on; a Slurm array sets it
+    num_parts: int = field(default_factory=lambda: slurm("COUNT", 1))  # number of parts; a Slurm array sets it
     skip_broken: bool = False  # leave out episodes that cannot be read, and list them in the index
     max_broken: int = 100  # with --skip-broken: stop after this many unreadable episodes of this part
 
-    verify: bool = False  # write nothing, but check all shards of the folder
-    index: bool = False  # write no shards, but the indexes that are missing beside TARs of the folder
+    verify: bool = False  # check all shards of the folder, and write nothing
+    index: bool = False  # only write the indexes that are missing beside the TARs of the folder
     ignore: tuple[str, ...] = ()  # with --index: extensions of members to leave out
 
 
@@ -108,15 +108,15 @@ def check(args: Args) -> None:
 
 
 def plan(args: Args, settings: Settings) -> list[Job]:
-    """All shards: whole episodes of a source up to frames_per_shard frames; of a stream, one for each of its own."""
+    """All shards to write: whole episodes of a source up to frames_per_shard frames; for a stream, its own shards."""
     spans = []
     for text in args.data:
         uri, *_, weight = parse_uri(text)
         if weight != 1:
-            raise ValueError(f"{text}: shards have no weight; expected {uri}")
+            raise ValueError(f"{text}: expected {uri}, without a weight; a weight is given when shards are read")
         source = opened(uri, args.skip_broken)
         if source.views:
-            raise ValueError(f"{uri}: shards hold one camera; expected ?camera={source.camera}")
+            raise ValueError(f"{uri}: expected one camera, such as ?camera={source.camera}; shards have no more")
         if isinstance(source, Stream):
             spans += [(uri, number, number + 1) for number in range(source.num_shards)]
             continue
@@ -134,11 +134,11 @@ def plan(args: Args, settings: Settings) -> list[Job]:
 
 
 def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
-    """Writes shards.json. Raises ValueError, naming what differs, where the folder has another one, or other TARs."""
+    """Writes shards.json. Raises ValueError if the folder has another one, naming what differs, or TARs of no plan."""
     sources = [opened(uri, args.skip_broken) for uri in dict.fromkeys(job.uri for job in jobs)]
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"data sets of one name cannot be told apart: {', '.join(names)}")
+        raise ValueError(f"expected data sets of different names, got {', '.join(names)}")
     content = {
         "format": FORMAT,
         "hlrp_version": version("lerobot_policy_hlrp"),
@@ -146,7 +146,7 @@ def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
         "datasets": names,
         "cameras": [source.camera for source in sources],
         "fingerprints": [source.fingerprint for source in sources],
-        "num_broken": [source.num_skipped for source in sources],  # not among their episodes
+        "num_broken": [source.num_skipped for source in sources],  # what the sources themselves have left out
         **asdict(settings),
         "frames_per_shard": args.frames_per_shard,
         "shards": [[job.uri, job.start, job.stop] for job in jobs],
@@ -158,24 +158,24 @@ def record_plan(args: Args, settings: Settings, jobs: Sequence[Job]) -> None:
             if name != "hlrp_version" and before.get(name) != content[name]:
                 was, now = (str(c.get(name))[:200] for c in (before, content))
                 raise ValueError(
-                    f"{path}: made with {name}={was}, but now {name}={now}; expected the same, or another output_dir"
+                    f"{path}: made with {name}={was}, but now {name}={now}; give the same, or another output_dir"
                 )
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for tar in sorted(args.output_dir.glob("*.tar")):
         raise ValueError(f"output_dir={args.output_dir} has {tar.name}, but no {PLAN}; expected a new folder")
-    mine = args.output_dir / f"{PLAN}.{args.part}"  # parts may start at once, and write the same
+    mine = args.output_dir / f"{PLAN}.{args.part}"  # parts may start at the same time; all write the same plan
     write_json(mine, content)
     mine.replace(path)
 
 
 def written(args: Args, settings: Settings, jobs: Sequence[Job]) -> Iterator[int]:
-    """Writes shards; yields, for each as it is finished, how many episodes it lacks."""
+    """Writes shards. Each time one is finished, yields how many episodes were left out of it."""
     if args.num_processes == 1:
         for job in jobs:
             yield write_shard(job, settings, args.skip_broken)
         return
-    context = get_context("spawn")  # a fork would share open decoders
+    context = get_context("spawn")  # forked processes would share open decoders
     with ProcessPoolExecutor(args.num_processes, context, torch.set_num_threads, initargs=(1,)) as processes:
         futures = [processes.submit(write_shard, job, settings, args.skip_broken) for job in jobs]
         try:
@@ -204,11 +204,11 @@ def summary(args: Args, jobs: Sequence[Job], new: Sequence[Job], seconds: float)
 
 
 def verify(folder: Path) -> int:
-    """Prints one line for each fault in the shards of a folder; 1 where there are some."""
+    """Prints one line for each fault in the shards of a folder. Returns the exit code: 1 if there is a fault."""
     tars = [Path(tar) for tar in find_tars(str(folder))]
-    found = missing_shards(folder, tars)
-    print(*found, sep="\n", end="\n" * bool(found))
-    num_faults = len(found)
+    missing = missing_shards(folder, tars)
+    print(*missing, sep="\n", end="\n" * bool(missing))
+    num_faults = len(missing)
     for tar in tqdm(tars, unit="shard", disable=None):
         for fault in faults(tar):
             tqdm.write(fault)
@@ -218,6 +218,7 @@ def verify(folder: Path) -> int:
 
 
 def index_all(args: Args) -> int:
+    """Writes the indexes that are missing beside the TARs of a folder. Returns the exit code."""
     tars = [Path(tar) for tar in find_tars(str(args.output_dir))]
     if packed := [tar for tar in tars if tar.suffix != ".tar"]:
         raise ValueError(f"{packed[0]}: compressed, and so streamed; expected plain .tar for an index")
@@ -230,7 +231,7 @@ def index_all(args: Args) -> int:
             partial.write_bytes(content)
         sync(partial)
         partial.replace(index)
-    print(f"{args.output_dir}: {len(missing)} indexes made, {len(tars) - len(missing)} were there")
+    print(f"{args.output_dir}: {len(missing)} indexes written, {len(tars) - len(missing)} were there already")
     return 0
 
 

@@ -1,5 +1,8 @@
-"""Which frames a video file has, and when each is shown: told by its packets, or by decoding it once where these do not
-say (no times of showing as in AVI, no key frame at the beginning, two frames at one time)."""
+"""Which frames a video file has, and when each is shown.
+
+The packets of the file tell, if they can. Else the file is decoded once: an AVI has no times, some files have no key
+frame at the beginning, and others have two frames at one time.
+"""
 
 import hashlib
 import logging
@@ -19,12 +22,13 @@ from av.video.stream import VideoStream
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 0.001  # [s]; WebM and Matroska round time stamps to milliseconds
-MAX_REORDER = 16  # frames that may be decoded before one that is shown earlier (H.264, A.3.1)
+MAX_REORDER = 16  # at most so many frames are decoded before one that is shown earlier (H.264, A.3.1)
 MOV, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"
-STORE_TIMES = (MOV, MATROSKA, "mpegts", "flv")  # of showing each frame
+STORE_TIMES = (MOV, MATROSKA, "mpegts", "flv")  # formats that store when each frame is shown
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska is a header and a segment
 UNKNOWN = np.iinfo(np.int64).min
-Mark = Literal["pts", "pos", "count"]  # what tells a packet from all others, also after a seek; count: from the start
+# by which number a packet is known again after a seek: its time, its position, or, from the start only, its count
+Mark = Literal["pts", "pos", "count"]
 
 
 class Index(NamedTuple):
@@ -33,34 +37,34 @@ class Index(NamedTuple):
     shown_at: np.ndarray  # float64 (frames,), not decreasing [s]
     marks: np.ndarray  # int64 (frames,): the mark of the packet that each is decoded from
     mark: Mark
-    key_numbers: np.ndarray  # int64 (keys,), not decreasing: the first frame that is shown from a key frame on
-    key_stamps: np.ndarray  # int64 (keys, 3): its pts, dts and mark
-    has_keys: bool
-    fps: float  # mean
+    key_numbers: np.ndarray  # int64 (keys,), not decreasing: the first frame that is shown from each key frame on
+    key_stamps: np.ndarray  # int64 (keys, 3): pts, dts and mark of each key frame
+    has_keys: bool  # whether any packet is marked as a key frame
+    fps: float  # mean rate [1/s]
 
 
 class Header(NamedTuple):
-    """What a video is."""
+    """What a video is, as far as a source has to know."""
 
-    fps: float  # mean
-    first: float  # when the first and the last frame are shown [s]
-    last: float
+    fps: float  # mean rate [1/s]
+    first: float  # when the first frame is shown [s]
+    last: float  # when the last frame is shown [s]
     num_frames: int
 
 
 def probe(path: str | Path) -> Header:
-    """Raises ValueError, naming the file, where it is no video, has no frames, or is cut off."""
+    """Reads the header. Raises ValueError, naming the file, if it is no video, has no frames, or is cut off."""
     with naming(path):
         check_whole(path)
         header = glance(path)
     if header is None:
-        found = index(path)
-        header = Header(found.fps, float(found.shown_at[0]), float(found.shown_at[-1]), len(found.marks))
+        frames = index(path)
+        header = Header(frames.fps, float(frames.shown_at[0]), float(frames.shown_at[-1]), len(frames.marks))
     return header
 
 
 def probe_all(paths: Sequence[Path]) -> dict[Path, Header | ValueError]:
-    """Headers of many files, and the errors of those that are broken."""
+    """The headers of many files, or their errors."""
 
     def probe_or_error(path: Path) -> Header | ValueError:
         try:
@@ -68,12 +72,12 @@ def probe_all(paths: Sequence[Path]) -> dict[Path, Header | ValueError]:
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=8) as threads:  # which wait for the disk together
+    with ThreadPoolExecutor(max_workers=8) as threads:  # they wait for the disk at the same time
         return dict(zip(paths, threads.map(probe_or_error, paths), strict=True))
 
 
 def glance(path: str | Path) -> Header | None:
-    """The header of an MP4, by its first and last packets; None where they leave a doubt, as for a varying rate."""
+    """The header of an MP4, from its first and last packets; None if these leave a doubt, as a varying rate does."""
     with av.open(str(path)) as container:
         stream = video_stream(container)
         num_frames, rate = stream.frames, stream.average_rate
@@ -110,7 +114,7 @@ def index(path: str | Path) -> Index:
             )
             stores_times = container.format.name in STORE_TIMES
             if not stores_times and not is_key.all() and (dts != UNKNOWN).all():
-                clock = dts  # what stands in pts was guessed from it
+                clock = dts  # PyAV has guessed pts from it
             if tells_order(path, stream, stores_times, pts, is_key, is_hidden):
                 mark, marks, order = "pts", pts, np.flatnonzero(~is_hidden)
                 order = order[pts[order].argsort()]
@@ -147,21 +151,21 @@ def tells_order(
     is_key: np.ndarray,
     is_hidden: np.ndarray,
 ) -> bool:
-    """Whether the packets say which frames there are, and in which order they are shown."""
+    """Whether the packets tell which frames there are, and in which order they are shown."""
     if UNKNOWN in pts or not (stores_times or is_key.all()):
         return False
     if not is_key[0] or pts[0] != pts.min() or len(np.unique(pts[~is_hidden])) < (~is_hidden).sum():
         return False
     if not stream.codec_context.has_b_frames or (np.diff(pts) < 0).any():
         return True
-    with av.open(str(path)) as container:  # are there none, or was their order lost?
+    with av.open(str(path)) as container:  # does it have no such frames, or was their order lost?
         other = video_stream(container)
-        found = [frame.pts for frame in islice(decoded(other, packets_of(container, other)), 2 * MAX_REORDER)]
-    return found == sorted(found)
+        times = [frame.pts for frame in islice(decoded(other, packets_of(container, other)), 2 * MAX_REORDER)]
+    return times == sorted(times)
 
 
 def decoded_marks(path: str | Path, mark: Mark, has_keys: bool) -> list[int]:
-    """The marks of all frames that decoding gives, in its order; kept in $HLRP_CACHE or ~/.cache/hlrp."""
+    """The marks of all frames in the order in which they are decoded; cached in $HLRP_CACHE or ~/.cache/hlrp."""
     path = Path(path).resolve()
     stat = path.stat()
     key = hashlib.sha256(repr((str(path), stat.st_size, stat.st_mtime_ns, mark, av.__version__)).encode()).hexdigest()
@@ -170,24 +174,24 @@ def decoded_marks(path: str | Path, mark: Mark, has_keys: bool) -> list[int]:
         return np.load(file, allow_pickle=False).tolist()
     with av.open(str(path)) as container:
         stream = video_stream(container)
-        found = [frame.pts for frame in from_start(container, stream, mark, has_keys)]
-    if not found:
+        marks = [frame.pts for frame in from_start(container, stream, mark, has_keys)]
+    if not marks:
         raise RuntimeError("none of its frames can be decoded")
-    if len(set(found)) < len(found):
+    if len(set(marks)) < len(marks):
         raise RuntimeError("it has packets of several frames each; expected one frame a packet, as ffmpeg writes it")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, np.array(found, dtype=np.int64))
+        np.save(partial, np.array(marks, dtype=np.int64))
         partial.replace(file)
     except OSError as error:
-        logger.warning("%s: decoded to know its frames, which will be done again: %s", path, error)
-    return found
+        logger.warning("%s: decoded to count its frames; the result cannot be cached: %s", path, error)
+    return marks
 
 
 def from_start(container: InputContainer, stream: VideoStream, mark: Mark, has_keys: bool) -> Iterator[av.VideoFrame]:
-    """All frames that a file just opened gives, each with its mark as pts. Before its first key frame there is nothing
-    to decode; where none is marked as one, the decoder says where it can begin."""
+    """All frames of a file that was just opened, each with its mark as pts. Decoding begins at the first key frame; if
+    no packet is marked as one, at the first packet that the decoder takes."""
     packets = marked(packets_of(container, stream), mark)
     has_begun = False
     for packet in dropwhile(lambda packet: has_keys and not packet.is_keyframe, packets):
@@ -215,7 +219,7 @@ def frames_in(packet: av.Packet) -> list[Any]:
 
 
 def marked(packets: Iterable[av.Packet], mark: Mark) -> Iterator[av.Packet]:
-    """The packets with their marks in place of their pts, which a decoder hands on to its frames."""
+    """Puts the mark of each packet in place of its pts; the decoder hands it on to the frame."""
     for count, packet in enumerate(packets):
         if mark != "pts":
             packet.pts = packet.pos if mark == "pos" else count
@@ -230,12 +234,12 @@ def video_stream(container: InputContainer) -> VideoStream:
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The packets from here on, without empty ones."""
+    """The packets from the current place on, without empty ones."""
     return (packet for packet in container.demux(stream) if packet.size)
 
 
 def mean_rate(stream: VideoStream, shown_at: np.ndarray) -> float:
-    """Frames per second: the rate in the header where the times agree with it, else that of the times."""
+    """The mean frame rate [1/s]: the one in the header if the times agree with it, else that of the times."""
     intervals, span = len(shown_at) - 1, float(shown_at[-1] - shown_at[0])
     stored = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     for rate in stored:
@@ -247,7 +251,7 @@ def mean_rate(stream: VideoStream, shown_at: np.ndarray) -> float:
 
 
 def check_whole(path: str | Path) -> None:
-    """Raises RuntimeError where the outermost boxes of an MP4, a Matroska or an AVI file say that it goes on."""
+    """Raises RuntimeError if the outermost boxes of an MP4, a Matroska or an AVI file say that it should be longer."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         end = expected_size(file, size)
@@ -256,7 +260,7 @@ def check_whole(path: str | Path) -> None:
 
 
 def expected_size(file: BinaryIO, size: int) -> int:
-    """The end of the last outermost box that begins in a file of this size; 0 where there are none that say so."""
+    """Where the last outermost box ends that begins in a file of this size; 0 if the boxes do not tell."""
     head, end = file.read(16), 0
     if head.startswith(EBML):
         for name in (EBML, SEGMENT):
@@ -265,7 +269,7 @@ def expected_size(file: BinaryIO, size: int) -> int:
                 return 0
             num_more = 8 - first[0].bit_length()
             value = int.from_bytes(bytes([first[0] & (0x7F >> num_more)]) + file.read(num_more), "big")
-            if value == 2 ** (7 * (num_more + 1)) - 1:  # of a live recording
+            if value == 2 ** (7 * (num_more + 1)) - 1:  # unknown, as in a live recording
                 return 0
             end = file.tell() + value
         return end
@@ -283,7 +287,7 @@ def expected_size(file: BinaryIO, size: int) -> int:
             length, name = struct.unpack(">I4s", file.read(8))
             if length == 1 and end + 16 <= size:
                 length = int.from_bytes(file.read(8), "big")
-            if length < 8 or not name.isalnum():  # to the end of the file, or what is no box
+            if length < 8 or not name.isalnum():  # the box goes to the end of the file, or it is no box
                 return min(end, size)
             end += length
     return end
@@ -291,7 +295,7 @@ def expected_size(file: BinaryIO, size: int) -> int:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the decoders (RuntimeError, FFmpeg's) and of the disk become ValueErrors that name the file."""
+    """Turns errors of a decoder (RuntimeError, FFmpeg's) and of the disk into a ValueError that names the file."""
     try:
         yield
     except (av.FFmpegError, RuntimeError, OSError) as error:
@@ -299,7 +303,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def unreadable(path: str | Path, kind: str, error: Exception) -> ValueError:
-    """The error of a file that is not what it should be. It tells where Git LFS left a pointer in place of the file."""
+    """The error for a file that cannot be read as this kind. It says if Git LFS has left a pointer in its place."""
     path = Path(path)
     head = path.open("rb").read(64) if path.is_file() else b""
     if head.startswith(b"version https://git-lfs"):
