@@ -34,7 +34,7 @@ from hlrp.vla_validation import CONDITIONS, label, under
 class Part:
     """One source of a policy's data."""
 
-    source: Any  # what is learned from, with pseudo-actions where there are some
+    source: Any  # what the policy learns from: `truth`, or the same with pseudo-actions
     truth: Any  # the source itself, which validation compares with
     weight: float
     train: np.ndarray | EpisodeRange  # episodes to learn from
@@ -43,7 +43,7 @@ class Part:
 
     @property
     def video(self) -> np.ndarray | EpisodeRange:
-        """The training episodes that show their latent actions alone."""
+        """The training episodes without actions, which show latent actions alone."""
         return self.train if isinstance(self.source, Stream) else np.setdiff1d(self.train, self.demonstrations)
 
 
@@ -77,19 +77,19 @@ def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part
 
 
 def check_episodes(episodes: Sequence[int], source, train: np.ndarray | EpisodeRange) -> np.ndarray:
-    """The given episodes; raises ValueError where one of them is held out or does not exist."""
+    """The given episodes, sorted. Raises ValueError if one of them is held out or does not exist."""
     if isinstance(train, EpisodeRange):
         raise ValueError(f"episodes={list(episodes)}, but {source.uri} is a stream; expected an indexed source")
     if strangers := sorted(set(episodes) - set(train.tolist())):
         raise ValueError(
-            f"episodes={strangers} of {source.uri} are held out or do not exist; of its {len(source.lengths)} those "
-            f"to train on are {train.tolist()[:8]}..., by --val-fraction and --seed"
+            f"episodes={strangers} are held out or do not exist in {source.uri}; expected some of its training "
+            f"episodes, {train.tolist()[:8]}..., which follow from --val-fraction and --seed"
         )
     return np.sort(np.array(episodes))
 
 
 def robots_of(parts: Sequence[Part], config) -> list[Clips]:
-    """The demonstrations of each source that has some, as a policy of this config learns them."""
+    """The clips that a policy of this config learns from demonstrations, for each source that has some."""
     sizes = {"min_times": 1, "chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
     return [
         Clips(part.truth, part.demonstrations, (0.0,), labelled_episodes=part.demonstrations, **sizes)
@@ -99,11 +99,12 @@ def robots_of(parts: Sequence[Part], config) -> list[Clips]:
 
 
 def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, cached: dict | None, **sizes):
-    """The mixture of demonstrations and other video, held-out samples of each source by its name, and the batch size:
-    `args.batch_size` samples of the demonstrations, and `args.video_batch_size` of the video where there is some.
+    """The mixture of demonstrations and other video; name of a source -> its held-out samples; and the batch size:
+    `args.batch_size` samples of demonstrations and, if there is other video, `args.video_batch_size` samples of it.
 
-    times: of the frames of a sample [s]. with_video: whether anything learns from video without actions. cached: the
-    latent space of cached latent actions. args: `idle`, `pseudo_actions` and those of samples are read too.
+    times: times of the frames in a sample [s]. with_video: whether anything learns from video without actions. cached:
+    the latent space of cached latent actions. sizes: settings of all `Clips`. args: also `idle`, `pseudo_actions`,
+    `val_samples`, `seed` and `skip_broken`.
     """
     labelled, video, val = [], [], {}
     for i, part in enumerate(parts):
@@ -131,9 +132,9 @@ def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, c
 
 
 def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict]:
-    """Inputs and outputs of a policy that learns from labelled clips: their cameras, the state where they have one.
+    """Inputs and outputs of a policy that learns from labelled clips: cameras, the state if they have one; actions.
 
-    Raises ValueError where sources differ in action or state.
+    Raises ValueError if sources differ in action or state.
     """
     from lerobot.configs import FeatureType, PolicyFeature
 
@@ -142,8 +143,8 @@ def robot_features(clips: Sequence[Clips], with_state: bool) -> tuple[dict, dict
     for source in sources[1:]:
         if (source.action_dim, source.state_dim) != (first.action_dim, first.state_dim):
             raise ValueError(
-                f"{source.uri} has {source.action_dim} actions and {source.state_dim} states, {first.uri} has "
-                f"{first.action_dim} and {first.state_dim}; the demonstrations of a policy are of one robot"
+                f"{source.uri}: expected actions of {first.action_dim} and states of {first.state_dim} numbers as in "
+                f"{first.uri}, since a policy is for one robot, got {source.action_dim} and {source.state_dim}"
             )
     shape = tuple(first.read(int(clips[0].episodes[0]), [0])["frames"].shape[1:])
     cameras = sorted([first.camera or OBS_IMAGE, *first.views])
@@ -160,46 +161,46 @@ def refuse_other_cameras(sources: list, config) -> None:
         if source.action_dim and source.crop != config.crop:
             wanted, found = ("with" if crop else "without" for crop in (config.crop, source.crop))
             raise ValueError(f"{source.uri}: expected it {wanted} ?crop=center, as the policy sees, got it {found}")
-        found = [source.camera, *source.views]
-        if len(found) != len(config.image_features):
+        cameras, expected = [source.camera, *source.views], sorted(config.image_features)
+        if len(cameras) != len(expected):
             raise ValueError(
-                f"{source.uri} has {len(found)} of the {len(config.image_features)} cameras that the policy sees, "
-                f"{', '.join(sorted(config.image_features))}; ?camera=top,wrist chooses some of a LeRobot dataset"
+                f"{source.uri}: expected the {len(expected)} cameras that the policy sees, {', '.join(expected)}, got "
+                f"{len(cameras)}; ?camera=top,wrist chooses some of a LeRobot dataset"
             )
 
 
 def statistics(clips: Sequence[Clips], with_state: bool) -> dict[str, dict[str, np.ndarray]]:
-    """LeRobot's statistics of the actions and states in the labelled episodes, and in no others; as `normalisable` has
-    them. Raises ValueError, which names the episode, where one is not finite."""
+    """LeRobot's statistics of the actions and states in the labelled episodes alone, after `normalisable`. Raises
+    ValueError, which names the episode, for a number that is not finite."""
 
     def of(name: str) -> dict[str, np.ndarray]:
         parts = [whole_column(c.source, name, c.labelled_episodes) for c in clips]
         return normalisable(column_statistics(np.concatenate(parts)))
 
-    found = {ACTION: of("actions")}
+    features = {ACTION: of("actions")}
     if with_state and clips[0].source.state_dim:
-        found[OBS_STATE] = of("states")
-    return found
+        features[OBS_STATE] = of("states")
+    return features
 
 
 def to_lerobot(batch: dict, config) -> dict[str, Tensor | list[str]]:
-    """A batch of `Clips` for a policy -> what LeRobot's preprocessor of it takes."""
+    """Turns a batch of `Clips` into what LeRobot's preprocessor of the policy takes."""
     cameras, images = sorted(config.image_features), batch["images"]  # b (cameras t) c h w
-    found = {"task": batch["task"]}
+    observation = {"task": batch["task"]}
     for camera, frames in zip(cameras, (images.float() / 255).chunk(len(cameras), dim=1), strict=True):
-        found[camera] = frames if config.n_obs_steps > 1 else frames[:, 0]
+        observation[camera] = frames if config.n_obs_steps > 1 else frames[:, 0]
     if config.robot_state_feature is not None:
-        found[OBS_STATE] = batch["state"][:, : config.robot_state_feature.shape[0]]
+        observation[OBS_STATE] = batch["state"][:, : config.robot_state_feature.shape[0]]
     if "action" in batch:
-        found |= {ACTION: batch["action"][..., : config.action_feature.shape[0]]}
-        found |= {"action_is_pad": batch["action_is_pad"]}
-    return found
+        observation[ACTION] = batch["action"][..., : config.action_feature.shape[0]]
+        observation["action_is_pad"] = batch["action_is_pad"]
+    return observation
 
 
 def teacher_of(policy, folder: Path) -> LAQ | None:
-    """The LAQ whose latent actions a policy predicts beside its actions; None where it predicts none.
+    """The LAQ whose latent actions a policy predicts beside its actions; None if it predicts none.
 
-    Raises ValueError where `folder` holds another LAQ than the one that stage 2 learned from.
+    Raises ValueError if the LAQ in `folder` is not the one that stage 2 learned from.
     """
     config = policy.config
     if policy.latent_head is None or not config.latent_weight:
@@ -222,14 +223,14 @@ def evaluate(
     num_workers: int = 0,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """The report of each source, as `hlrp.laq_validation.evaluate` makes that of a LAQ, and called alike.
+    """The report of each source; the arguments are as in `hlrp.laq_validation.evaluate`.
 
-    laq: of the latent actions that the policy predicts beside, or None. Errors are mean absolute ones over the steps
-    of a chunk that are none of padding, in standard deviations of an action:
+    laq: the LAQ whose latent actions the policy predicts beside its actions, or None. An error is the mean absolute
+    error over the steps of a chunk that are not padding, in standard deviations of an action:
         samples, episodes, tasks
         action_loss, latent_loss                           as in training
         action_error, action_error_shuffled_text, action_error_blank_image
-        action_error_mean                                  of the mean action of the demonstrations
+        action_error_mean                                  error of the mean action of the demonstrations
     """
     share = Share(rank, num_ranks, batch_size, num_workers, next(policy.parameters()).device)
     was_training = policy.training
@@ -269,12 +270,12 @@ def evaluate(
 
 
 def absolute_error(chunk: Tensor, truth: dict) -> Tensor:
-    """Of normalised actions (b, t, a), the mean (b,) over the steps that are none of padding."""
+    """The mean error (b,) of normalised actions (b, t, a) over the steps that are not padding."""
     return mean_over_steps((chunk - truth["action"]).abs().mean(-1), truth["action_is_pad"])
 
 
 def alarms(report: dict[str, dict]) -> list[str]:
-    """A sentence for each figure that says that the policy has not learned its task."""
+    """A sentence for each figure which shows that the policy has not learned its task."""
     sentences = []
     for name, figures in report.items():
         error = figures["action_error"]
@@ -340,40 +341,40 @@ class PolicySettings:
 
 
 def dicts(argv: list[str]) -> list[str]:
-    """A command line on which each dictionary, --name={"a": "b"}, is the list of its keys and values: --name a b.
+    """Rewrites each dictionary on a command line, --name={"a": "b"}, as its keys and values: --name a b.
 
-    Raises ValueError for what is no dictionary of texts.
+    Raises ValueError for a dictionary that does not map texts to texts.
     """
-    found, tokens = [], [*argv]
+    result, tokens = [], [*argv]
     while tokens:
         token = tokens.pop(0)
         flag, _, value = token.partition("=") if token.startswith("--") else ("", "", token)
         if not value.startswith("{"):
-            found.append(token)
+            result.append(token)
             continue
-        while not value.endswith("}") and tokens:  # which a shell has cut at its spaces
+        while not value.endswith("}") and tokens:  # a shell has split it at its spaces
             value += f" {tokens.pop(0)}"
         try:
             pairs = yaml.safe_load(value)
         except yaml.YAMLError:
             pairs = None
         if not isinstance(pairs, dict) or not all(isinstance(x, str) for pair in pairs.items() for x in pair):
-            raise ValueError(f'{flag or found[-1]}={value}; expected a dictionary such as \'{{"a": "b"}}\'')
-        found += [*filter(None, [flag]), *(part for pair in pairs.items() for part in pair)]
-    return found
+            raise ValueError(f'{flag or result[-1]}={value}; expected a dictionary such as \'{{"a": "b"}}\'')
+        result += [*filter(None, [flag]), *(part for pair in pairs.items() for part in pair)]
+    return result
 
 
 def lerobot_flags(argv: list[str]) -> list[str]:
-    """Flags in the spelling of LeRobot's commands as those of this script; others stay as they are.
+    """Rewrites flags in the spelling of LeRobot's commands as flags of finetune_policy.py. Other flags stay.
 
-    Raises ValueError for one of LeRobot's that has no meaning here.
+    Raises ValueError for a flag of LeRobot that has no meaning here.
     """
     renamed = {"policy.path": "policy-path", "wandb.enable": "wandb", "dataset.episodes": "episodes"}
     renamed |= {"rename_map": "env.rename-map"}
     renamed |= {"peft.r": "policy.lora-rank", "policy.optimizer_lr": "lr"}
     renamed |= {"policy.optimizer_weight_decay": "weight-decay", "policy.optimizer_grad_clip_norm": "grad-clip"}
     renamed |= {"policy.scheduler_warmup_steps": "warmup-steps"}
-    refused = {  # and what sets it
+    refused = {  # LeRobot's flag -> what sets it here
         "policy.optimizer_betas": "--optimizer, --lr",
         "policy.scheduler_decay_steps": "--steps",
         "policy.device": "the variable CUDA_VISIBLE_DEVICES",
@@ -383,13 +384,13 @@ def lerobot_flags(argv: list[str]) -> list[str]:
         "wandb.project": "the variable WANDB_PROJECT",
         "job_name": "the variable WANDB_NAME",
     }
-    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # what holds without a flag
-    found, dataset = [], {}
+    fixed = {"policy.type": "hlrp", "resume": "true", "peft.method_type": "LORA"}  # they need no flag
+    result, dataset = [], {}
     tokens = [part for token in dicts(argv) for part in (token.split("=", 1) if token.startswith("--") else [token])]
     while tokens:
         flag = tokens.pop(0)
         if not flag.startswith("--"):
-            found.append(flag)
+            result.append(flag)
             continue
         name, values = flag[2:], []
         while tokens and not tokens[0].startswith("--"):
@@ -411,10 +412,10 @@ def lerobot_flags(argv: list[str]) -> list[str]:
             *prefix, last = name.split(".")
             name = ".".join([*prefix, f"no-{last}"])
         values = ["None" if value == "null" else value for value in values]
-        found += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
+        result += [f"--{name}", *(value for value in values if value not in ("true", "false"))]
     if dataset:
-        found += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
-    return found
+        result += ["--data", f"lerobot:{dataset.get('dataset.root', dataset.get('dataset.repo_id'))}"]
+    return result
 
 
 def settings_given(argv: list[str]) -> frozenset[str]:

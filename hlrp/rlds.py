@@ -1,26 +1,24 @@
 """Robot data in RLDS, the published form of Open X-Embodiment: `rlds:DIR_OR_URL?split=train,val&camera=KEY&fps=N`.
 
-The format (Ramos et al. 2021, arXiv:2111.02767), as TensorFlow Datasets writes it: dataset_info.json has the files,
-features.json says of what type each value is, and a record of a file is a whole episode. Needed are a camera and a
-frame rate: from the table in `hlrp.rlds`, by the name of the data set, or from the URI.
+The format is that of Ramos et al. 2021 (arXiv:2111.02767), as TensorFlow Datasets writes it: dataset_info.json lists
+the files, features.json gives the type of each value, and a record of a file is a whole episode. A camera and a frame
+rate must be known: from the URI, or from the table `DATASETS`, which has the data sets of the Octo mixture by name.
 
-Open X-Embodiment: where the data sets of the Octo mixture keep what, how fast they run, and their shares.
+Keys in the table are names in a data set's features.json, as the TFDS catalogue lists them
+(tensorflow.org/datasets/catalog). Cameras, states and actions are Octo's choice (Octo Model Team 2024,
+arXiv:2405.12213; octo/data/oxe/oxe_{dataset_configs,standardization_transforms}.py), but the values stay as published:
+no sign is turned, no gripper command is made absolute, nothing is padded. taco_play differs: Octo reads the gripper
+from column 7 of its state, which is a joint; by its description the gripper is column 6.
 
-Keys are names in a data set's features.json, as the TFDS catalogue lists them (tensorflow.org/datasets/catalog).
-Which camera, state and action is Octo's choice (Octo Model Team 2024, arXiv:2405.12213;
-octo/data/oxe/oxe_{dataset_configs,standardization_transforms}.py), but the values stay as they are published: no
-sign is turned, no gripper command is made absolute, nothing is padded. taco_play differs: Octo takes column 7 of
-its state, a joint, for the gripper, which by its description is column 6.
+fps: the control frequencies in the Open X-Embodiment Collaboration's sheet of data sets (arXiv:2310.08864), as RDT-1B
+(arXiv:2410.07864, configs/dataset_control_freq.json) and openx2lerobot (oxe_utils/configs.py) both copied them. RLDS
+files have no time stamps that could confirm them.
 
-fps are the control frequencies in the Open X-Embodiment Collaboration's sheet of data sets (arXiv:2310.08864), as
-two others copied them, in agreement: RDT-1B (arXiv:2410.07864, configs/dataset_control_freq.json) and openx2lerobot
-(oxe_utils/configs.py). RLDS files have no time stamps that could confirm them.
+bgr: the cameras whose published frames have red and blue exchanged (kpertsch/rlds_dataset_mod, prepare_open_x.sh). That
+script makes all frames 256 pixels square and mends the channels, so frames of that size count as mended.
 
-bgr are the cameras whose published frames have red and blue exchanged (kpertsch/rlds_dataset_mod, prepare_open_x.sh).
-That script makes all frames 256 pixels square and mends these: frames of that size are taken for mended.
-
-Shares [%] are those of Octo's model card, of 25 data sets (huggingface.co/rail-berkeley/octo-base-1.5), without NYU
-Door Opening (0.1 %), whose only camera is in the hand; UCSD Kitchen's is given there as < 0.1. The weights in Octo's
+share [%]: from Octo's model card (huggingface.co/rail-berkeley/octo-base-1.5), which has 25 data sets. NYU Door Opening
+(0.1 %) is left out, since its only camera is in the hand; the card gives UCSD Kitchen as < 0.1. The weights in Octo's
 oxe_dataset_mixes.py are something else: they are multiplied by the number of frames of a data set.
 """
 
@@ -52,34 +50,35 @@ from hlrp.tfrecord import (
     read_tensor,
 )
 
-FOLDERS = {  # where a key is looked for, in this order
+FOLDERS = {  # where a key is searched, in this order
     "camera": ("steps/observation/", "steps/", ""),
     "instruction": ("steps/", "steps/observation/", ""),
     "state": ("steps/observation/", "steps/", ""),
     "action": ("steps/action/", "steps/", "steps/observation/", ""),
 }
-DEFAULTS = {  # of these, the first that there is
+DEFAULTS = {  # the first of these that exists
     "instruction": ("language_instruction", "natural_language_instruction"),
     "state": ("state", "proprio"),
     "action": ("action",),
 }
-MENDED = (256, 256)  # size of frames whose channels rlds_dataset_mod has put in order
+MENDED = (256, 256)  # size of frames whose channels rlds_dataset_mod has exchanged back
 FILE_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 class RLDS(Stream):
-    """One camera of an RLDS dataset: a streaming source (see `hlrp.streams`), a shard of which is one file.
+    """One camera of an RLDS dataset, as a stream (`hlrp.streams`). A shard is one file.
 
-    What is known of an episode as a whole, one number or text each, is among its facts: episode_metadata/file_path, and
-    as episode/success what is not in a group of its own.
+    The facts of an episode are its features that have one number or one text for the whole episode, by their paths,
+    such as episode_metadata/file_path; a feature `success` without a group is episode/success.
 
-    location: the folder with features.json, or one above that has it in one version.
-    split: by commas. camera, instruction: keys, of an observation where they are not whole paths.
-    action, state: keys by commas, each with a range of its numbers or without, `action[:7]`; "" for none. Without
-    them, an unknown data set has the feature of this name, of an action all its floats in the order of their names.
-    bgr: whether red and blue are exchanged in its frames, which are then given as they should be.
-    skip_broken: for the reader, that it may go on behind an episode which is broken.
-    Raises ValueError where one of these does not fit, and where files are missing.
+    location: the folder with features.json, or the folder above it if that has only one version.
+    split: names of splits, separated by commas. camera, instruction: keys of an observation, or whole paths.
+    action, state: keys separated by commas, each whole or with a range of its numbers, `action[:7]`; "" for none.
+    Default: those in `DATASETS`; for other data sets the feature of this name, and for an action made of several
+    features all their floats, in the order of their names.
+    bgr: whether red and blue are exchanged in the stored frames; a reader then gets them in the right order.
+    skip_broken: whether a reader goes on behind a broken episode.
+    Raises ValueError for a setting that the data set does not have, and for missing files.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class RLDS(Stream):
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def episodes(self, shard: int) -> Iterator[Episode]:
-        """Raises ValueError at a broken episode; where its end is known, next() then gives the one behind it."""
+        """Raises ValueError at a broken episode; if its end is known, next() then gives the one behind it."""
         return map(self._episode, read_records(self.files[shard], self.num_records[shard]))
 
     def _episode(self, record: Record) -> Episode:
@@ -162,8 +161,8 @@ class RLDS(Stream):
         return Encoded(frames, self.is_bgr, name) if self.is_bgr else frames
 
     def _task(self, example: Example) -> str | list[str]:
-        """That of each step, or of the episode. Numbers are the bytes of a text, padded with zeros, as language_table
-        has it."""
+        """The task of each step, or one for the episode. Numbers are the bytes of a text, padded with zeros, as in
+        language_table."""
         path = self.instruction_path
         if not path:
             return ""
@@ -268,7 +267,7 @@ class RLDS(Stream):
 
 
 def open_rlds(location: str, uri: str, skip_broken: bool, root: str | None = None, **options) -> RLDS:
-    """The data set of a URI. Raises ValueError for a mixture of several, which `hlrp.sources.expand` takes apart."""
+    """Opens the data set of a URI. Raises ValueError for a mixture, which `hlrp.sources.expand` takes apart."""
     if location in MIXTURES or root is not None:
         parts = [part for part, _ in mixture(location, root)] if location in MIXTURES else [f"rlds:{location}"]
         raise ValueError(f"{uri}: a mixture of several sources; expected one of them, such as {parts[0]}")
@@ -276,7 +275,7 @@ def open_rlds(location: str, uri: str, skip_broken: bool, root: str | None = Non
 
 
 class Encoded(LateFrames):
-    """Frames that lie otherwise than they are to be seen, encoded anew, as PNG, when they are asked for.
+    """Frames that are stored as arrays, or with red and blue exchanged. Each is encoded as a PNG when it is asked for.
 
     frames: encoded, or uint8 (t, h, w, c); is_bgr: whether red and blue are exchanged in them.
     """
@@ -302,7 +301,7 @@ class Encoded(LateFrames):
 
 
 def find_version(uri: str, location: str) -> tuple[str, list[str]]:
-    """The folder that features.json lies in, `location` or the one version below it, and the files there."""
+    """The folder that has features.json, `location` or the only version below it, and the names of its files."""
     if "://" not in location:
         location = str(Path(location).expanduser())
     location = location.rstrip("/")
@@ -314,9 +313,9 @@ def find_version(uri: str, location: str) -> tuple[str, list[str]]:
     if known and known.version in versions:
         versions = [known.version]
     if len(versions) != 1:
-        found = ", ".join(sorted(versions or files)[:20]) or "nothing"
+        names = ", ".join(sorted(versions or files)[:20]) or "nothing"
         raise ValueError(
-            f"{uri}: no features.json there, and no single version, but {found}; expected one of its folders"
+            f"{uri}: expected a folder with features.json, or with a single version of it, got one with {names}"
         )
     location += f"/{versions[0]}"
     return location, list_folder(uri, location)
@@ -341,15 +340,15 @@ def read_json(uri: str, path: str) -> dict:
 
 
 def list_shards(uri: str, info: dict, split: str, root: str, files: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The files of the splits, which are named by commas, and how many records each has."""
-    splits = {found["name"]: found for found in info["splits"]}
+    """The files of the splits, whose names are separated by commas, and the number of records in each."""
+    splits = {entry["name"]: entry for entry in info["splits"]}
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
         raise ValueError(f"{uri}: files of format {file_format}; expected tfrecord")
     shards = {}
     for name in split.split(","):
         if name not in splits:
-            raise ValueError(f"{uri}: split={name}; its splits: {', '.join(splits)}")
+            raise ValueError(f"{uri}: split={name}; expected one of {', '.join(splits)}")
         lengths = splits[name]["shardLengths"]
         for number, length in enumerate(lengths):
             file = (splits[name].get("filepathTemplate") or FILE_NAME).format(
@@ -428,7 +427,7 @@ DATASETS["bridge"] = OpenX(5, 0, "image", NATURAL, f"{MOVE},open_gripper", "stat
 
 
 def mixture(name: str, root: str | None) -> list[tuple[str, float]]:
-    """The sources of a mixture: a URI each, of the folder in `root` named after the data set; weights of sum 1."""
+    """The sources of a mixture: for each data set the URI of its folder in `root`, and its weight; weights sum to 1."""
     if name not in MIXTURES:
         raise ValueError(f"rlds:{name}: no mixture of this name; expected {', '.join(MIXTURES)}")
     if not root:
