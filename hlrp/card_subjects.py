@@ -256,16 +256,16 @@ def predicted_actions(model: "InverseModel", frames: Tensor) -> Tensor:
 
 logger = logging.getLogger(__name__)
 
-FIT_SHARE = 0.6  # of the pairs
-DECODED = ("reconstructions", "one-code", "many-codes")  # pictures
-NUM_DECODED, NUM_TRIPLES = 384, 192
+FIT_SHARE = 0.6  # share of the pairs that probes are fitted on; the others are scored
+DECODED = ("reconstructions", "one-code", "many-codes")  # pictures that the card of a checkpoint shows
+NUM_DECODED, NUM_TRIPLES = 384, 192  # pairs that are decoded, and triples of frames for `algebra`
 PICTURE_SIZE = 96  # side of the frames that a file's card shows [pixel]
 
 
 def judged(
     pairs: Pairs, codebook_sizes: dict[str, int | None], groups: dict[str, list[int]], seed: int
 ) -> tuple[dict, Tensor | None]:
-    """The figures that need no decoder, and the actions that the better probe reads on the scored pairs."""
+    """The figures that need no decoder, and the actions that the better probe predicts for the scored pairs."""
     features = {name: features_of(x, codebook_sizes[name]) for name, x in pairs.latents.items()}
     if RANDOM in features:
         features[RANDOM] = principal_components(features[RANDOM], pairs.is_fit, features[Z].shape[1])
@@ -308,6 +308,7 @@ class File:
         self.about = f"a file, {' and '.join(sizes)}"
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
+        """The card of a source, and its pictures, PNG by name. groups: dimensions of an action to report apart."""
         everything, episodes = pairs_of(self.file, source, PICTURE_SIZE), torch.from_numpy(self.file.episode)
         is_fit = episode_split(episodes, FIT_SHARE, self.seed)
         rows = np.random.default_rng(self.seed).permutation(len(episodes))[: self.max_pairs]
@@ -324,6 +325,7 @@ class Checkpoint:
     """Judges a LAQ, from its checkpoint."""
 
     def __init__(self, laq: LAQ, args):
+        """args: of `hlrp.probe`."""
         self.laq, self.args, config = laq, args, laq.config
         self.fingerprint, self.delta = laq.fingerprint, config.delta
         self.about = (
@@ -341,6 +343,7 @@ class Checkpoint:
                     )
 
     def card(self, source, groups: dict[str, list[int]], share: Share) -> tuple[dict, dict[str, bytes]]:
+        """As `File.card`."""
         laq, args, seed = self.laq, self.args, self.args.seed
         train, val = self.split(source)
         times = {"times": (0.0, laq.config.delta), "image_size": laq.image_size, "seed": seed}
@@ -388,7 +391,7 @@ class Checkpoint:
         """Scores the probes on the sources of --transfer-to too, each as a further embodiment."""
         every, groups = [pairs], [torch.zeros_like(pairs.episodes)]
         others = [open_source(parse_uri(uri).uri) for uri in self.args.transfer_to]
-        own = source.name  # under which the card is kept
+        own = source.name  # the card is stored under it
         names = dict(enumerate(other.name for other in named_apart([source, *others])))
         source.name = own
         for number, (uri, other) in enumerate(zip(self.args.transfer_to, others, strict=True), start=1):

@@ -123,7 +123,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-_waits = itertools.count()
+_waits = itertools.count()  # the number of the next wait, the same on all ranks
 
 
 def wait_for_all() -> None:
@@ -220,13 +220,13 @@ def gathered(model: nn.Module):
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor of one in shards, gathered from all ranks, which must all call it; any other tensor as it is."""
+    """Gathers a tensor in shards from all ranks, which must all call it; returns any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def full_copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The whole tensors, gathered one by one, on the CPU. A rank with `keep` false takes part and gets none."""
+    """Gathers tensors one by one onto the CPU. A rank with `keep` false takes part, but gets none."""
     whole = ((name, full(tensor.detach())) for name, tensor in tensors.items())
     return {name: tensor.cpu() for name, tensor in whole if keep}
 

@@ -38,7 +38,7 @@ def decode_clips(clips: Sequence[Sequence[bytes]], name: Callable[[int], str]) -
     name: gives the name of a frame by its number, counted over all clips. Raises ValueError as `decode` does.
     """
     decoded, number, num_frames = [], 0, sum(map(len, clips))
-    size = None  # of the frames in memory
+    size = None  # height and width of the frames in `memory`, which begins with frame number `start`
     for clip in clips:
         first = number
         for data in clip:

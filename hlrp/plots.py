@@ -155,9 +155,9 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
 }
 DPI = 144  # twice a page's own, for sharp letters
-MAX_SCATTERED = 1500
+MAX_SCATTERED = 1500  # points of a scatter plot
 MAX_NAME = 24  # letters of a sequence that a chart shows
-MAX_SEQUENCES = 30  # shown by name
+MAX_SEQUENCES = 30  # bars of a chart
 
 
 def new_figure(**settings) -> "Figure":
@@ -190,14 +190,14 @@ def usage_chart(indices: Tensor, codebook_size: int) -> "Figure":
 
 def sequences_chart(sequences: Sequence[str], counts: Sequence[int]) -> "Figure":
     """How often each whole sequence of codes occurs, the most frequent first."""
-    shown = min(len(sequences), MAX_SEQUENCES)
+    num_bars = min(len(sequences), MAX_SEQUENCES)
     figure = new_figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    left.bar(range(shown), counts[:shown], color=BLUE)
-    names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…" for name in sequences[:shown]]
-    left.set_xticks(range(shown), names, rotation=90, size=7, family="monospace")
+    left.bar(range(num_bars), counts[:num_bars], color=BLUE)
+    names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…" for name in sequences[:num_bars]]
+    left.set_xticks(range(num_bars), names, rotation=90, size=7, family="monospace")
     left.set_ylabel("samples")
-    left.set_title(f"the {shown} most frequent of {len(sequences)} sequences")
+    left.set_title(f"the {num_bars} most frequent of {len(sequences)} sequences")
     left.margins(x=0.01)
     right.plot(range(1, len(counts) + 1), np.cumsum(counts) / sum(counts), color=BLUE)
     right.set_xscale("log")

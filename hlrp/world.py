@@ -122,12 +122,12 @@ def covered_by_squares(centre: np.ndarray) -> np.ndarray:
 
 FPS = 10
 MIN_LENGTH, MAX_LENGTH = 12, 48  # frames of an episode
-AFTERWARDS = 4  # frames that it goes on once the task is done
+AFTERWARDS = 4  # frames of an episode after its task is done
 GROUP_SIZE = 128  # episodes simulated together
 
 # lengths are in pixels
 MAX_SPEED = 40.0  # of the tip along each axis, an action of 1 [pixel/s]
-TIP_BORDER, BLOCK_BORDER = 4.0, 6.0  # nearest that tip and block centre come to the edge of the scene
+TIP_BORDER, BLOCK_BORDER = 4.0, 6.0  # least distance of the tip, and of a block's centre, from the edge of the scene
 CONTACT = 8.0  # distance of tip and block centre at which the tip pushes
 
 COLOURS = {
@@ -162,19 +162,20 @@ VARIANTS = {
 
 
 class World(Source):
-    """A data source (see `hlrp.contract`) of which all that moves in the image is known.
+    """A source (see `hlrp.contract`) that tells the truth about everything that moves in its frames.
 
     action: velocity of the tip (x to the right, y down) between a frame and the next; 1 is `MAX_SPEED`.
     state: position of the tip, -1 to 1 across the frame.
-    read() also gives `point`, where the block or the edge is that the task names first, `embodiment` int, the place
-    in `EMBODIMENTS`, and where the variant has them
-    `distractor` float32 (t, 4), the positions of the two balls, -1 to 1 across the frame,
-    and `camera_shift` float32 (t, 2) [pixel], by which everything in the frame is displaced.
-    The same seed gives the same blocks, tasks and actions in every variant.
+    The same seed gives the same blocks, tasks and actions in every variant. read() also gives, if the variant has it:
+
+        point           the place of the block or the edge that the task names first, as in `hlrp.contract`
+        embodiment      int, a number of `EMBODIMENTS`
+        distractor      float32 (t, 4), the positions of the two balls, -1 to 1 across the frame
+        camera_shift    float32 (t, 2), how far everything in the frame is displaced [pixel]
     """
 
     def __init__(self, variant: str = "default", episodes: int = 3000, seed: int = 0, kinds: str | None = None):
-        """kinds: of task, by commas, each as often; by default all, of which two are twice as frequent."""
+        """kinds: kinds of tasks, separated by commas, equally frequent (default: `KINDS`, which has two twice)."""
         if variant not in VARIANTS:
             raise ValueError(f"world:{variant}: unknown variant; expected one of {', '.join(VARIANTS)}")
         if episodes < 1 or seed < 0:
@@ -265,9 +266,9 @@ def normalised(position: np.ndarray) -> Tensor:
 class Scene(NamedTuple):
     task: list[str]  # b
     kind: np.ndarray  # str (b,), one of `KINDS`
-    edge: np.ndarray  # float (b, 2): direction of the edge that the task may speak of
+    edge: np.ndarray  # float (b, 2): direction of the edge that the task may name
     length: np.ndarray  # int64 (b,): frames until some time after the task is done
-    embodiment: np.ndarray  # float (b,) in [0, 1): chooses among those of the variant
+    embodiment: np.ndarray  # float (b,) in [0, 1): chooses an embodiment of the variant
     tip: np.ndarray  # float32 (b, t, 2)
     action: np.ndarray  # float32 (b, t, 2)
     blocks: np.ndarray  # float32 (b, t, 3, 2): the first is the one to touch or to push
