@@ -122,6 +122,7 @@ def test_what_hlrp_raises_is_told_in_its_message_and_what_others_raise_is_a_bug(
     assert message == f"Error: {error_of(unknown_quantizer)}"
     assert mistake(error_of(wrap(through_a_builtin))) is None
     assert mistake(error_of(wrap(through_torch))) is None
+    assert mistake(ValueError("never raised")) is None
     monkeypatch.setenv("HLRP_TRACEBACK", "1")
     assert mistake(error_of(wrap(unknown_quantizer))) is None
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from toys import TOP, WRIST, write_lerobot
 import finetune_policy
 from finetune_policy import Args, EnvArgs, EvalArgs
 from hlrp.clips import Clips
-from hlrp.demonstrations import PolicySettings, lerobot_flags, settings_given
+from hlrp.contract import EpisodeRange
+from hlrp.demonstrations import PolicySettings, check_episodes, lerobot_flags, settings_given
 from hlrp.label import latent_space
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.policy import HLRPPolicy
@@ -262,8 +264,13 @@ def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, t
     torch.testing.assert_close(
         load_file(stats)["action.mean"].double().numpy(), actions.mean(0).astype(np.float64), rtol=1e-4, atol=1e-6
     )
-    with pytest.raises(ValueError, match=rf"episodes=\[{val_episodes[0]}\] of world.* are held out"):
+    with pytest.raises(ValueError, match=rf"episodes=\[{val_episodes[0]}\] are held out or do not exist in world"):
         train(tmp_path / "other", stages, episodes=(int(val_episodes[0]),), **settings)
+
+
+def test_the_episodes_of_a_stream_cannot_be_chosen_by_their_numbers():
+    with pytest.raises(ValueError, match=r"episodes=\[3\], but rlds:robot is a stream; expected an indexed source"):
+        check_episodes([3], SimpleNamespace(uri="rlds:robot"), EpisodeRange(0, 0.1, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hlrp.laq_validation import alarms, evaluate, partners
+from hlrp.laq import LatentActions
+from hlrp.laq_validation import alarms, evaluate, joined, partners
 from hlrp.training_log import scalars
 
 
@@ -200,3 +201,9 @@ def test_two_processes_return_the_report_of_one(tmp_path):
     assert first == second
     alone = evaluate(Oracle(num_codes=5), {"toy": SET}, {"toy": FIT}, batch_size=9)
     assert scalars(first) == pytest.approx(scalars(alone), rel=1e-9)
+
+
+def test_batches_are_joined_field_by_field_and_what_none_of_them_has_stays_none():
+    parts = [LatentActions(torch.full((n, 2), float(n)), None) for n in (1, 3)]
+    whole = joined(parts, torch.neg)
+    assert whole.vectors[:, 0].tolist() == [-1, -3, -3, -3] and whole.indices is None
