@@ -265,6 +265,7 @@ def few_shots(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict[int,
     By the number of demonstrations of each task, and by what stands beside the principal components of the first frame:
     r2 and r2_per_dim of the mean action. A number that a task does not have is left out.
     """
+    assert pairs.actions is not None
     y = pairs.actions[:, varying(pairs.actions, pairs.is_fit)].double()
     first, second = flat(pairs.first), flat(pairs.second)
     observation = principal_components(first, pairs.is_fit, MIN_COMPONENTS)
@@ -286,10 +287,10 @@ def few_shots(pairs: Pairs, features: dict[str, Tensor], seed: int) -> dict[int,
             continue
         rng = np.random.default_rng(seed)
         chosen = [e for of_task in episodes.values() for e in rng.permutation(sorted(of_task))[:count].tolist()]
-        shown, figures[count] = torch.isin(pairs.episodes, torch.tensor(chosen)), {}
+        is_chosen, figures[count] = torch.isin(pairs.episodes, torch.tensor(chosen)), {}
         for name, x in inputs.items():
             x = torch.cat([x.float(), observation], dim=1)
-            scores = r2_per_dim(few_shot(x[shown], y[shown], x[~pairs.is_fit], seed), y[~pairs.is_fit])
+            scores = r2_per_dim(few_shot(x[is_chosen], y[is_chosen], x[~pairs.is_fit], seed), y[~pairs.is_fit])
             figures[count][name] = {"r2": float(scores.mean()), "r2_per_dim": scores.tolist()}
     return figures
 

@@ -14,7 +14,7 @@ data and says how good the actions are on held-out episodes.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -182,7 +182,7 @@ def actions_between(source: Source, delta: float) -> int:
     return int(numbers[0])
 
 
-def every_episode(source: Source) -> Sequence[int]:
+def every_episode(source: Source) -> Iterable[int]:
     return tqdm(range(len(source.lengths)), unit="episode", disable=None)
 
 
@@ -217,7 +217,7 @@ def read_off(
     args: Args, source: Source, laq: LAQ | None, train: np.ndarray, demonstrations: np.ndarray, num_steps: int
 ) -> list[Tensor]:
     """The actions (pairs, n, a) between the frames of each episode, by networks on features of all pairs."""
-    size = args.image_size if laq is None else laq.config.image_size
+    size = args.image_size if laq is None else laq.image_size
     chosen = np.random.default_rng(0).permutation(train)[:NUM_EPISODES].tolist()
     sample = [pixels(frames_of(source, i, size)) for i in chosen]
     to_first = principal_axes(torch.cat(sample), NUM_COMPONENTS)
@@ -241,10 +241,10 @@ def read_off(
         change = change[torch.randperm(len(change), generator=torch.Generator().manual_seed(args.seed))]
     features = torch.cat([change, torch.cat(firsts)], dim=1)
 
-    shown = [features.split(lengths)[i] for i in demonstrations]
+    inputs = [features.split(lengths)[i] for i in demonstrations]
     actions = [source.actions(int(i), np.arange(source.lengths[i] - 1)) for i in demonstrations]
     between = [part.unfold(0, num_steps, 1).movedim(-1, 1).flatten(1) for part in actions if len(part) >= num_steps]
-    predicted = few_shot(torch.cat(shown), torch.cat(between), features, args.seed).float()
+    predicted = few_shot(torch.cat(inputs), torch.cat(between), features, args.seed).float()
     return list(predicted.unflatten(1, (num_steps, -1)).split(lengths))
 
 

@@ -311,7 +311,7 @@ def algebra(laq: LAQ, frames: Tensor, tasks: list[str], episodes: Tensor, has_th
     def response(difference: Tensor) -> float | None:
         return float(difference.norm(dim=-1).median()) / size if size else None
 
-    figures = {
+    figures: dict[str, float | dict[str, float] | None] = {
         "zero_transition": response(nothing - origin),
         "camera_shift": response(z(a, shifted(a, pixels))),
         "crop": response(z(shifted(a, pixels), shifted(b, pixels)) - forward),

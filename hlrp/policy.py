@@ -195,7 +195,7 @@ class HLRPPolicy(PreTrainedPolicy):
         self.expert = None if shared else ActionExpert({}, self.vlm.dim, config.expert_dim, config.expert_depth)
         if self.latent_head is not None and not config.latent_weight:
             self.latent_head.requires_grad_(False)
-            if config.action_context != "prompt":
+            if isinstance(self.latent_head, ParallelHead) and config.action_context != "prompt":
                 self.latent_head.queries.requires_grad_(True)
         action_dim = self.action_dim
         self.trunk.requires_grad_(True)
@@ -356,6 +356,7 @@ class HLRPPolicy(PreTrainedPolicy):
         """Those that `action_context` names."""
         if self.config.action_context == "prompt":
             return prompt
+        assert queries is not None  # the head is parallel
         return queries if self.config.action_context == "latents" else prompt.followed_by(queries)
 
     def context(self, seen: Encoded, batch: dict) -> Context:
