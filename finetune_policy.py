@@ -20,7 +20,7 @@ import tyro
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hlrp.checkpoints import write_json
-from hlrp.cli import tell_mistakes
+from hlrp.cli import NOT_GIVEN, Interval, tell_mistakes
 from hlrp.demonstrations import (
     PolicySettings,
     alarms,
@@ -42,7 +42,7 @@ from hlrp.label import cached_space, latent_space
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.rollout import env_flags, is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
-from hlrp.training import NOT_GIVEN, Interval, Run, RunArgs
+from hlrp.training import Run, RunArgs
 from hlrp.vla_validation import label, shuffled
 
 

@@ -1,4 +1,5 @@
-"""How a command ends: a user's mistake prints one message, a bug its traceback; the exit code is 1 for both.
+"""How a command ends: a user's mistake prints one message, a bug its traceback; the exit code is 1 for both. And the
+type of a setting that follows from others.
 
 HLRP_TRACEBACK=1 prints the traceback of a mistake too. torch imports this module wherever it is imported itself (the
 entry point in setup.py), so it imports the standard library alone.
@@ -9,10 +10,16 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 LIBRARY = Path(__file__).resolve().parent
 SCRIPTS = {"train_laq.py", "train_vla.py", "finetune_policy.py"}
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
+if TYPE_CHECKING:
+    Interval = int
+else:
+    Interval = int | None  # None on the command line stands for a part of --steps; `RunArgs.resolved` fills it in
+NOT_GIVEN: Any = None
 MISTAKES = (ValueError, RuntimeError, FloatingPointError, ImportError, OSError)  # what hlrp raises for its user
 
 

@@ -409,7 +409,7 @@ def probe_r2(latents: Tensor, actions: Tensor, episodes: Tensor, is_fit: Tensor 
     fitted, scored = episodes[is_fit].unique(), episodes[~is_fit].unique()
     if torch.isin(fitted, scored).any():
         both = fitted[torch.isin(fitted, scored)].tolist()
-        raise ValueError(f"expected different episodes to fit and to score a probe, got episodes {both[:8]} on both sides")
+        raise ValueError(f"expected other episodes to score a probe than to fit it, got episodes {both[:8]} in both")
 
     constant = is_constant(actions[is_fit]) | is_constant(actions[~is_fit])
     varying = actions[:, ~constant]

@@ -46,6 +46,7 @@ from hlrp.checkpoints import (
     whole_folder,
     write_json,
 )
+from hlrp.cli import NOT_GIVEN, Interval
 from hlrp.data import Mixture, loader
 from hlrp.distributed import (
     Watchdog,
@@ -61,7 +62,7 @@ from hlrp.distributed import (
     wait_for_all,
 )
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.training_log import Clock, Intake, Log, labelled_counts, scalars, stragglers
+from hlrp.training_log import Clock, Intake, Log, labelled_counts, scalars, stragglers, tensor
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -69,13 +70,6 @@ if TYPE_CHECKING:
 # exit code: saved and stopped by a signal, the same command goes on; 75, or as slurm/common.sh wants it
 INTERRUPTED = int(os.environ.get("HLRP_INTERRUPTED", os.EX_TEMPFAIL))
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # save and stop
-
-
-if TYPE_CHECKING:
-    Interval = int
-else:
-    Interval = int | None  # None on the command line stands for a part of --steps, which `RunArgs.resolved` fills in
-NOT_GIVEN: Any = None
 
 
 @dataclass
@@ -205,10 +199,8 @@ class Run:
         # how often what waits for the device is looked at [optimizer step]
         self.check_freq = 1 if self.device.type == "cpu" else 10
         self.watchdog = Watchdog(accelerator.process_index)
-        self.step = 0
+        self.step, self.has_started, self.has_stepped = 0, False, False  # has_stepped: since the last batch was given
         self.report: Any = None  # a dict once there is one
-        self.has_started = False  # from there on, there is a log
-        self.has_stepped = False  # since the last batch was given
         self.stop_signal, self.stop_asked, self.must_stop = 0, 0.0, False
         self.handlers = {}
 
@@ -356,13 +348,7 @@ class Run:
         """`labelled_counts` of an optimizer step, on all ranks, for each of its batches."""
         counts = labelled_counts(batches, with_points=bool(self.settings.get("point_weight")))
         means = {name: count.to(self.device, torch.float32) for name, count in counts.items()}
-        return {name: self.mean(count) / len(batches) for name, count in means.items()}
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over all ranks."""
-        mean = self.accelerator.reduce(x, "mean")
-        assert isinstance(mean, Tensor)
-        return mean
+        return {name: tensor(self.accelerator.reduce(count, "mean")) / len(batches) for name, count in means.items()}
 
     def accumulate(self, model: nn.Module):
         """A context in which ranks exchange gradients only in the last forward and backward pass of a step."""
@@ -398,10 +384,8 @@ class Run:
             self.log_training({"loss": loss, **means, "grad_norm": grad_norm, "lr": lr})
 
     def refuse_faults(self) -> None:
-        first_fault: Any = self.first_fault
-        if dist.is_initialized():
-            first_fault = self.accelerator.reduce(first_fault, "min")
-        if math.isinf(first := float(first_fault)):
+        fault = tensor(self.accelerator.reduce(self.first_fault, "min")) if dist.is_initialized() else self.first_fault
+        if math.isinf(first := float(fault)):
             self.intake.seen.clear()
             return
         mine = float(self.first_fault) == first
@@ -416,15 +400,14 @@ class Run:
     def log_training(self, values: dict[str, float | Tensor]) -> None:
         """Means over ranks of the scalars of a step, the share of each source so far, and the speed."""
         tensors = {name: full(value).detach().float() for name, value in values.items() if isinstance(value, Tensor)}
-        means = self.mean(torch.stack([*tensors.values()])).tolist()
+        means = tensor(self.accelerator.reduce(torch.stack([*tensors.values()]), "mean")).tolist()
         record: dict[str, Any] = values | dict(zip(tensors, means, strict=True))
         record |= self.mixture.shares(self.step * self.samples_per_step)
         num_ranks = self.accelerator.num_processes
         if self.clock.stopwatch is not None:
             steps = self.clock.samples * num_ranks / self.samples_per_step
             mine = torch.tensor([[self.clock.waited, self.clock.stopwatch.read()]], device=self.device)
-            of_all: Any = self.accelerator.gather(mine)
-            if line := stragglers(of_all.cpu() / steps):
+            if line := stragglers(tensor(self.accelerator.gather(mine)).cpu() / steps):
                 self.print(line)
         record |= self.clock.speed(num_ranks, (self.args.steps - self.step) * self.samples_per_step)
         if self.intake.num_broken:
@@ -482,8 +465,8 @@ class Run:
         """
         self.refuse_faults()
         folder = self.args.output_dir / "checkpoints" / f"{self.step:06d}"
-        model = self.accelerator.unwrap_model(model)
-        weights = full_copies(model.state_dict(), self.is_main)
+        bare: Any = self.accelerator.unwrap_model(model)
+        weights = full_copies(bare.state_dict(), self.is_main)
         state = full_copies(moments(optimizer), self.is_main)
         turns = self.intake.next_turns(self.device)
         if self.is_main and not folder.is_dir():
@@ -494,8 +477,7 @@ class Run:
                 if average is not None:
                     save_tensors(partial / "training_state" / WEIGHTS, weights)
                     weights = average.module.state_dict()
-                save: Any = write or model.save_pretrained
-                save(partial / "pretrained_model", weights, **provenance)
+                (write or bare.save_pretrained)(partial / "pretrained_model", weights, **provenance)
                 save_optimizer(partial / "training_state", optimizer, state)
                 step = {"step": self.step, "report": self.report, "turns": turns}
                 write_json(partial / "training_state" / "training_step.json", step)

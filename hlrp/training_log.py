@@ -222,3 +222,9 @@ def labelled_counts(batches: list[dict], with_points: bool) -> dict[str, Tensor]
         points = [batch["point"] for batch in batches if "point" in batch]
         counts["num_points"] = torch.cat([torch.zeros(0, 2), *points]).isfinite().all(1).sum()
     return counts
+
+
+def tensor(x) -> Tensor:
+    """What a collective of accelerate returns for a tensor: a tensor, though its types allow more."""
+    assert isinstance(x, Tensor)
+    return x
