@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import Subset
 
 from hlrp.clips import SAMPLE_KEYS
+from hlrp.data import Chosen
 from hlrp.images import resize
 from hlrp.laq import LatentActions
 from hlrp.laq_validation import Share, joined
@@ -66,7 +66,7 @@ class Pairs(NamedTuple):
     tasks: Sequence[str] = ()  # the instruction of each pair
 
 
-def read_pairs(sets: Sequence[Subset], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
+def read_pairs(sets: Sequence[Chosen], encoders: dict[str, Callable[[Tensor], LatentActions]], share: Share) -> Pairs:
     """Reads two sets once, of the episodes to fit on and of the episodes to score, and encodes them by every model."""
     rows, tasks, latents, num_fit = [], [], {name: [] for name in encoders}, len(sets[0])
     for side, dataset in enumerate(sets):

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from hlrp.card import (
     LABELS,
@@ -46,7 +45,7 @@ from hlrp.card import (
 from hlrp.card_plots import draw
 from hlrp.clips import Clips
 from hlrp.contract import Stream, labelled_episodes, split_episodes
-from hlrp.data import Mixture, action_statistics, choose_clips, collate, loader
+from hlrp.data import Chosen, Mixture, action_statistics, choose_clips, collate, loader
 from hlrp.laq import LAQ, LAQConfig, LatentActions
 from hlrp.laq_validation import Share, algebra, code_use, encode_all
 from hlrp.metrics import MIN_EPISODES, episode_split, principal_components
@@ -149,7 +148,7 @@ def integers(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
+def pairs_of(file: LatentFile, source, image_size: int) -> Chosen:
     """The pairs of frames that the rows are of, in their order.
 
     Raises ValueError for a row whose pair the source does not have.
@@ -181,7 +180,7 @@ def pairs_of(file: LatentFile, source, image_size: int) -> Subset:
             f"{file.path}, row {row}: frame {index[row]} of episode {file.episode[row]}; pairs {file.delta:g} s "
             f"apart start at 0 to {last[row]}"
         )
-    return Subset(clips, (clips.firsts[file.episode] + index).tolist())
+    return Chosen(clips, (clips.firsts[file.episode] + index).tolist(), skip_broken=False)
 
 
 def untrained(config: LAQConfig, seed: int) -> LAQ:
@@ -313,7 +312,7 @@ class File:
         is_fit = episode_split(episodes, FIT_SHARE, self.seed)
         rows = np.random.default_rng(self.seed).permutation(len(episodes))[: self.max_pairs]
         sides = [torch.from_numpy(np.sort(rows))[side[np.sort(rows)]] for side in (is_fit, ~is_fit)]
-        sets = [Subset(everything.dataset, [everything.indices[i] for i in side.tolist()]) for side in sides]
+        sets = [Chosen(everything.dataset, [everything.indices[i] for i in side.tolist()], False) for side in sides]
         pairs, order = read_pairs(sets, {}, share), torch.cat(sides)
         indices = None if self.file.indices is None else self.file.indices[order]
         pairs = pairs._replace(latents={Z: LatentActions(self.file.vectors[order], indices)})

@@ -243,7 +243,7 @@ def read_results(args: Args) -> list[dict]:
     return json.loads(file.read_text()) if file.is_file() else []
 
 
-def successes(results: dict[Cell, list[dict]], method: str, demonstrations: int) -> dict[tuple, int]:
+def successes(results: dict[Cell, list[dict]], method: str, demonstrations: int | None) -> dict[tuple, int]:
     """Success by (seed, task, episode_seed)."""
     if method == "oracle":
         demonstrations = None

@@ -88,7 +88,7 @@ class Chosen(Subset):
 
     dataset: Any  # `Clips`, or what reads as they do
 
-    def __init__(self, clips: Clips, indices: Indices, skip_broken: bool):
+    def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
         super().__init__(clips, indices)
         self.skip_broken = skip_broken
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -140,7 +140,8 @@ class HDF5Data(Source):
 
     def _episode(self, file: h5py.File, path: Path, name: str, task: str | None, fps: float | None) -> Episode:
         episode = Episode(path, name, 0, 0.0, "", {})
-        group, numbers = file[name], {}
+        group: Any = file[name]
+        numbers = {}
         with naming(episode):
             lengths = {}
             for column in (column for columns in self.keys.values() for column in columns):
@@ -166,7 +167,8 @@ class HDF5Data(Source):
             raise ValueError(f"{at}: expected frame numbers below {at.length}, got {indices.min()} to {indices.max()}")
         wanted, position = np.unique(indices, return_inverse=True)
         with naming(at):
-            dataset = open_file(at.path)[at.group][self.key]
+            file: Any = open_file(at.path)
+            dataset = file[at.group][self.key]
             if dataset.ndim == 4:
                 frames = np.empty((len(wanted), *dataset.shape[1:]), dtype=np.uint8)  # t h w c
                 for i, number in enumerate(wanted.tolist()):
@@ -226,7 +228,7 @@ def find_files(uri: str, path: Path) -> list[Path]:
     return files
 
 
-def open_demos(path: Path, mask: str | None) -> tuple[h5py.File, list[str]]:
+def open_demos(path: Path, mask: str | None) -> tuple[Any, list[str]]:
     """An open file, and the groups of its episodes. Raises ValueError where there is none."""
     try:
         file = h5py.File(path, "r", locking="best-effort")
@@ -241,7 +243,7 @@ def open_demos(path: Path, mask: str | None) -> tuple[h5py.File, list[str]]:
     return file, groups
 
 
-def demos(file: h5py.File, mask: str | None) -> list[str]:
+def demos(file: Any, mask: str | None) -> list[str]:
     if any(name in file for name in OBSERVATIONS):
         return ["/"]
     data, masks = file.get("data"), file.get("mask", {})
@@ -249,10 +251,10 @@ def demos(file: h5py.File, mask: str | None) -> list[str]:
         return []
     if mask is not None and mask not in masks:
         raise ValueError(f"{file.filename}: mask={mask}; its masks: {', '.join(masks) or 'none'}")
-    names = [name for name in data if isinstance(data[name], h5py.Group)]
+    names: list[str] = [name for name in data if isinstance(data[name], h5py.Group)]
     chosen = names if mask is None else {to_text(name) for name in masks[mask][()]}
     numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in names}
-    return [f"data/{name}" for name in sorted(names, key=numbers.get) if name in chosen]
+    return [f"data/{name}" for name in sorted(names, key=numbers.__getitem__) if name in chosen]
 
 
 def is_column(thing) -> bool:
@@ -316,7 +318,7 @@ def choose_keys(
     return chosen
 
 
-def read_numbers(group: h5py.Group, columns: Sequence[Column]) -> np.ndarray:
+def read_numbers(group: Any, columns: Sequence[Column]) -> np.ndarray:
     """Columns side by side, float32 (t, n). Raises ValueError where they are not finite."""
     parts = []
     for path, numbers in columns:
@@ -349,7 +351,7 @@ def to_json(attributes, name: str) -> dict:
 def frame_rate(file: h5py.File) -> float:
     arguments = to_json(file["data"].attrs, "env_args") if "data" in file else {}
     rate = (arguments.get("env_kwargs") or {}).get("control_freq")
-    if type(rate) not in (int, float) or not 0 < rate < float("inf"):
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < float("inf"):
         raise ValueError(f"expected control_freq in env_args, or ?fps=20 or another rate, got {rate}")
     return float(rate)
 

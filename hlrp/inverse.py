@@ -137,10 +137,10 @@ def main(args: Args) -> None:
         pairs = [label(frames_of(source, i, args.image_size)) for i in every_episode(source)]
     else:
         pairs = read_off(args, source, laq, train, demonstrations, num_steps)
-    mean = torch.cat([source.actions(int(i), np.arange(source.lengths[i])) for i in demonstrations]).mean(0)
+    mean = torch.cat([source.actions(int(i), np.arange(int(source.lengths[i]))) for i in demonstrations]).mean(0)
     labels = [actions_of(part, int(source.lengths[i]), mean) for i, part in enumerate(pairs)]
 
-    truth = [source.actions(int(i), np.arange(source.lengths[i] - 1)) for i in val]
+    truth = [source.actions(int(i), np.arange(int(source.lengths[i]) - 1)) for i in val]
     score = r2_per_dim(torch.cat([labels[i][:-1] for i in val]), torch.cat(truth))
     between = [part.unfold(0, num_steps, 1).mean(-1) for part in truth if len(part) >= num_steps]  # pairs a
     over_delta = r2_per_dim(torch.cat([pairs[i].mean(1) for i in val if len(pairs[i])]), torch.cat(between))
@@ -242,7 +242,7 @@ def read_off(
     features = torch.cat([change, torch.cat(firsts)], dim=1)
 
     inputs = [features.split(lengths)[i] for i in demonstrations]
-    actions = [source.actions(int(i), np.arange(source.lengths[i] - 1)) for i in demonstrations]
+    actions = [source.actions(int(i), np.arange(int(source.lengths[i]) - 1)) for i in demonstrations]
     between = [part.unfold(0, num_steps, 1).movedim(-1, 1).flatten(1) for part in actions if len(part) >= num_steps]
     predicted = few_shot(torch.cat(inputs), torch.cat(between), features, args.seed).float()
     return list(predicted.unflatten(1, (num_steps, -1)).split(lengths))

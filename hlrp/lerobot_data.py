@@ -94,7 +94,8 @@ class LeRobotData(Source):
         episodes = {key: np.delete(column, empty) for key, column in episodes.items()}
         self.data_files, episodes["data_file"] = episode_files(root, info["data_path"], episodes, "data")
         chosen = [column.path for name in (STATE, ACTION) for column in columns[name]]
-        keys = list(dict.fromkeys([*chosen, *([POINT] if POINT in features else [])]))
+        chosen += [POINT] * (POINT in features)
+        keys = list(dict.fromkeys(chosen))
         self.tasks = read_tasks(root) if "task_index" in features else None
         self.numbers, self.places, broken = read_numbers(self.data_files, episodes, keys, self.tasks)
         others_kept = {key: column for key, column in self.numbers.items() if key not in keys}

@@ -233,7 +233,7 @@ def read_texts(paths: list[Path], key: str, tasks: dict[int, str] | None) -> tup
     Returns the number of the instruction of each row, int64 (rows,), and number -> instruction."""
     numbers, known = [], {}
     for path in paths:
-        rows = read_table(path, [key])[key].to_pylist()
+        rows: list[Any] = read_table(path, [key])[key].to_pylist()
         rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
         for row, value in enumerate(rows):
             if not isinstance(value, str) and (type(value) is not int or value not in (tasks or {})):

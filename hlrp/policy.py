@@ -349,6 +349,7 @@ class HLRPPolicy(PreTrainedPolicy):
         """The hidden states that the actions are read from."""
         if self.config.action_context == "prompt":
             return self.vlm(images, tasks)
+        assert isinstance(self.latent_head, ParallelHead)
         encoded, length = self.latent_head.encode(self.vlm, images, tasks), self.latent_head.length
         return self.chosen(encoded.without(length), encoded.last(length))
 

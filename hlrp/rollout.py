@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -40,7 +40,18 @@ from hlrp.metrics import wilson
 
 EPISODES, SETTINGS = "episodes.csv", "episodes.json"
 FIRST_SEED = 1000  # of the roll-outs in training
-COLUMNS = ("suite", "task", "episode", "seed", "init_state", "success", "return", "max_reward", "length", "video")
+COLUMNS: tuple[str, ...] = (
+    "suite",
+    "task",
+    "episode",
+    "seed",
+    "init_state",
+    "success",
+    "return",
+    "max_reward",
+    "length",
+    "video",
+)
 
 
 @dataclass
@@ -211,6 +222,7 @@ def evaluate(
             for k, row in enumerate(env.rows[first:], first):
                 video = ""
                 if k < videos:
+                    assert videos_dir is not None and partial is not None
                     file = videos_dir / f"{suite}_{i}" / f"eval_episode_{k}.mp4"
                     file.parent.mkdir(parents=True, exist_ok=True)
                     (partial / f"eval_episode_{k - first}.mp4").replace(file)
@@ -276,7 +288,7 @@ def read_episodes(folder: Path) -> dict[str, list[dict]]:
 
 def write_episodes(folder: Path, rows: dict[str, list[dict]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list[str](COLUMNS), lineterminator="\n")
     writer.writeheader()
     for row in (row for task in rows.values() for row in task):
         writer.writerow(row | {"success": int(row["success"])})
@@ -346,7 +358,7 @@ def summary(rows: Sequence[dict], latencies: Sequence[float]) -> dict:
     def rates(column: str) -> dict:
         return {name: rate([r for r in rows if r[column] == name]) for name in dict.fromkeys(r[column] for r in rows)}
 
-    result = {"tasks": rates("task"), "suites": rates("suite"), "all": rate(rows)}
+    result: dict[str, Any] = {"tasks": rates("task"), "suites": rates("suite"), "all": rate(rows)}
     if len(result["suites"]) > 1:
         successes = [suite["success"] for suite in result["suites"].values()]
         result["mean_of_suites"] = sum(successes) / len(successes)

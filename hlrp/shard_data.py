@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from torch import Tensor
 
 from hlrp.checkpoints import contents_hash
@@ -46,7 +46,7 @@ def find_tars(location: str | Path) -> list[str]:
         return tars
     try:
         return list(braceexpand(str(location)))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # of braces that are not closed
         raise ValueError(f"shards:{location}: {error}; expected a pattern such as {{000000..000127}}.tar") from error
 
 
