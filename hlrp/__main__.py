@@ -13,7 +13,8 @@ def commands() -> dict[str, str]:
     modules = [path for path in sorted(LIBRARY.glob("*.py")) if not path.stem.startswith("_")]
     is_command = {path: '\nif __name__ == "__main__":' in path.read_text() for path in modules}
     calls |= {f"python -m hlrp.{path.stem}": path for path in modules if is_command[path]}
-    return {call: ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] for call, path in calls.items()}
+    docstrings = {call: ast.get_docstring(ast.parse(path.read_text())) or "" for call, path in calls.items()}
+    return {call: text.partition("\n")[0] for call, text in docstrings.items()}
 
 
 if __name__ == "__main__":

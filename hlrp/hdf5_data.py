@@ -251,7 +251,7 @@ def demos(file: Any, mask: str | None) -> list[str]:
         return []
     if mask is not None and mask not in masks:
         raise ValueError(f"{file.filename}: mask={mask}; its masks: {', '.join(masks) or 'none'}")
-    names: list[str] = [name for name in data if isinstance(data[name], h5py.Group)]
+    names = [str(name) for name in data if isinstance(data[name], h5py.Group)]
     chosen = names if mask is None else {to_text(name) for name in masks[mask][()]}
     numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in names}
     return [f"data/{name}" for name in sorted(names, key=numbers.__getitem__) if name in chosen]

@@ -39,7 +39,7 @@ class LateFrames(Sequence[bytes]):
     nbytes: int
     name: str  # for errors
 
-    def decoded(self, indices: Sequence[int]) -> Tensor:
+    def decoded(self, indices: Indices) -> Tensor:
         """uint8 (t, c, h, w)"""
         return decode_all([self[i] for i in indices], lambda i: f"{self.name}, frame {indices[i]}")
 
@@ -62,7 +62,7 @@ class VideoFrames(LateFrames):
 
         return encode_png(self.decoded([index])[0].contiguous(), compression_level=1).numpy().tobytes()
 
-    def decoded(self, indices: Sequence[int]) -> Tensor:
+    def decoded(self, indices: Indices) -> Tensor:
         with self.naming():
             reader = open_in_memory(self, os.getpid())
             return reader.numbered(reader.grid[np.asarray(indices)])
