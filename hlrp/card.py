@@ -39,6 +39,7 @@ OBSERVED_SIZE = 32  # side of the frames that observation controls see [pixel]
 MAX_COMPONENTS = 256  # principal components of frames that a control has, at most
 MIN_COMPONENTS = 32  # principal components of the observation, however few dimensions a latent action has
 MIN_MISSING = 0.02  # R2 that an observation misses, below which nobody can add to it
+MAX_INDICATORS = 512  # of codes, for networks: for more, they read vectors
 NUM_DRAWS = 1000  # of the bootstrap
 NUM_DEMONSTRATIONS = (1, 5)  # of each task, that a probe is fitted on
 NUM_ACTION_BINS, NUM_SHIFTS = 16, 200  # clusters of actions; shifts of the codes against them, for the null
@@ -406,7 +407,7 @@ def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
     if not actions.vectors.numel():
         assert actions.indices is not None and codebook_size is not None
         return one_hot_features(actions.indices, codebook_size)
-    return probe_features(actions.vectors, actions.indices, codebook_size)
+    return probe_features(actions.vectors, actions.indices, codebook_size, MAX_INDICATORS)
 
 
 def flat(frames: Tensor) -> Tensor:

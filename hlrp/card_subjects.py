@@ -286,7 +286,8 @@ def judged(
     if pairs.actions is not None:
         card["information"], z = information(pairs, features, groups, seed)
         predicted = z.pred
-        card["few_shots"] = few_shots(pairs, features, seed)
+        vectors = {name: x.vectors.flatten(1) for name, x in pairs.latents.items() if x.vectors.numel()}
+        card["few_shots"] = few_shots(pairs, features | vectors, seed)
         if (indices := pairs.latents[Z].indices) is not None:
             card["dependence"] = dependence(indices, pairs.actions, seed)
         if pairs.embodiments is not None and len(pairs.embodiments.unique()) > 1:

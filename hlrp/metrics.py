@@ -215,10 +215,12 @@ def one_hot_features(indices: Tensor, codebook_size: int) -> Tensor:
     return F.one_hot(indices, codebook_size).flatten(1).float()
 
 
-def probe_features(codes: Tensor, indices: Tensor | None, codebook_size: int | None) -> Tensor:
+def probe_features(
+    codes: Tensor, indices: Tensor | None, codebook_size: int | None, most: int = MAX_INDICATORS
+) -> Tensor:
     """The input of a probe for latent actions (b, n, d): indicators of their codes, as the next stage reads them, if
-    they are discrete and the indicators are no more than `MAX_INDICATORS`; else their vectors."""
-    if indices is not None and codebook_size is not None and indices.shape[1] * codebook_size <= MAX_INDICATORS:
+    they are discrete and the indicators are no more than `most`; else their vectors."""
+    if indices is not None and codebook_size is not None and indices.shape[1] * codebook_size <= most:
         return one_hot_features(indices, codebook_size)
     return code_features(codes)
 
