@@ -41,7 +41,7 @@ def test_a_quantizer_trains(monkeypatch):
     add("quantizers", monkeypatch, "QUANTIZERS")
     laq = LAQ(LAQConfig(quantizer="signs", codebook_size=8, image_size=16, patch_size=8))
     loss, _ = laq({"frames": torch.randint(256, (4, 2, 3, 16, 16), dtype=torch.uint8), "step": 0})
-    codes, indices, _ = laq.quantizer(torch.randn(8, 4, 128))
+    codes, indices, _ = laq.quantizer(torch.randn(8, 32, 128))
     assert loss.isfinite() and len(indices.unique()) > 1
     torch.testing.assert_close(laq.quantizer.decode(indices), codes)
 

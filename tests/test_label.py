@@ -99,7 +99,7 @@ def assert_equal(cached, online):
 def test_a_batch_of_cached_labels_is_the_batch_of_online_labels_to_the_bit(new, laq, times):
     cached, online = batches(f"lerobot:{new}?camera=wrist", laq, times)
     assert cached["latent_indices"].unique(dim=0).shape[0] > 10
-    assert cached["latent_vectors"].shape == (sum(LENGTHS) - 9 * (len(times) - 1), len(times) - 1, 8)
+    assert cached["latent_vectors"].shape == (sum(LENGTHS) - 9 * (len(times) - 1), len(times) - 1, 64)
     assert_equal(cached, online)
 
 
@@ -176,7 +176,7 @@ def test_the_old_dataset_is_left_as_it_is_and_all_of_it_is_in_the_new_one(base, 
     assert before.keys() <= after.keys()
     facts = json.loads((base / "again/meta/latent_actions.json").read_text())
     assert facts["camera"] == TOP and facts["source"] == f"lerobot:{old}"
-    assert facts["fingerprint"] == laq.fingerprint and facts["delta"] == 0.3 and facts["vector_dim"] == 8
+    assert facts["fingerprint"] == laq.fingerprint and facts["delta"] == 0.3 and facts["vector_dim"] == 64
 
 
 def test_labels_of_another_laq_delta_or_camera_are_refused(new, laq):

@@ -198,7 +198,7 @@ def test_missing_and_broken_files_are_named(copy):
         LeRobotData(copy, skip_broken=True)  # no episode is left
     data = copy / "data/chunk-000/file-000.parquet"
     change(copy / "meta/episodes/chunk-000/file-000.parquet", length=[12, 29, 10])
-    with pytest.raises(ValueError, match=f"{data}: its rows are not those"):
+    with pytest.raises(ValueError, match=f"{data}: expected the rows of the episodes that meta/episodes has"):
         LeRobotData(copy, camera="wrist")
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{data}: not a readable parquet file"):

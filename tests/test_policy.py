@@ -529,4 +529,4 @@ def test_a_config_that_hlrp_0_1_0_has_saved_is_read_as_it_was(tmp_path):
     config = PreTrainedConfig.from_pretrained(tmp_path)
     assert isinstance(config, HLRPConfig) and config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == saved | {"action_context": "prompt"}
+    assert json.loads((tmp_path / "config.json").read_text()) == saved | {"action_context": "prompt", "crop": False}
