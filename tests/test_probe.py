@@ -36,7 +36,7 @@ def latents(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     """A LAQ whose decoder has learned nothing, and so says the same whatever the code."""
     folder = tmp_path_factory.mktemp("laq")
-    laq = untrained(LAQConfig(image_size=32), seed=0)
+    laq = untrained(LAQConfig(image_size=32, num_tokens=4, codebook_size=8), seed=0)
     laq.save_pretrained(folder, data=[DATA], step=0, report=None)
     return folder
 

@@ -179,7 +179,7 @@ def test_a_new_quantizer_is_one_class_and_one_line_of_the_table(monkeypatch):
 
     monkeypatch.setitem(QUANTIZERS, "signs", lambda code_dim, codebook_size: Signs(3, codebook_size))
     quantizer = LAQ(LAQConfig(quantizer="signs", codebook_size=8)).quantizer
-    codes, indices, _ = quantizer(torch.randn(2, 4, 128))
+    codes, indices, _ = quantizer(torch.randn(2, 32, 128))
     assert len(indices.unique()) > 1
     torch.testing.assert_close(quantizer.decode(indices), codes)
     assert get_args(QuantizerName) == tuple(name for name in QUANTIZERS if name != "signs")  # what --help lists
