@@ -478,9 +478,8 @@ def start_from(folder: Path, given: PolicySettings, names: Collection[str], with
     config = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, HLRPConfig):
         raise ValueError(f"policy.path={folder} is a policy of type {config.type!r}; expected hlrp")
-    fixed = "vla vlm image_size lora_rank n_obs_steps chunk_size action_head num_bins".split()
-    fixed += "expert_dim expert_depth action_context".split()
-    default = PolicySettings()
+    fixed = {"vla", "vlm", "image_size", "lora_rank", "n_obs_steps", "chunk_size", "action_head", "num_bins"}
+    fixed, default = fixed | {"expert_dim", "expert_depth", "action_context"}, PolicySettings()
     for name, value in ((f.name, getattr(given, f.name)) for f in fields(PolicySettings)):
         if value == getattr(default, name) and name not in names:
             continue
