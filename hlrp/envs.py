@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import draccus
 import gymnasium as gym
@@ -206,7 +206,8 @@ class MetaWorld(gym.Env):
             }
         )
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
-        self.env = self.renderer = None  # made in the process that uses them
+        self.env: Any = None  # made in the process that uses it, as the renderer is
+        self.renderer: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
@@ -283,11 +284,11 @@ def refuse_another_robot(
 
 
 def unseen_cameras(policy: PreTrainedConfig, env: SideBySide, rename_map: dict[str, str]) -> set[str]:
-    name, actions = env.config.type, int(np.prod(env.single_action_space.shape))
+    name, actions = env.config.type, int(np.prod(env.single_action_space.shape or ()))
     if policy.action_feature is not None and policy.action_feature.shape[0] != actions:
         raise ValueError(f"the policy has {policy.action_feature.shape[0]} actions, {name} {actions}")
     preprocess, _ = env.config.get_env_processors()
-    shown = preprocess(preprocess_observation(env.observation_space.sample()))
+    shown: dict[str, Any] = preprocess(preprocess_observation(env.observation_space.sample()))
     shown = {key: value for key, value in shown.items() if key.startswith(OBS_STR)}
     if strangers := sorted(rename_map.keys() - shown.keys()):
         raise ValueError(f"rename_map has {strangers[0]!r}; {name} shows {', '.join(sorted(shown))}")

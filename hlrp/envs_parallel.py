@@ -44,11 +44,12 @@ class Copy:
     """The environment that LeRobot makes for one episode at a time. It runs some of the episodes, and is reset as often
     as if it ran all of them."""
 
-    def __init__(self, env: gym.vector.VectorEnv, config: EnvConfig):
+    def __init__(self, env: Any, config: EnvConfig):
+        """env: a vector of one, synchronous or asynchronous, which gymnasium types alike in little."""
         self.env, self.config = env, config
         self.passed = 0  # episodes that lie behind it
         self.counters: set[str] | None = None  # what a reset moves on; None: no reset has shown it yet
-        self.inner = getattr(env, "envs", [None])[0]
+        self.inner: Any = getattr(env, "envs", [None])[0]
         while isinstance(self.inner, gym.Wrapper):
             self.inner = self.inner.env
 
@@ -350,7 +351,7 @@ class SideBySide(gym.vector.VectorEnv):
         self.ask(dict.fromkeys(range(self.num_envs), ("close",)))
 
 
-def attribute(env: gym.vector.VectorEnv, name: str):
+def attribute(env: Any, name: str):
     """Of the environment in a vector of one; None where it has none such."""
     try:
         return env.get_attr(name)[0]
@@ -358,7 +359,7 @@ def attribute(env: gym.vector.VectorEnv, name: str):
         return None
 
 
-def init_state(env: gym.vector.VectorEnv) -> int | None:
+def init_state(env: Any) -> int | None:
     """Which of LIBERO's init states the next episode begins in."""
     state, states = attribute(env, "init_state_id"), attribute(env, "_init_states")
     if state is None or attribute(env, "init_states") is False:
@@ -366,7 +367,7 @@ def init_state(env: gym.vector.VectorEnv) -> int | None:
     return int(state) if states is None else int(state) % len(states)
 
 
-def plain_attributes(env: gym.vector.VectorEnv) -> dict[str, object]:
+def plain_attributes(env: Any) -> dict[str, object]:
     """What an environment in a vector of one may count its resets by."""
     (env,) = getattr(env, "envs", (None,))
     found = {}
@@ -379,7 +380,7 @@ def plain_attributes(env: gym.vector.VectorEnv) -> dict[str, object]:
     return found
 
 
-def stacked(observations: Sequence):
+def stacked(observations: Sequence) -> Any:
     """Observations of one environment each, in nested dictionaries -> of all, along the first axis."""
     if len(observations) == 1:
         return observations[0]
