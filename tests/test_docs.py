@@ -39,8 +39,15 @@ def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
     `.venv/bin/python train_laq.py --lr 1` -> ("train_laq", ("--lr", "1")). A variable stands for 0.
     """
     found = []
-    for line in re.sub(r"\$\w+", "0", text.replace("\\\n", " ").replace(" ...", "")).splitlines():
-        words = shlex.split(line, comments=True)
+    line = ""
+    for part in re.sub(r"\$\w+", "0", text.replace("\\\n", " ").replace(" ...", "")).splitlines():
+        line += part
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quotation goes on in the next line
+            line += "\n"
+            continue
+        line = ""
         while words:  # what stands before && is a command of its own
             end = words.index("&&") if "&&" in words else len(words)
             command, words = words[:end], words[end + 1 :]
@@ -56,6 +63,7 @@ def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
                     rest = command[i + 1 :]
                     found.append((name, tuple(rest[2:] if rest[:1] == [ACCELERATES] else rest)))
                     break
+    assert not line, f"no closing quotation: {line}"
     return found
 
 
@@ -104,8 +112,10 @@ def test_the_commands_of_every_text_are_found():
     assert files >= {*"README.md data.md stage1.md stage2.md stage3.md judging.md slurm.md probe.py".split()}
     assert {module for _, module, _ in FOUND} >= {*SCRIPTS, "hlrp.shards", "hlrp.curve", "hlrp.label", "hlrp.rollout"}
     text = "a && .venv/bin/python train_laq.py --lr 1 \\\n --steps 2  # why\nsbatch --wrap 'python -m hlrp.x -y'\n"
+    text += "python -m hlrp.z 'a\nb'  # a quotation over two lines\n"
     text += "sbatch --nodes=2 slurm/train_vla.sbatch --config_file slurm/fsdp.yaml --lr 1"
-    expected = [("train_laq", ("--lr", "1", "--steps", "2")), ("hlrp.x", ("-y",)), ("train_vla", ("--lr", "1"))]
+    expected = [("train_laq", ("--lr", "1", "--steps", "2")), ("hlrp.x", ("-y",))]
+    expected += [("hlrp.z", ("a\nb",)), ("train_vla", ("--lr", "1"))]
     assert commands(text) == expected
 
 
