@@ -74,7 +74,7 @@ def test_a_policy_of_the_worlds_data_is_rolled_out_in_it(tmp_path):
     stats = {"action": {"mean": torch.zeros(2), "std": torch.ones(2)}}
     for part in (policy, *make_hlrp_pre_post_processors(config, stats)):
         part.save_pretrained(tmp_path / "policy")
-    main(Args(str(tmp_path / "policy"), "hlrp_world", ("move", "touch"), 3, output_dir=tmp_path, batch_size=2))
+    main(Args(str(tmp_path / "policy"), "hlrp_world", ("move", "touch"), episodes=3, output_dir=tmp_path, batch_size=2))
     result = json.loads((tmp_path / "rollout.json").read_text())
     assert {name: row["episodes"] for name, row in result["tasks"].items()} == {"move": 3, "touch": 3}
     assert len(list((tmp_path / "videos").rglob("*.mp4"))) == 2

@@ -47,8 +47,8 @@ def short_episodes(monkeypatch):
 
 @pytest.fixture
 def metaworld_policy(tmp_path):
-    config = HLRPConfig(device="cpu", push_to_hub=False, image_size=32, chunk_size=4, n_action_steps=1)
-    config.expert_dim, config.expert_depth = 32, 1
+    sizes = {"image_size": 32, "chunk_size": 4, "n_action_steps": 1, "expert_dim": 32, "expert_depth": 1}
+    config = HLRPConfig(device="cpu", push_to_hub=False, action_head="l1", **sizes)  # without noise
     config.input_features = {
         "observation.images.corner2": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
         "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
@@ -292,7 +292,8 @@ def roll_out(policy, folder, task, batch_size, episodes=6, **settings) -> dict:
 
 def episodes_of(policy, folder, task, batch_size, **settings) -> list[dict]:
     roll_out(policy, folder, task, batch_size, **settings)
-    return read_episodes(folder)[task.partition("/")[0]]
+    (rows,) = read_episodes(folder).values()
+    return rows
 
 
 def of_lerobot(policy, config, episodes=6) -> dict[str, list]:
