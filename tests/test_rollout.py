@@ -292,8 +292,8 @@ def roll_out(policy, folder, task, batch_size, episodes=6, **settings) -> dict:
 
 def episodes_of(policy, folder, task, batch_size, **settings) -> list[dict]:
     roll_out(policy, folder, task, batch_size, **settings)
-    (rows,) = read_episodes(folder).values()
-    return rows
+    table = read_episodes(folder)  # Aloha calls its task by another name
+    return table[task.partition("/")[0]] if len(table) > 1 else next(iter(table.values()))
 
 
 def of_lerobot(policy, config, episodes=6) -> dict[str, list]:
