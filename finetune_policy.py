@@ -40,28 +40,10 @@ from hlrp.distributed import distribute, first_alone, gathered, sharding
 from hlrp.idle import IdleConfig, save_picture
 from hlrp.label import cached_space, latent_space
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
-from hlrp.rollout import env_flags, is_tried, refuse_environment, try_policy
+from hlrp.rollout import EnvArgs, EvalArgs, env_flags, is_tried, refuse_environment, try_policy
 from hlrp.sources import instructions, open_sources
 from hlrp.training import Run, RunArgs
 from hlrp.vla_validation import label, shuffled
-
-
-@dataclass
-class EnvArgs:
-    type: str | None = None  # environment to try the policy in: hlrp_metaworld, hlrp_world or one of LeRobot's
-    task: str | None = None  # tasks of the environment, by commas; None: those it has by default
-    # further settings of the environment; or each as LeRobot spells it, --env.episode_length=280
-    settings: dict[str, str] = field(default_factory=dict)
-    # instruction for the policy; by default that of its demonstrations if they have only one, else the environment's
-    task_text: str | None = None
-    rename_map: dict[str, str] = field(default_factory=dict)  # names of cameras: the environment's, then the policy's
-
-
-@dataclass
-class EvalArgs:
-    n_episodes: int = 10  # episodes to try in each task
-    batch_size: int = 5  # environments that run at once
-    processes: int | None = None  # processes in which these environments run; 1: this one; None: one for each core
 
 
 @dataclass
@@ -117,9 +99,7 @@ class Args(RunArgs):
             raise ValueError("policy.push_to_hub without policy.repo_id; expected USER/NAME")
         if self.env_eval_freq < 0 or (self.env_eval_freq and not self.env.type):
             raise ValueError(f"env_eval_freq={self.env_eval_freq}; expected 0 or more, and an --env.type")
-        for name in ("n_episodes", "batch_size", "processes"):
-            if getattr(self.eval, name) is not None and getattr(self.eval, name) < 1:
-                raise ValueError(f"eval.{name}={getattr(self.eval, name)}; expected 1 or more")
+        self.eval.check()
 
 
 def main(args: Args) -> None:
@@ -258,7 +238,8 @@ def summary(output_dir: Path, report: dict) -> str:
 
 if __name__ == "__main__":
     tell_mistakes()
-    argv, settings = env_flags(sys.argv[1:], {f"env.{name.name}": f"env.{name.name}" for name in fields(EnvArgs)})
+    own = [f"env.{setting.name}" for setting in fields(EnvArgs)]
+    argv, settings = env_flags(sys.argv[1:], dict(zip(own, own, strict=True)))
     argv = [*lerobot_flags(argv), *(["--env.settings", *settings] if settings else [])]
     args = tyro.cli(Args, description=__doc__, args=argv, config=(tyro.conf.AvoidSubcommands,))
     args.given = settings_given(argv)

@@ -124,6 +124,34 @@ def every(envs: dict[str, dict]) -> list:
     return [env for tasks in envs.values() for env in tasks.values()]
 
 
+@dataclass
+class EnvArgs:
+    """The environment in which a training script tries its policy."""
+
+    type: str | None = None  # environment to try the policy in: hlrp_metaworld, hlrp_world or one of LeRobot's
+    task: str | None = None  # tasks of the environment, by commas; None: those it has by default
+    # further settings of the environment; or each as LeRobot spells it, --env.episode_length=280
+    settings: dict[str, str] = field(default_factory=dict)
+    # instruction for the policy; by default that of its demonstrations if they have only one, else the environment's
+    task_text: str | None = None
+    rename_map: dict[str, str] = field(default_factory=dict)  # names of cameras: the environment's, then the policy's
+
+
+@dataclass
+class EvalArgs:
+    """How much a training script tries its policy there."""
+
+    n_episodes: int = 10  # episodes to try in each task
+    batch_size: int = 5  # environments that run at once
+    processes: int | None = None  # processes in which these environments run; 1: this one; None: one for each core
+
+    def check(self) -> None:
+        """Raises ValueError for a number below 1."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{name}={value}; expected 1 or more")
+
+
 def envs_of(args, batch_size: int) -> dict[str, dict]:
     """The environments of a training script. args: `env` and `eval` are read."""
     from hlrp.envs import env_configs
