@@ -285,6 +285,13 @@ def ridge(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, se
     return ridge_predictions(x_train, y_train, x_test, [alpha])[0]
 
 
+def mean_and_scale(values: Tensor, of_constant: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation float64 (d,) of rows (b, d). of_constant: what stands for that of a constant column;
+    infinity turns the column into zeros."""
+    scale = values.double().std(dim=0, correction=0)
+    return values.double().mean(dim=0), torch.where(is_constant(values), of_constant, scale)
+
+
 def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed: int = 0) -> Tensor:
     """Prediction float64 (b_test, a) of a network of two hidden layers; arguments as for `ridge`.
 
@@ -292,10 +299,7 @@ def mlp(x_train: Tensor, y_train: Tensor, x_test: Tensor, episodes: Tensor, seed
     tells nothing, the prediction is the mean.
     """
     out = episode_split(episodes, share=0.2, seed=seed)
-    mean, constant = x_train.double().mean(dim=0), is_constant(x_train)
-    scale = torch.where(constant, torch.inf, x_train.double().std(dim=0, correction=0))
-    offset, spread = y_train.double().mean(dim=0), y_train.double().std(dim=0, correction=0)
-    spread = torch.where(is_constant(y_train), 1.0, spread)
+    (mean, scale), (offset, spread) = mean_and_scale(x_train, torch.inf), mean_and_scale(y_train, 1.0)
     x, x_out, x_test = (((part - mean) / scale).float() for part in (x_train[~out], x_train[out], x_test))
     y, y_out = (((part - offset) / spread).float() for part in (y_train[~out], y_train[out]))
 
@@ -335,10 +339,7 @@ def few_shot(x_train: Tensor, y_train: Tensor, x_test: Tensor, seed: int = 0) ->
     Noise on the features and the mean over networks keep them from overfitting. No demonstration is left out to stop
     the training: where each task has one, that would be a task unseen.
     """
-    mean, constant = x_train.double().mean(dim=0), is_constant(x_train)
-    scale = torch.where(constant, torch.inf, x_train.double().std(dim=0, correction=0))
-    offset, spread = y_train.double().mean(dim=0), y_train.double().std(dim=0, correction=0)
-    spread = torch.where(is_constant(y_train), 1.0, spread)
+    (mean, scale), (offset, spread) = mean_and_scale(x_train, torch.inf), mean_and_scale(y_train, 1.0)
     x, x_test = (((part - mean) / scale).float() for part in (x_train, x_test))
     y = ((y_train - offset) / spread).float()
 
