@@ -221,16 +221,18 @@ def read_off(
     chosen = np.random.default_rng(0).permutation(train)[:NUM_EPISODES].tolist()
     sample = [pixels(frames_of(source, i, size)) for i in chosen]
     to_first = principal_axes(torch.cat(sample), NUM_COMPONENTS)
-    moves = torch.cat([part[num_steps:] - part[:-num_steps] for part in sample if len(part) > num_steps])
-    to_change = principal_axes(moves, NUM_COMPONENTS)
+    to_change = None
+    if laq is None:
+        moves = torch.cat([part[num_steps:] - part[:-num_steps] for part in sample if len(part) > num_steps])
+        to_change = principal_axes(moves, NUM_COMPONENTS)
 
     changes, firsts = [], []  # of each episode: (pairs, d)
     for episode in every_episode(source):
         frames = frames_of(source, episode, size)
         flat, num_pairs = pixels(frames), max(len(frames) - num_steps, 0)
-        if laq is None:
+        if to_change is not None:
             changes.append(to_change(flat[len(flat) - num_pairs :] - flat[:num_pairs]))
-        else:
+        elif laq is not None:
             embedded = torch.cat([laq.embed(laq.observe(part[None]))[0] for part in frames.split(64)])  # t n d
             pairs = zip(embedded[:num_pairs].split(64), embedded[len(flat) - num_pairs :].split(64), strict=True)
             changes.append(torch.cat([laq.between(*pair).vectors.flatten(1) for pair in pairs]))
@@ -241,7 +243,8 @@ def read_off(
         change = change[torch.randperm(len(change), generator=torch.Generator().manual_seed(args.seed))]
     features = torch.cat([change, torch.cat(firsts)], dim=1)
 
-    inputs = [features.split(lengths)[i] for i in demonstrations]
+    of_episode = features.split(lengths)
+    inputs = [of_episode[i] for i in demonstrations]
     actions = [source.actions(int(i), np.arange(int(source.lengths[i]) - 1)) for i in demonstrations]
     between = [part.unfold(0, num_steps, 1).movedim(-1, 1).flatten(1) for part in actions if len(part) >= num_steps]
     predicted = few_shot(torch.cat(inputs), torch.cat(between), features, args.seed).float()
