@@ -56,7 +56,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
-    laq = LAQ(LAQConfig(size="base")).requires_grad_(False)
+    laq = LAQ(LAQConfig(size="base", num_tokens=4, codebook_size=8)).requires_grad_(False)
     size = laq.config.image_size
     frames = torch.randint(256, (args.num_frames, 3, size, size), dtype=torch.uint8)
     laq.label(frames[None, :16])  # in training mode: its norm follows, and codes vary

@@ -7,8 +7,9 @@ Both sides are timed in one run, in turns, in CPU time (`time.process_time`). A 
 clipping and fused AdamW, the last two the same calls on both sides. The exit status is 1 where the reference takes
 less than --min-ratio times as long as hlrp in bf16.
 
-hlrp       `LAQ(LAQConfig(size="base"))` under bf16 autocast, as `train_laq.py --size base --mixed-precision bf16`
-           has it. That script's own choice is bf16 on a GPU and float32 on a CPU: "hlrp float32" is the latter.
+hlrp       A `base` LAQ of four tokens of eight codes, as the reference has, under bf16 autocast: `train_laq.py --size
+           base --num-tokens 4 --codebook-size 8 --mixed-precision bf16`. That script's own choice is bf16 on a GPU and
+           float32 on a CPU: "hlrp float32" is the latter.
 reference  Width, heads, depths, patches, tokens and size of LAPA's LAQ (arXiv:2410.11758), in float32, as it is
            published: 8 spatial blocks over the patches of each frame, 8 temporal blocks over the two frames at each
            patch, 8 decoder blocks over the first frame. Attention by einsum and softmax, of cosine similarity, with
@@ -287,7 +288,7 @@ def main() -> int:
     print("attention: einsum and hlrp give equal outputs on equal weights")
 
     torch.manual_seed(0)
-    builds = {"reference": Reference, "hlrp": lambda: LAQ(LAQConfig(size="base"))}
+    builds = {"reference": Reference, "hlrp": lambda: LAQ(LAQConfig(size="base", num_tokens=4, codebook_size=8))}
     work = {side: gflop(build, args.batch_size) for side, build in builds.items()}
     models = {side: build() for side, build in builds.items()}
     optimizers = {

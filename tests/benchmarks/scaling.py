@@ -69,7 +69,7 @@ def kept(model, batch) -> int:
 
 def laq_base() -> tuple[Counted, float]:
     """Stage 1, and the FLOPs of labelling a pair for stage 2."""
-    laq = LAQ(LAQConfig(size="base"))
+    laq = LAQ(LAQConfig(size="base", num_tokens=4, codebook_size=8))
     frames = torch.randint(0, 256, (1, 2, 3, 256, 256), dtype=torch.uint8)
     flops, memory = count(laq, {"frames": frames, "step": 0})
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
