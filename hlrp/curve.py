@@ -18,8 +18,8 @@ Every method sees as many samples of the demonstrations in a step; those with vi
 and 2 are trained once, with seed 0; a seed is of the demonstrations, their labels and the policy. The episodes in
 simulation are the same in every cell, so methods are compared in pairs. Each cell is a run folder below OUTPUT_DIR.
 What is finished is not run again, what was cut is resumed, and several processes may share the table: each waits for a
-stage that another one trains. Gives curve.md, curve.png, and curve.json with a row for each episode, which a table on
-another machine can go on from.
+stage that another one trains. Gives curve.md, curve.png, and curve.json with a row for each episode. With settings.json
+beside it, a table on another machine goes on from it.
 """
 
 import json
@@ -125,6 +125,10 @@ def record_settings(args: Args) -> None:
     file = args.output_dir / "settings.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with exclusive(file):
+        if (args.output_dir / RESULTS).is_file() and not file.is_file():
+            raise ValueError(
+                f"{args.output_dir / RESULTS} is there without {file.name}, which says what its rows are of"
+            )
         was = json.loads(file.read_text()) if file.is_file() else settings
         if other := [name for name in names if was.get(name) != settings[name]]:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {settings[name]!r}" for name in other)

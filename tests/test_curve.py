@@ -79,6 +79,9 @@ def test_each_cell_is_trained_and_rolled_out_once_and_stages_are_shared(runs, tm
     elsewhere = tmp_path / "elsewhere"  # from the episodes alone
     elsewhere.mkdir()
     shutil.copy(tmp_path / "curve.json", elsewhere)
+    with pytest.raises(ValueError, match="curve.json is there without settings.json"):
+        main(Args(demonstrations=(1, 5), seeds=(0, 1), output_dir=elsewhere))
+    shutil.copy(tmp_path / "settings.json", elsewhere)
     main(Args(demonstrations=(1, 5), seeds=(0, 1), output_dir=elsewhere))
     assert len(runs) == len(scripts) and (elsewhere / "curve.md").read_text() == text
     main(Args(demonstrations=(1,), seeds=(0,), methods=("bc",), output_dir=elsewhere))  # a part of it loses nothing
