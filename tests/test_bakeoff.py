@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
-from hlrp import bakeoff
-from hlrp.bakeoff import LABELS_ONLY, Args, Cell, cells_of, main
+from benchmarks import bakeoff
+from benchmarks.bakeoff import LABELS_ONLY, Args, Cell, cells_of, main
 
 SETTINGS = {"quantizers": ("fsq", "none"), "seeds": (0,), "steps": 2, "batch_size": 4, "num_processes": 1}
 

@@ -23,7 +23,7 @@ from hlrp.metaworld import render
 from hlrp.quantizers import make_quantizer
 from hlrp.transformer import masked_mean
 
-COMMANDS = "bakeoff curve inverse label probe rollout runs shards".split()
+COMMANDS = "curve inverse label probe rollout runs shards".split()
 DERIVED = {
     "--action-dim",
     "--action-sources",

@@ -15,6 +15,7 @@ from hlrp.sources import expand, parse_uri
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_laq", "train_vla", "finetune_policy")
+BENCHMARKS = ("bakeoff", "shards")  # those that take settings
 NOT_OURS = ("hlrp.serve",)  # its flags are LeRobot's
 ACCELERATES = "--config_file"  # a leading flag of the files in slurm/
 
@@ -27,7 +28,7 @@ def texts() -> dict[str, str]:
     for file in sorted(ROOT.glob("docs/*.ipynb")):
         cells = ["".join(cell["source"]) for cell in json.loads(file.read_text())["cells"]]
         found[file.name] = "\n".join(cell.removeprefix("%%bash\n") for cell in cells if cell.startswith("%%bash\n"))
-    for file in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("hlrp/*.py"))]:
+    for file in sorted(file for folder in ("*.py", "hlrp/*.py", "tests/benchmarks/*.py") for file in ROOT.glob(folder)):
         lines = re.findall(r"^    (.*)$", ast.get_docstring(ast.parse(file.read_text())) or "", re.MULTILINE)
         found[file.name] = "\n".join(line for line in lines if " -m hlrp." in line or ".py" in line)
     return found
@@ -58,6 +59,9 @@ def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
                     break
                 if word == "-m" and command[i + 1].startswith("hlrp."):
                     found.append((command[i + 1], tuple(command[i + 2 :])))
+                    break
+                if word.startswith("tests/benchmarks/") and name in BENCHMARKS:
+                    found.append((f"benchmarks.{name}", tuple(command[i + 1 :])))
                     break
                 if name in SCRIPTS and kind in (".py", ".sbatch"):
                     rest = command[i + 1 :]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from torchvision.io import encode_jpeg, encode_png
 from toys import numbers, write_video
 
-from hlrp import idle, shard_writer, shards
+from hlrp import idle, shards
 from hlrp.clips import Clips
 from hlrp.contract import EpisodeRange, Stream
 from hlrp.data import Mixture, collate
@@ -29,8 +29,7 @@ from hlrp.label import write_dataset
 from hlrp.lerobot_data import LeRobotData
 from hlrp.shard_data import Shards, ShardStream, is_indexed
 from hlrp.shard_index import SUFFIX, read_index, row_of, to_safetensors
-from hlrp.shard_writer import Settings, record, view_of
-from hlrp.shards import Args, main
+from hlrp.shards import Args, main, record, view_of
 from hlrp.sources import instructions, open_source
 from hlrp.streams import Episode, InMemory, VideoFrames, clips_of, open_in_memory
 from hlrp.tars import END, array_bytes, member_bytes, read_members
@@ -268,7 +267,7 @@ def test_idle_scores_cached_labels_and_facts_stay(tmp_path, world, monkeypatch):
             return {"latent_vectors": vectors, "latent_indices": vectors.long()[:, :2]}
 
     monkeypatch.setattr(shards, "opened", lambda *_: Labelled())
-    monkeypatch.setattr(shard_writer, "opened", lambda *_: Labelled())
+    monkeypatch.setattr(shards, "opened", lambda *_: Labelled())
     write(tmp_path, idle_span=0.2, codec="jpeg")
     source = Shards(tmp_path)
     assert source.latent_space == LABELLED and source.camera == "top"
@@ -403,7 +402,7 @@ def test_a_full_disk_leaves_no_half_file_and_is_named(tmp_path, monkeypatch, end
             return super().write(data) if self.tell() < 100_000 else full()
 
     if ending == ".tar.partial":
-        monkeypatch.setattr(shard_writer, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
+        monkeypatch.setattr(shards, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
     else:
         monkeypatch.setattr(Path, "write_bytes", full)
     name = f"000000{ending.removesuffix('.partial')}"
@@ -434,7 +433,7 @@ class Passing(Stream):
 def passing(monkeypatch):
     source = Passing()
     monkeypatch.setattr(shards, "opened", lambda *_: source)
-    monkeypatch.setattr(shard_writer, "opened", lambda *_: source)
+    monkeypatch.setattr(shards, "opened", lambda *_: source)
     return source
 
 
@@ -809,8 +808,7 @@ def test_the_task_of_each_frame_survives_shards_streams_and_what_a_labelled_data
         [episode],
         [0],
     )
-    settings = Settings(None, None, False, None, "jpeg", 90, None)
-    members, _ = record(held, 0, view_of(held, 0), settings)
+    members, _ = record(held, 0, view_of(held, 0), Args(tmp_path))
     assert json.loads(members["json"])["task_changes"] == [[0, ""], [1, "lift"], [3, "put"], [6, "lift"]]
     with open(tmp_path / "0.tar", "wb") as tar:
         tar.write(b"".join(member_bytes(f"a.{suffix}", data) for suffix, data in members.items()) + END)
@@ -842,4 +840,4 @@ def test_an_episode_of_unevenly_spaced_frames_is_no_part_of_a_shard():
     )
     held.uneven = {3: np.array([0.0, 0.1, 0.9])}
     with pytest.raises(ValueError, match="expected frames 0.1 s apart.* got frame 2 at 0.900 s"):
-        record(held, 3, SimpleNamespace(fps=10.0), Settings(None, None, False, None, "jpeg", 90, None))
+        record(held, 3, SimpleNamespace(fps=10.0), Args(Path("shards")))

@@ -1,8 +1,8 @@
 """Quantizers beside each other: what the latent actions of each are worth on the built-in world, at equal cost.
 
-    python -m hlrp.bakeoff                                                    # all quantizers, two seeds
-    python -m hlrp.bakeoff --quantizers fsq gaussian --label-fractions 0 0.025 --variants clean distractors --steps 2000
-    python -m hlrp.bakeoff --num-tokens 1 2 4 8 --seeds 0 1 2 --steps 1000 --output-dir outputs/tokens
+    python tests/benchmarks/bakeoff.py      # all quantizers, two seeds
+    python tests/benchmarks/bakeoff.py --quantizers fsq gaussian --label-fractions 0 .025 --variants clean
+    python tests/benchmarks/bakeoff.py --num-tokens 1 2 4 8 --seeds 0 1 2 --steps 1000 --output-dir outputs/tokens
 
 Each cell of the table is a small LAQ (frames of 32 pixels) with the probes of hlrp.card on held-out episodes; where
 labels are used, a model of these labels alone stands beside them. What is finished is not run again. Gives bakeoff.md
