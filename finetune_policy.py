@@ -142,12 +142,13 @@ def main(args: Args) -> None:
         policy.instructions = instructions(sources, args.skip_broken, [part.demonstrations for part in parts])
         policy.train()
         laq = teacher_of(policy, args.laq)
-        times, image_size, cached, latents_from = (0.0,), policy.vlm.image_size, None, ""
+        times, sizes, cached, latents_from = (0.0,), {"image_size": policy.vlm.image_size}, None, ""
         if laq is not None:
             space = latent_space(laq)
             times = tuple(space.delta * i for i in range(config.latent_chunk_size + 1))
-            image_size, (cached, latents_from) = space.image_size, cached_space(sources, space)
-        sizes = {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps, "image_size": image_size}
+            sizes = {"image_size": space.image_size, "num_views": space.num_views}
+            cached, latents_from = cached_space(sources, space)
+        sizes |= {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
         with_video = laq is not None or args.pseudo_actions is not None
         mixture, val_sets, batch_size = mix(
             args, parts, times, with_video, cached, **sizes, input_size=policy.vlm.image_size

@@ -23,7 +23,7 @@ from hlrp.laq import LAQ, LAQConfig
 from hlrp.laq_validation import alarms, evaluate
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.pictures import Pictures
-from hlrp.sources import open_sources
+from hlrp.sources import num_views, open_sources
 from hlrp.strategies import encoded
 from hlrp.training import Run, VideoArgs
 from hlrp.transformer import Block
@@ -45,7 +45,9 @@ def main(args: Args) -> None:
     with Run(args) as run:
         with first_alone():  # which renders what is not there yet
             sources, weights = open_sources(args.data, args.skip_broken, args.max_broken)
-        data = open_data(args, sources, weights, times=(0.0, config.delta), image_size=config.image_size)
+        config = config.with_views(num_views(sources))
+        sizes = {"image_size": config.image_size, "num_views": config.num_views}
+        data = open_data(args, sources, weights, times=(0.0, config.delta), **sizes)
         pictures = Pictures(args, data.val)
 
         torch.manual_seed(args.seed)

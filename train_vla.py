@@ -58,7 +58,7 @@ def main(args: Args) -> None:
         vlm = VLM.from_config(config.vlm, instructions(sources, args.skip_broken))
         times = tuple(space.delta * i for i in range(config.chunk_size + 1))
         cached, latents_from = cached_space(sources, space)
-        sizes = {"image_size": space.image_size, "input_size": vlm.image_size}
+        sizes = {"image_size": space.image_size, "num_views": space.num_views, "input_size": vlm.image_size}
         data = open_data(args, sources, weights, times, train={"min_times": 2, "latent_space": cached}, **sizes)
         pictures = Pictures(args, data.val)
         if config.point_weight and not any("point" in samples[0] for samples in data.val.values()):

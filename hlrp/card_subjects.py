@@ -236,13 +236,15 @@ def with_mean_action(batch: dict) -> dict:
     return batch | {"action": mean_action(batch["action"], batch["action_is_pad"])[0][:, None]}
 
 
-def trained_on_labels(image_size: int, clips, steps: int, device, statistics, **settings) -> "InverseModel":
+def trained_on_labels(
+    image_size: int, num_views: int, clips, steps: int, device, statistics, **settings
+) -> "InverseModel":
     """Trains a model from two frames to the mean action between them, on the labelled clips alone."""
     from hlrp.inverse import InverseModel  # which loads LeRobot
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.get("seed", 0))
-        model = InverseModel(image_size, len(statistics[0]), num_steps=1).to(device)
+        model = InverseModel(image_size, len(statistics[0]), 1, num_views).to(device)
     model.mean[:], model.std[:] = statistics
     return train(model, [clips], steps, edit=with_mean_action, **settings)
 
@@ -335,7 +337,7 @@ class Checkpoint:
         self.shuffled = None
         if args.shuffled is not None:
             self.shuffled = LAQ.from_pretrained(args.shuffled).to(laq.queries.device)
-            for name in ("delta", "image_size"):
+            for name in ("delta", "image_size", "num_views"):
                 value, expected = getattr(self.shuffled.config, name), getattr(config, name)
                 if value != expected:
                     raise ValueError(
@@ -346,7 +348,12 @@ class Checkpoint:
         """As `File.card`."""
         laq, args, seed = self.laq, self.args, self.args.seed
         train, val = self.split(source)
-        times = {"times": (0.0, laq.config.delta), "image_size": laq.image_size, "seed": seed}
+        times = {
+            "times": (0.0, laq.config.delta),
+            "image_size": laq.image_size,
+            "num_views": laq.num_views,
+            "seed": seed,
+        }
         train_clips, val_clips = (clips_of(source, part, **times) for part in (train, val))
         num_fit = round(FIT_SHARE * args.pairs)
         sets = [choose_clips(train_clips, num_fit, seed), choose_clips(val_clips, args.pairs - num_fit, seed)]
@@ -401,9 +408,10 @@ class Checkpoint:
                     f"{source.action_dim}; expected the same action space"
                 )
             split = self.split(other)
-            times, seed = (0.0, self.laq.config.delta), self.args.seed
-            clips = [clips_of(other, part, times, self.laq.image_size, seed=seed) for part in split]
-            sets = [choose_clips(part, self.args.pairs // 2, seed) for part in clips]
+            settings = {"times": (0.0, self.laq.config.delta), "image_size": self.laq.image_size}
+            settings |= {"num_views": self.laq.num_views, "seed": self.args.seed}
+            clips = [clips_of(other, part, **settings) for part in split]
+            sets = [choose_clips(part, self.args.pairs // 2, self.args.seed) for part in clips]
             further = read_pairs(sets, {Z: partial(encode, self.laq)}, share)
             every.append(further._replace(episodes=further.episodes + number * 2**40))
             groups.append(torch.full_like(further.episodes, number))
@@ -460,6 +468,7 @@ class Checkpoint:
     def train_on_labels(self, clips, device):
         return trained_on_labels(
             self.laq.image_size,
+            self.laq.num_views,
             clips,
             self.args.label_steps,
             device,

@@ -75,6 +75,7 @@ class Clips(Dataset):
         min_times: int | None = None,
         chunk_size: int | None = None,
         num_images: int = 1,
+        num_views: int = 1,
         name: str | None = None,
         frames: Sequence[np.ndarray] | None = None,
     ):
@@ -82,6 +83,7 @@ class Clips(Dataset):
         input_size: side of `images`, the frame at t = 0 as a policy sees it [pixel] (default: no images).
         num_images: how many frames `images` shows of each camera, one frame apart, the last at t = 0. Before the
         episode they repeat its first frame. The `views` of the source stand beside its camera, sorted by name.
+        num_views: cameras that `frames` shows, one below the other, sorted by name: all, or 1, the source's own.
         min_times: how many of `times`, counted from the first, must lie inside the episode (default: all).
         chunk_size: number of actions from t = 0 on, one for each frame (default: up to the last time).
         name: name of these clips in logs (default: the source's).
@@ -94,6 +96,7 @@ class Clips(Dataset):
         self.source, self.times, self.image_size, self.source_index = source, times, image_size, source_index
         self.input_size, self.latent_space = input_size, latent_space
         self.chunk_size, self.num_images, self.name = chunk_size, num_images, name or source.name
+        self.num_views = check_views(source, num_views)
         self.crop = getattr(source, "crop", False)  # a plain class with what is read of it is a source, too
         self.min_times = len(times) if min_times is None else min_times
         self.episodes = np.asarray(episodes, dtype=np.int64)
@@ -134,7 +137,8 @@ class Clips(Dataset):
     def fingerprint(self) -> str:
         """A hash of the source, the clips and their settings."""
         plain = (self.source.fingerprint, self.image_size, self.input_size, self.min_times, self.chunk_size)
-        digest = hashlib.sha256(repr((plain, self.num_images)).encode())
+        views = () if self.num_views == 1 else (self.num_views,)
+        digest = hashlib.sha256(repr((plain, self.num_images, *views)).encode())
         starts = [np.concatenate(self.starts), self.ends] if self.starts is not None else []
         for numbers in (self.episodes, self.labelled_episodes, self.times, *starts):
             digest.update(np.ascontiguousarray(numbers).tobytes() + b"|")
@@ -196,8 +200,9 @@ class Clips(Dataset):
         source, cached = self.source, self.source.latent_space
         if cached is None:
             raise ValueError(f"{source.uri} has no cached latent actions; python -m hlrp.label makes them")
-        cached = {"crop": False} | cached  # which records of earlier versions do not have
-        for name, value in (latent_space | {"camera": source.camera, "crop": self.crop}).items():
+        cached = {"crop": False, "num_views": 1} | cached  # which records of earlier versions do not have
+        camera = cameras_of(source, self.num_views)
+        for name, value in (latent_space | {"camera": camera, "crop": self.crop}).items():
             if cached[name] != value:
                 raise ValueError(
                     f"{source.uri}: expected latent actions of {name}={value!r}, got {name}={cached[name]!r}; "
@@ -287,7 +292,9 @@ class Clips(Dataset):
             with naming(self.source, request.episode):
                 read = self.source.read(request.episode, request.frames)
                 read |= self._known(plan, request)
-            yield read | {"native": read["frames"], "frames": fit(read["frames"], self.image_size, self.crop)}
+                native, views = read["frames"], self.num_views
+                frames = read_frames(self.source, request.episode, request.frames, self.image_size, views, native)
+            yield read | {"native": native, "frames": frames}
 
     def _read_encoded(self, source: EncodedSource, plan: Plan) -> Iterator[dict]:
         encoded, reads = [], []
@@ -374,6 +381,34 @@ class Clips(Dataset):
             for key, value in read.items():
                 sample[key] = value[[shown[0], shown[-1]]] if isinstance(value, Tensor) else value
             yield sample
+
+
+def check_views(source: Source, num_views: int) -> int:
+    """Returns num_views. Raises ValueError unless it is 1 or the number of all cameras of the source."""
+    if num_views != 1 and num_views != 1 + len(source.views):
+        cameras = cameras_of(source, 1 + len(source.views)) or "one"
+        raise ValueError(f"{source.uri}: expected {num_views} cameras, as by ?camera=A,B, got {cameras}")
+    return num_views
+
+
+def cameras_of(source: Source, num_views: int) -> str:
+    """The cameras that `frames` shows, in their order."""
+    return source.camera if num_views == 1 else ",".join(sorted([source.camera, *source.views]))
+
+
+def read_frames(
+    source: Source, episode: int, indices: Indices, image_size: int, num_views: int = 1, own: Tensor | None = None
+) -> Tensor:
+    """Frames uint8 (t, c, num_views * h, w) as `Clips` shows them. own: those of the source's own camera, where they
+    have been read already."""
+    crop = getattr(source, "crop", False)
+    own = source.read(episode, indices)["frames"] if own is None else own
+    frames = fit(own, image_size, crop)
+    if num_views == 1:
+        return frames
+    others = {camera: view.read(episode, indices)["frames"] for camera, view in source.views.items()}
+    squares = {source.camera: frames} | {camera: fit(other, image_size, crop) for camera, other in others.items()}
+    return torch.cat([squares[camera] for camera in sorted(squares)], dim=-2)
 
 
 def refuse_not_finite(name: str, values: np.ndarray, frames: Indices | None = None) -> None:

@@ -29,10 +29,9 @@ from tqdm import tqdm, trange
 
 from hlrp.checkpoints import save_tensors, whole_folder, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.clips import Clips
+from hlrp.clips import Clips, read_frames
 from hlrp.contract import Indices, Source, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, action_statistics, loader
-from hlrp.images import fit
 from hlrp.laq import LAQ, standardise
 from hlrp.metrics import few_shot, principal_axes, r2_per_dim
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
@@ -73,9 +72,16 @@ class InverseModel(nn.Module):
     std: Tensor
 
     def __init__(
-        self, image_size: int, action_dim: int, num_steps: int, patch_size: int = 8, dim: int = 128, depth: int = 4
+        self,
+        image_size: int,
+        action_dim: int,
+        num_steps: int,
+        num_views: int = 1,
+        patch_size: int = 8,
+        dim: int = 128,
+        depth: int = 4,
     ):
-        """num_steps: actions between the two frames."""
+        """num_steps: actions between the two frames. num_views: cameras in a frame, one below the other."""
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size={image_size}; expected a multiple of {patch_size}")
@@ -83,7 +89,7 @@ class InverseModel(nn.Module):
         self.from_patches = nn.Linear(6 * patch_size**2, dim)
         self.query = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
         side = image_size // patch_size
-        self.transformer = Transformer(dim, depth, 4, (side, side))
+        self.transformer = Transformer(dim, depth, 4, (num_views * side, side))
         self.to_actions = nn.Linear(dim, num_steps * action_dim)
         self.register_buffer("mean", torch.zeros(action_dim))
         self.register_buffer("std", torch.ones(action_dim))
@@ -124,6 +130,7 @@ def main(args: Args) -> None:
     delta = args.delta or (laq.config.delta if laq else 0.2)
     if laq and delta != laq.config.delta:
         raise ValueError(f"delta={delta}, but laq={args.laq} has {laq.config.delta}; leave it out")
+    num_views = 1 + len(source.views) if laq is None else laq.num_views
     num_steps = actions_between(source, delta)
     train, val = split_episodes(source, args.val_fraction, args.seed)
     if source.lengths[val].max() <= num_steps:
@@ -133,10 +140,10 @@ def main(args: Args) -> None:
         )
     demonstrations = choose_demonstrations(source, train, args.demonstrations, args.seed)
     if args.features == "pixels":
-        label = learned(args, source, demonstrations, delta, num_steps)
-        pairs = [label(frames_of(source, i, args.image_size)) for i in every_episode(source)]
+        label = learned(args, source, demonstrations, delta, num_steps, num_views)
+        pairs = [label(frames_of(source, i, args.image_size, num_views)) for i in every_episode(source)]
     else:
-        pairs = read_off(args, source, laq, train, demonstrations, num_steps)
+        pairs = read_off(args, source, laq, train, demonstrations, num_steps, num_views)
     mean = torch.cat([source.actions(int(i), np.arange(int(source.lengths[i]))) for i in demonstrations]).mean(0)
     labels = [actions_of(part, int(source.lengths[i]), mean) for i, part in enumerate(pairs)]
 
@@ -186,18 +193,18 @@ def every_episode(source: Source) -> Iterable[int]:
     return tqdm(range(len(source.lengths)), unit="episode", disable=None)
 
 
-def frames_of(source: Source, episode: int, size: int) -> Tensor:
-    """uint8 (t, c, size, size)"""
-    return fit(source.read(episode, np.arange(source.lengths[episode]))["frames"], size, source.crop)
+def frames_of(source: Source, episode: int, size: int, num_views: int) -> Tensor:
+    """uint8 (t, c, num_views * size, size)"""
+    return read_frames(source, episode, np.arange(source.lengths[episode]), size, num_views)
 
 
 def learned(
-    args: Args, source: Source, demonstrations: np.ndarray, delta: float, num_steps: int
+    args: Args, source: Source, demonstrations: np.ndarray, delta: float, num_steps: int, num_views: int
 ) -> Callable[[Tensor], Tensor]:
     """Trains the model of pixels and returns its `label`."""
-    clips = Clips(source, demonstrations, (0.0, delta), args.image_size, chunk_size=num_steps)
+    clips = Clips(source, demonstrations, (0.0, delta), args.image_size, chunk_size=num_steps, num_views=num_views)
     torch.manual_seed(args.seed)
-    model = InverseModel(args.image_size, source.action_dim, num_steps)
+    model = InverseModel(args.image_size, source.action_dim, num_steps, num_views)
     model.mean[:], model.std[:] = action_statistics(clips)
     optimizer = make_optimizer("muon", model, {Block}, args.lr, 0.05)
     mixture = Mixture([clips], seed=args.seed)
@@ -214,12 +221,18 @@ def learned(
 
 
 def read_off(
-    args: Args, source: Source, laq: LAQ | None, train: np.ndarray, demonstrations: np.ndarray, num_steps: int
+    args: Args,
+    source: Source,
+    laq: LAQ | None,
+    train: np.ndarray,
+    demonstrations: np.ndarray,
+    num_steps: int,
+    num_views: int,
 ) -> list[Tensor]:
     """The actions (pairs, n, a) between the frames of each episode, by networks on features of all pairs."""
     size = args.image_size if laq is None else laq.image_size
     chosen = np.random.default_rng(0).permutation(train)[:NUM_EPISODES].tolist()
-    sample = [pixels(frames_of(source, i, size)) for i in chosen]
+    sample = [pixels(frames_of(source, i, size, num_views)) for i in chosen]
     to_first = principal_axes(torch.cat(sample), NUM_COMPONENTS)
     to_change = None
     if laq is None:
@@ -228,7 +241,7 @@ def read_off(
 
     changes, firsts = [], []  # of each episode: (pairs, d)
     for episode in every_episode(source):
-        frames = frames_of(source, episode, size)
+        frames = frames_of(source, episode, size, num_views)
         flat, num_pairs = pixels(frames), max(len(frames) - num_steps, 0)
         if to_change is not None:
             changes.append(to_change(flat[len(flat) - num_pairs :] - flat[:num_pairs]))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hlrp.checkpoints import whole_folder, write_json
 from hlrp.cli import tell_mistakes
-from hlrp.clips import Clips
+from hlrp.clips import Clips, cameras_of, read_frames
 from hlrp.contract import Stream
 from hlrp.images import fit, middle, point_in_middle
 from hlrp.laq import LAQ, LatentActions
@@ -78,7 +78,7 @@ def main(args: Args) -> None:
         raise ValueError(f"{source.uri} has latent actions already; label the data that it was made from, {origin}")
     frame_offsets(laq, source)  # raises before anything is written
     facts = asdict(latent_space(laq)) | {
-        "camera": source.camera if is_lerobot else CAMERA,
+        "camera": cameras_of(source, laq.num_views) if is_lerobot else CAMERA,
         "crop": is_lerobot and source.crop,  # of video, the frames that are written are cut
         "source": source.uri,
         "source_fingerprint": source.fingerprint,
@@ -105,7 +105,7 @@ def main(args: Args) -> None:
 
 def latent_space(laq: LAQ) -> LatentSpace:
     """Describes the LAQ's latent actions. It labels a blank pair of frames and reads the sizes off the result."""
-    blank = torch.zeros(1, 2, 3, laq.image_size, laq.image_size, dtype=torch.uint8)
+    blank = torch.zeros(1, 2, 3, laq.num_views * laq.image_size, laq.image_size, dtype=torch.uint8)
     actions = laq.label(blank.to(laq.queries.device))
     return LatentSpace(
         delta=laq.config.delta,
@@ -114,6 +114,7 @@ def latent_space(laq: LAQ) -> LatentSpace:
         vector_dim=actions.vectors[0, 0].numel(),
         image_size=laq.image_size,
         fingerprint=laq.fingerprint,
+        num_views=laq.num_views,
     )
 
 
@@ -132,7 +133,7 @@ def cached_space(sources: list, space: LatentSpace) -> tuple[dict | None, str]:
 def frame_offsets(laq: LAQ, source) -> np.ndarray:
     """Delta of the LAQ in frames of each episode, int64 (episodes,). ValueError if no frames are so far apart."""
     episodes = range(len(source.lengths))
-    return Clips(source, episodes, (0.0, laq.config.delta), laq.image_size).offsets[:, 1]
+    return Clips(source, episodes, (0.0, laq.config.delta), laq.image_size, num_views=laq.num_views).offsets[:, 1]
 
 
 def label_dataset(laq: LAQ, source: LeRobotData, batch_size: int) -> dict[str, np.ndarray]:
@@ -163,9 +164,9 @@ def label_episode(laq: LAQ, source, episode: int, offset: int, batch_size: int) 
     parts, embedded = [], None
     length = int(source.lengths[episode])
     for start in range(0, length, batch_size):
-        frames = source.read(episode, np.arange(start, min(start + batch_size, length)))["frames"]
-        frames = fit(frames, laq.image_size, source.crop).to(laq.queries.device)  # t c h w
-        new = laq.embed(laq.observe(frames[None]))[0]  # t n d
+        indices = np.arange(start, min(start + batch_size, length))
+        frames = read_frames(source, episode, indices, laq.image_size, laq.num_views)  # t c h w
+        new = laq.embed(laq.observe(frames[None].to(laq.queries.device)))[0]  # t n d
         embedded = new if embedded is None else torch.cat([embedded, new])
         if len(embedded) > offset:
             parts.append(laq.between(embedded[:-offset], embedded[offset:]))

@@ -6,7 +6,8 @@ Latent action pretraining: LAPA (Ye et al. 2024, arXiv:2410.11758), Genie (Bruce
     codes  = quantize(read(change))                      num_tokens queries read it: the latent action
     loss   = |decode(o[t], codes) - target(o[t + delta])|^2 + quantizer loss
 
-The decoder sees the first frame through layers of its own, so only the codes tell it about the future.
+The decoder sees the first frame through layers of its own, so only the codes tell it about the future. A frame of
+several cameras is their squares one below the other: one latent action tells what changes in all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tyro.conf import Fixed, Suppress
@@ -89,6 +91,9 @@ class LAQConfig:
     size: Literal["tiny", "small", "base"] = "tiny"  # width and depth: 2, 34 or 350 million parameters
     image_size: int | None = None  # height and width of a frame [pixel]; None: 64, 128 or 256 by --size
     patch_size: int | None = None  # height and width of a patch of the frame [pixel]; None: 8, 16 or 32 by --size
+    num_views: Suppress[Fixed[int]] = 1  # cameras of a frame, set from the data
+    # with several cameras: how often one of them shows no change in training, so that the others tell it
+    view_dropout: float = 0.0
 
     num_tokens: int = 32  # discrete tokens per latent action
     codebook_size: int = 64  # codes that each token chooses from
@@ -123,6 +128,10 @@ class LAQConfig:
             patch_size=size.patch_size if self.patch_size is None else self.patch_size,
         )
 
+    def with_views(self, num_views: int) -> "LAQConfig":
+        """For frames of so many cameras."""
+        return replace(self, num_views=num_views)
+
     def with_actions(self, action_dim: int, action_sources: int) -> "LAQConfig":
         """With a readout of actions for each of so many sources, which `action_weight` > 0 needs."""
         return replace(self, action_dim=action_dim, action_sources=action_sources)
@@ -154,7 +163,9 @@ def standardise(frames: Tensor) -> Tensor:
 class LAQ(nn.Module):
     """Latent action quantizer. `forward(batch) -> (loss, metrics)` trains it; `encode` and `decode` use it.
 
-    image_size: height and width of a frame [pixel];  patch_size: of a patch [pixel];  grid: rows and columns of patches
+    image_size: height and width of a camera's frame [pixel];  patch_size: of a patch [pixel]
+    num_views: cameras in a frame, which is h = num_views * image_size high and w = image_size wide
+    grid: rows and columns of patches in a frame
     """
 
     features: "Frozen[FrozenEncoder] | None"
@@ -173,6 +184,7 @@ class LAQ(nn.Module):
 
         self.features = self.flow_teacher = self.text_encoder = self.irrelevant = None
         patch_size, grid = config.patch_size, (image_size // config.patch_size, image_size // config.patch_size)
+        self.num_views = config.num_views
         inputs = {"pixels": 3 * patch_size**2}
         outputs = {"pixels": 3 * patch_size**2, "flow": 2 * patch_size**2}
         if config.features:
@@ -190,6 +202,7 @@ class LAQ(nn.Module):
                 )
             inputs["pixels"] = outputs["pixels"] = 3 * patch_size**2
             outputs["flow"] = 2 * patch_size**2
+        grid = (self.num_views * grid[0], grid[1])
         self.image_size, self.patch_size, self.grid = image_size, patch_size, grid
 
         self.from_input = nn.Linear(inputs[config.encoder], size.dim)
@@ -223,6 +236,8 @@ class LAQ(nn.Module):
         frames = batch["frames"]  # b 2 c h w
         observed = self.observe(frames)
         first, second = self.embed(observed).unbind(1)  # b n d each
+        if self.training and self.config.view_dropout:
+            second = self.without_one_view(first, second)
         codes, _, quantizer_loss = self.quantizer(self.latents(first, second))  # b tokens d
         predictions = self.decoder(self.inputs(observed), codes, self.context(frames, batch.get("task")))  # b n output
         targets = self.targets(observed, frames)  # b n output
@@ -304,13 +319,13 @@ class LAQ(nn.Module):
         return errors
 
     def observe(self, frames: Tensor) -> Observed:
-        expected = (3, self.image_size, self.image_size)
+        expected = (3, self.num_views * self.image_size, self.image_size)
         if frames.ndim != 5 or frames.shape[2:] != expected or frames.dtype != torch.uint8:
             raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 (b, t, {expected})")
         features = None
         if self.features is not None:
-            features = self.features(rearrange(frames, "b t c h w -> (b t) c h w"))
-            features = rearrange(features, "(b t) n f -> b t n f", b=len(frames))
+            features = self.features(rearrange(frames, "b t c (v h) w -> (b t v) c h w", v=self.num_views))
+            features = rearrange(features, "(b t v) n f -> b t (v n) f", b=len(frames), v=self.num_views)
         return Observed(standardise(frames), features)
 
     def embed(self, observed: Observed) -> Tensor:
@@ -327,6 +342,16 @@ class LAQ(nn.Module):
         change = self.no_change + self.to_change(second - first)
         queries = self.queries.expand(len(change), -1, -1)  # n d -> b n d
         return self.change(change, prefix=queries)[:, : self.config.num_tokens]
+
+    def without_one_view(self, first: Tensor, second: Tensor) -> Tensor:
+        """The second of two embedded frames (b, n, d), in some samples with one view of the first."""
+        shape = (len(first), self.num_views, 1, 1)
+        view = torch.randint(self.num_views, (len(first),), device=first.device)
+        is_hidden = F.one_hot(view, self.num_views).bool().view(shape)
+        is_hidden = is_hidden & (torch.rand(len(first), 1, 1, 1, device=first.device) < self.config.view_dropout)
+        by_view = "b (v n) d -> b v n d"
+        kept = torch.where(is_hidden, *(rearrange(x, by_view, v=self.num_views) for x in (first, second)))
+        return kept.flatten(1, 2)
 
     def inputs(self, observed: Observed) -> dict[str, Tensor]:
         """The first frame as the decoder reads it: name -> (b, n, input)."""
@@ -364,7 +389,8 @@ class LAQ(nn.Module):
             from hlrp.backbones import FlowTeacher
 
             self.flow_teacher = Frozen(FlowTeacher(self.config.flow_teacher)).to(frames.device)
-        return self.flow_teacher(frames)
+        flow = self.flow_teacher(rearrange(frames, "b t c (v h) w -> (b v) t c h w", v=self.num_views))
+        return rearrange(flow, "(b v) c h w -> b c (v h) w", v=self.num_views)
 
     def term(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of one target, a scalar."""
@@ -432,6 +458,10 @@ def check(config: LAQConfig, weights: dict[str, float]) -> None:
         raise ValueError(f"image_size={config.image_size}; expected a multiple of patch_size={config.patch_size}")
     if config.num_tokens < 1:
         raise ValueError(f"num_tokens={config.num_tokens}; expected 1 or more")
+    if not 0 <= config.view_dropout < 1:
+        raise ValueError(f"view_dropout={config.view_dropout}; expected 0 or more, and less than 1")
+    if config.view_dropout and config.num_views == 1:
+        raise ValueError(f"view_dropout={config.view_dropout} with one camera; expected several, as by ?camera=A,B")
     if config.delta <= 0:
         raise ValueError(f"delta={config.delta}; expected a positive number of seconds")
     if not weights:

@@ -129,12 +129,13 @@ def cached(
 ) -> Path:
     """The folder of the dataset in $HLRP_CACHE (or ~/.cache/hlrp); renders it if it is not there yet."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "metaworld"
-    name = "+".join(tasks.split(",")) + f"_{episodes}episodes_{camera}_{size}px_noise{noise}_seed{seed}"
+    cameras = tuple(camera.split(","))
+    name = f"{'+'.join(tasks.split(','))}_{episodes}episodes_{'+'.join(cameras)}_{size}px_noise{noise}_seed{seed}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{name}.lock", "w") as lock:
         hold(lock)  # other processes wait here until the first one has rendered
         if not (cache / name).exists():
-            render(cache / name, tasks, episodes, (camera,), size, noise=noise, seed=seed)
+            render(cache / name, tasks, episodes, cameras, size, noise=noise, seed=seed)
     return cache / name
 
 
@@ -142,7 +143,10 @@ def open_metaworld(tasks: str, uri: str, skip_broken: bool, **options):
     """The dataset of a URI; renders it if it is not there yet."""
     from hlrp.lerobot_data import LeRobotData
 
-    return LeRobotData(cached(tasks, **options), uri=uri, name=f"metaworld-{tasks}", skip_broken=skip_broken)
+    root, name = cached(tasks, **options), f"metaworld-{tasks}"
+    cameras = options.get("camera", "corner2").split(",")
+    keys = ",".join(f"observation.images.{camera}" for camera in cameras)
+    return LeRobotData(root, keys, uri=uri, name=name, skip_broken=skip_broken)
 
 
 def parse_tasks(tasks: str) -> list[str]:

@@ -146,6 +146,15 @@ def open_sources(uris: Sequence[str], skip_broken: bool, max_broken: int) -> tup
     return sources, [parse_uri(uri).weight for uri in uris]
 
 
+def num_views(sources: Sequence) -> int:
+    """The number of cameras of all sources. Raises ValueError where they differ."""
+    counts = {source.uri: 1 + len(source.views) for source in sources}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{uri} with {count}" for uri, count in counts.items())
+        raise ValueError(f"data: expected sources with equally many cameras, as chosen by ?camera=A,B, got {told}")
+    return next(iter(counts.values()))
+
+
 def named_apart(sources: Sequence) -> list:
     """Renames sources of the same name by what differs in their URIs: the folder or the owner (`lerobot-pick-bob`),
     or else the options, or else a number."""

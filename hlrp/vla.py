@@ -41,6 +41,7 @@ class LatentSpace:
     vector_dim: int  # dimensions of a latent action as a vector
     image_size: int  # of the frames that the LAQ reads [pixel]
     fingerprint: str  # of the LAQ
+    num_views: int = 1  # cameras in these frames
 
 
 class Predicted(NamedTuple):

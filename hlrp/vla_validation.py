@@ -41,8 +41,9 @@ class Predictions(NamedTuple):
 def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
     """What a VLA learns from frames (b, t + 1, c, h, w): the latent actions between them, and the features (b, n, d) of
     the first, at zero mean and unit variance. Each frame is embedded once."""
-    embedded = laq.embed(laq.observe(frames))
-    labels = {"features": F.layer_norm(embedded[:, 0], embedded.shape[-1:])}
+    embedded = laq.embed(laq.observe(frames))  # b t n d
+    last = embedded[:, 0].chunk(laq.num_views, dim=1)[-1]  # of the camera whose image stands last in a prompt
+    labels = {"features": F.layer_norm(last, last.shape[-1:])}
     if frames.shape[1] == 1:
         return labels
     actions = laq.between_all(embedded)
@@ -52,8 +53,9 @@ def label(laq: LAQ, frames: Tensor) -> dict[str, Tensor]:
 
 def feature_dim(laq: LAQ, vlm: VLM) -> int:
     """How many numbers of the LAQ's features one image token of the VLM predicts."""
-    blank = torch.zeros(1, 1, 3, laq.image_size, laq.image_size, dtype=torch.uint8, device=laq.queries.device)
-    return regrid(label(laq, blank)["features"], vlm.num_image_tokens).shape[-1]
+    blank = torch.zeros(1, 1, 3, laq.num_views * laq.image_size, laq.image_size, dtype=torch.uint8)
+    features = label(laq, blank.to(laq.queries.device))["features"]
+    return regrid(features, vlm.num_image_tokens).shape[-1]
 
 
 def shuffled(batch: dict) -> dict:

@@ -16,10 +16,13 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors.torch import load_file
 from torch import nn
-from toys import TOP, WRIST, write_lerobot
+from toys import TOP, WRIST, weights, write_lerobot
 
 import finetune_policy
+import train_laq
+import train_vla
 from finetune_policy import Args, EnvArgs, EvalArgs
+from hlrp import inverse, label
 from hlrp.clips import Clips
 from hlrp.contract import EpisodeRange
 from hlrp.demonstrations import PolicySettings, check_episodes, lerobot_flags, settings_given
@@ -248,6 +251,45 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
     with pytest.raises(ValueError, match="expected the 2 cameras that the policy sees, .* got 1"):
         last = tmp_path / "run/checkpoints/last/pretrained_model"
         train(tmp_path / "other", stages, head=None, policy_path=last, data=(f"lerobot:{folder}",), val_fraction=0.4)
+
+
+def test_one_latent_action_of_several_cameras_goes_through_all_stages(tmp_path):
+    data, short = f"lerobot:{write_lerobot(tmp_path / 'data')}?camera=wrist,top", {"steps": 1, "eval_freq": 1}
+    short |= {"warmup_steps": 1, "batch_size": 4, "num_workers": 0, "val_fraction": 0.4, "val_samples": 16}
+    config = LAQConfig(delta=0.1, image_size=32, patch_size=8, num_tokens=2, view_dropout=0.5)
+    laq, vla = (tmp_path / name / "checkpoints/last/pretrained_model" for name in ("laq", "vla"))
+    train_laq.main(train_laq.Args(model=config, data=(data,), output_dir=tmp_path / "laq", **short))
+    short["pictures"] = ()
+    model = VLAConfig(chunk_size=2, feature_weight=0.1)
+    with pytest.raises(ValueError, match=r"expected 2 cameras, as by \?camera=A,B, got observation.images.top$"):
+        one = data.replace("wrist,top", "top")
+        train_vla.main(
+            train_vla.Args(
+                model=model, data=(one,), laq=laq, accept_failed_laq=True, output_dir=tmp_path / "one", **short
+            )
+        )
+    train_vla.main(train_vla.Args(model=model, laq=laq, accept_failed_laq=True, output_dir=tmp_path / "vla", **short))
+
+    label.main(label.Args(data, tmp_path / "labelled", laq))
+    del short["pictures"]
+    learned = {}
+    for name in ("data", "labelled"):
+        run, source = tmp_path / f"policy_{name}", f"lerobot:{tmp_path / name}?camera=wrist,top"
+        policy = PolicySettings(vla=str(vla), **SMALL)
+        finetune_policy.main(Args(laq=laq, data=(source,), policy=policy, output_dir=run, **short))
+        learned[name] = weights(run)
+    for name, tensor in learned["data"].items():  # labels made along the way are those that were cached
+        torch.testing.assert_close(learned["labelled"][name], tensor, msg=name)
+    for features in ("laq", "pca", "pixels"):
+        settings = {
+            "laq": laq,
+            "features": features,
+            "delta": 0.1,
+            "val_fraction": 0.4,
+            "steps": 1,
+            "demonstrations": 1,
+        }
+        inverse.main(inverse.Args(data, tmp_path / f"inverse_{features}", **settings))
 
 
 def test_given_episodes_are_the_demonstrations_and_give_the_statistics(stages, tmp_path):

@@ -51,7 +51,7 @@ def test_few_demonstrations_label_the_other_video(folder):
 class CoarseChange:
     """Stands for a LAQ whose latent action is the change of 8 x 8 pixels."""
 
-    config, image_size = SimpleNamespace(delta=0.2), 64
+    config, image_size, num_views = SimpleNamespace(delta=0.2), 64, 1
 
     def requires_grad_(self, value):
         return self

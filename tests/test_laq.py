@@ -74,6 +74,26 @@ def test_the_encoding_of_a_frame_does_not_depend_on_the_frame_after_it():
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
+def test_each_camera_is_seen_by_a_frozen_encoder_alone_and_one_may_show_no_change(features_folder):
+    model = laq(num_views=2, view_dropout=0.999, features=features_folder)
+    frames = torch.cat([batch(seed=0)["frames"], batch(seed=1)["frames"]], dim=-2)  # b 2 c (2 h) w
+    features = model.observe(frames).features
+    alone = [laq(features=features_folder).observe(part).features for part in frames.split(32, dim=-2)]
+    assert torch.equal(features, torch.cat(alone, dim=2))
+
+    first, second = model.embed(model.observe(frames)).unbind(1)  # b n d each
+    seen = model.without_one_view(first, second)
+    changed = [(seen != first).any(2).any(1) for seen, first in zip(seen.chunk(2, 1), first.chunk(2, 1), strict=True)]
+    assert (changed[0] ^ changed[1]).all() and changed[0].any() and changed[1].any()
+    assert torch.equal(torch.where(seen != first, seen, second), second)
+    loss, _ = model({"frames": frames})
+    loss.backward()
+    model.eval()
+    codes, _ = model.encode(frames)
+    assert model.decode(frames[:, 0], codes)["pixels"].shape == (4, 3, 64, 32)
+    assert torch.equal(model.encode(frames)[0], codes)  # evaluation hides nothing
+
+
 def test_a_scene_that_stays_has_one_code_whatever_it_shows():
     frames = batch(size=6)["frames"]
     frames[:, 1] = frames[:, 0]
@@ -192,6 +212,7 @@ def test_bf16_autocast_trains_close_to_float32():
     [
         ({"image_size": 30}, "image_size=30; expected a multiple of patch_size=8"),
         ({"num_tokens": 0}, "num_tokens=0"),
+        ({"view_dropout": 0.2}, "view_dropout=0.2 with one camera; expected several, as by .camera=A,B"),
         ({"delta": -1.0}, "delta=-1.0"),
         ({"pixel_weight": 0.0}, "nothing to predict"),
         ({"feature_weight": 1.0}, "need features="),

@@ -20,7 +20,7 @@ from hlrp.contract import choose_demonstrations
 from hlrp.data import Mixture, loader
 from hlrp.demonstrations import choose_parts
 from hlrp.lerobot_data import LeRobotData, check_points, choose_camera, find_dataset, short_name
-from hlrp.sources import instructions, open_source, open_sources
+from hlrp.sources import instructions, num_views, open_source, open_sources
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,24 @@ def test_frames_actions_states_and_tasks_are_those_that_lerobot_reads(dataset, r
             assert torch.equal(state, item["observation.state"]) and torch.equal(action, item["action"])
             assert source.instructions(episode, [i]) == [item["task"]]
         first += length
+
+
+def test_clips_show_all_cameras_one_below_the_other_at_the_same_times(h264, av1):
+    for folder in (h264, av1):
+        source = open_source(f"lerobot:{folder}?camera=wrist,top")
+        clips = Clips(source, range(3), (0.0, 0.3), 64, num_views=2)
+        samples = clips.__getitems__([11, 3, 40])
+        for sample in samples:
+            assert sample["frames"].shape == (2, 3, 128, 64)
+            top, wrist = sample["frames"].split(64, dim=-2)  # by name
+            first = int(np.cumsum([0, *LENGTHS])[sample["episode"]]) + sample["index"]
+            assert numbers(top) == numbers(255 - wrist) == [first, first + 3]
+    assert clips.fingerprint != Clips(source, range(3), (0.0, 0.3), 64).fingerprint
+    assert torch.equal(Clips(source, range(3), (0.0, 0.3), 64)[3]["frames"], samples[1]["frames"][..., 64:, :])
+    with pytest.raises(ValueError, match=r"expected 2 cameras, as by \?camera=A,B, got observation.images.top$"):
+        Clips(LeRobotData(h264), range(3), (0.0, 0.3), 64, num_views=2)
+    with pytest.raises(ValueError, match=r"equally many cameras, .*wrist,top with 2, lerobot:.* with 1"):
+        num_views([source, LeRobotData(h264)])
 
 
 def test_the_first_camera_is_the_default_and_an_unknown_one_lists_them(h264):

@@ -198,7 +198,7 @@ def run_cell(args: Args, cell: Cell, train: Cached, val: Cached) -> dict:
     labelled_clips = Clips(train.source, labelled, (0.0, args.delta), IMAGE_SIZE) if len(labelled) else None
     if cell.quantizer == LABELS_ONLY:
         statistics = action_statistics(labelled_clips)
-        model = trained_on_labels(IMAGE_SIZE, labelled_clips, args.steps, "cpu", statistics, **settings)
+        model = trained_on_labels(IMAGE_SIZE, 1, labelled_clips, args.steps, "cpu", statistics, **settings)
 
         def encoder(frames: Tensor) -> LatentActions:
             return LatentActions(predicted_actions(model, frames)[:, None], None)
