@@ -26,6 +26,7 @@ from hlrp.demonstrations import (
     alarms,
     choose_parts,
     evaluate,
+    findings,
     lerobot_flags,
     mix,
     refuse_other_cameras,
@@ -172,7 +173,7 @@ def main(args: Args) -> None:
         @gathered(policy)
         def validate() -> None:
             report = evaluate(learned, preprocessor, laq, val_sets, **run.ranks, num_workers=args.num_workers)
-            run.log_report(report, alarms(report))
+            run.log_report(report, findings(report), alarms(report))
 
         @gathered(policy)
         def roll_out() -> None:
@@ -192,8 +193,7 @@ def main(args: Args) -> None:
             postprocessor.save_pretrained(folder)
             write_json(folder / "provenance.json", provenance)
 
-        num_demonstrations = sum(len(part.demonstrations) for part in parts)
-        run.announce(policy, f"{num_demonstrations} demonstrations of {len(robots)} source(s), ")
+        run.announce(policy)
         if latents_from:
             run.print(latents_from)
         for batch in run.batches(optimizer):
@@ -222,19 +222,13 @@ def main(args: Args) -> None:
             roll_out()  # of what is saved: a fault of the environment costs no step
         if run.is_main and config.push_to_hub:
             push_to_hub(policy, args.output_dir / "checkpoints" / "last" / "pretrained_model", uris)
-        run.print(summary(args.output_dir, run.report))
+        run.print(summary(args.output_dir))
 
 
-def summary(output_dir: Path, report: dict) -> str:
-    """Where things are, and the figures that matter."""
-    lines = [f"\npolicy         {output_dir / 'checkpoints' / 'last' / 'pretrained_model'}"]
-    for name, figures in report.items():
-        lines.append(
-            f"{name}: actions off by {figures['action_error']:.2f} standard deviations (the mean action "
-            f"{figures['action_error_mean']:.2f}, shuffled text {figures['action_error_shuffled_text']:.2f}, "
-            f"blank image {figures['action_error_blank_image']:.2f})"
-        )
-    return "\n".join(lines)
+def summary(output_dir: Path) -> str:
+    """Where things are, and what comes next."""
+    folder = output_dir / "checkpoints" / "last" / "pretrained_model"
+    return f"\npolicy    {folder}\nnext      python -m hlrp.rollout --policy {folder} --env ENVIRONMENT --tasks TASK"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hlrp.cli import tell_mistakes
 from hlrp.data import action_statistics, open_data
 from hlrp.distributed import distribute, first_alone, gathered
 from hlrp.laq import LAQ, LAQConfig
-from hlrp.laq_validation import alarms, evaluate
+from hlrp.laq_validation import alarms, evaluate, findings
 from hlrp.optimizers import cosine_lr, make_optimizer, set_lr
 from hlrp.pictures import Pictures
 from hlrp.sources import num_views, open_sources
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
         @gathered(laq)
         def validate() -> None:
             report = evaluate(laq, data.val, data.fit, **run.ranks, num_workers=args.num_workers)
-            run.log_report(report, alarms(report))
+            run.log_report(report, findings(report), alarms(report))
             pictures.draw(run, laq, partial(encoded, laq))
 
         run.announce(laq)
@@ -89,20 +89,15 @@ def main(args: Args) -> None:
 
 
 def summary(output_dir: Path, report: dict) -> str:
-    """Where things are, the figures that matter, and what comes next."""
-    folder = output_dir / "checkpoints" / "last" / "pretrained_model"
-    lines = [f"\nLAQ            {folder}", f"pictures       {output_dir / 'grids'}"]
-    for name, figures in report.items():
-        for target, ratio in figures["true_over_copy"].items():
-            line = f"{name}, {target}: error / copy-frame error {ratio:.2f} (below 1 is better)"
-            if figures["shuffled_over_true"] is not None:
-                shuffled = figures["shuffled_over_true"][target]
-                line += f", error with a shuffled code / true code {shuffled:.2f} (above 1.2 is healthy)"
-            lines.append(line)
-        if figures.get("action_r2") is not None:
-            r2, random = figures["action_r2"], figures["action_r2_random"]
-            lines.append(f"{name}, true actions from the code: R2 {r2:.2f} (random codes {random:.2f})")
-    lines.append(f"next           python train_vla.py --laq {folder}")
+    """Where things are, and what comes next."""
+    folder, grids = output_dir / "checkpoints" / "last" / "pretrained_model", output_dir / "grids"
+    lines = [f"\nLAQ       {folder}", f"pictures  {grids}"]
+    if not any("action_r2" in figures for figures in report.values()):
+        lines.append(
+            f"look at   {grids}/transfer_*.png: without actions, a code that does the same elsewhere is the evidence"
+        )
+    lines.append(f"next      python -m hlrp.probe --latents {folder}")
+    lines.append(f"          python train_vla.py --laq {folder}")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from hlrp.pictures import Pictures
 from hlrp.sources import instructions, open_sources
 from hlrp.training import Run, VideoArgs
 from hlrp.vla import VLA, VLAConfig
-from hlrp.vla_validation import alarms, evaluate, feature_dim, label, predicted_latents, shuffled
+from hlrp.vla_validation import alarms, evaluate, feature_dim, findings, label, predicted_latents, shuffled
 from hlrp.vlm import VLM
 
 
@@ -83,7 +83,7 @@ def main(args: Args) -> None:
         @gathered(vla)
         def validate(teacher: LAQ) -> None:
             report = evaluate(vla, teacher, data.val, data.fit, **run.ranks, num_workers=args.num_workers)
-            run.log_report(report, alarms(report))
+            run.log_report(report, findings(report), alarms(report))
             pictures.draw(run, teacher, partial(predicted_latents, vla, teacher))
 
         run.print(latents_from)
@@ -105,26 +105,14 @@ def main(args: Args) -> None:
                 validate(laq)
             if run.must_save():
                 run.save(model, optimizer, data=uris)
-        run.print(summary(args.output_dir, run.report))
+        run.print(summary(args))
 
 
-def summary(output_dir: Path, report: dict) -> str:
-    """Where things are, and the figures that matter."""
-    folder = output_dir / "checkpoints" / "last" / "pretrained_model"
-    lines = [f"\nVLA            {folder}", f"pictures       {output_dir / 'grids'}"]
-    for name, figures in report.items():
-        if "accuracy" in figures:
-            lines.append(
-                f"{name}: {figures['accuracy']:.1%} of the codes predicted "
-                f"(most frequent code {figures['majority']:.1%}, shuffled text "
-                f"{figures['accuracy_shuffled_text']:.1%}, blank image {figures['accuracy_blank_image']:.1%})"
-            )
-        if figures.get("action_r2") is not None:
-            lines.append(
-                f"{name}, true actions from the prediction: R2 {figures['action_r2']:.2f} "
-                f"(from the true codes {figures['action_r2_true']:.2f}, random codes {figures['action_r2_random']:.2f})"
-            )
-    return "\n".join(lines)
+def summary(args: Args) -> str:
+    """Where things are, and what comes next."""
+    folder = args.output_dir / "checkpoints" / "last" / "pretrained_model"
+    following = f"python finetune_policy.py --policy.vla {folder} --laq {args.laq}"
+    return f"\nVLA       {folder}\npictures  {args.output_dir / 'grids'}\nnext      {following}"
 
 
 if __name__ == "__main__":

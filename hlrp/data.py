@@ -129,6 +129,7 @@ class Samples(list[dict]):
         self.skipped, self.turns = list(skipped), list(turns)
 
 
+NUM_ASKED = 100  # episodes whose instructions are looked at for a description
 BLOCK_SIZE = 16384  # samples in which the shares of a mixture are exact
 
 
@@ -195,10 +196,22 @@ class Mixture(Dataset):
             )
         return np.array([len(c) for c in self.clips if not isinstance(c, StreamClips)], dtype=np.float64)
 
-    def __str__(self) -> str:
-        num_clips = sum(len(c) for c in self.clips if not isinstance(c, StreamClips))
-        parts = [f"{num_clips} clips"] * bool(num_clips) + [f"{len(self.streams)} stream(s)"] * bool(self.streams)
-        return f"{' and '.join(parts)} of {len({c.source_index for c in self.clips})} source(s)"
+    def described(self) -> list[str]:
+        """What is in it, a line for each part; of many episodes, every so many are asked for their text."""
+        lines = []
+        for clips, count in zip(self.clips, self.counts, strict=True):
+            source, share = clips.source, f"{count / BLOCK_SIZE:.0%} of the samples"
+            if isinstance(clips, StreamClips):
+                lines.append(f"{clips.name}: a stream of {source.num_shards} shards, {share}")
+                continue
+            episodes = clips.episodes
+            hours = float((source.lengths[episodes] / source.fps[episodes]).sum()) / 3600
+            asked = episodes[:: -(-len(episodes) // NUM_ASKED)].tolist()
+            silent = sum(not any(source.instructions(episode, [0])) for episode in asked) / len(asked)
+            line = f"{clips.name}: {len(episodes)} episodes, {len(clips)} clips, {hours:.2g} h, {share}"
+            line += f", {clips.is_labelled.sum()} episodes with actions" if clips.is_labelled.any() else ", no actions"
+            lines.append(line + (f", {silent:.0%} without text" if silent else ""))
+        return lines
 
     def read_from(self, turns: dict[str, int], reader: int, num_readers: int) -> None:
         """Makes the streams read as one of several readers, from the turn of their name (`StreamClips.turn`) or 0."""

@@ -294,6 +294,18 @@ def alarms(report: dict[str, dict]) -> list[str]:
     return sentences
 
 
+def findings(report: dict[str, dict]) -> list[tuple[str, str, str, str, str]]:
+    """What a report says in words, a row each: source, figure, value, control, verdict."""
+    rows = []
+    for name, figures in report.items():
+        error, mean = figures["action_error"], figures["action_error_mean"]
+        text, image = (figures[f"action_error_{condition}"] for condition in ("shuffled_text", "blank_image"))
+        control = f"the mean action {mean:.2f}, another text {text:.2f}, blank image {image:.2f}"
+        verdict = "better than the mean action" if error < mean else "no better than the mean action"
+        rows.append((name, "error of the actions in standard deviations", f"{error:.2f}", control, verdict))
+    return rows
+
+
 NormalizationName = Literal["MIN_MAX", "MEAN_STD", "IDENTITY", "QUANTILES", "QUANTILE10"]
 
 

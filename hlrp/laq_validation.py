@@ -23,6 +23,7 @@ from hlrp.transformer import mean_action
 
 IGNORED_BELOW = 1.05  # shuffled / true error below which the decoder ignores the code
 HEALTHY_FROM = 1.2  # and from which it uses it
+TOLD_FROM = 0.1  # R2 above that of random codes from which codes tell something
 COLLAPSED_UP_TO = 8  # unique sequences in a whole pass
 # of `algebra`
 CAMERA_SHIFT = 1 / 32  # of the frame's side
@@ -249,6 +250,27 @@ def alarms(report: dict[str, dict]) -> list[str]:
                 f"{figures['pairs']} pairs, where {figures['possible_sequences']} were possible."
             )
     return sentences
+
+
+def findings(report: dict[str, dict]) -> list[tuple[str, str, str, str, str]]:
+    """What a report says in words, a row each: source, figure, value, control, verdict."""
+    rows = []
+    for name, figures in report.items():
+        for target, ratio in figures["true_over_copy"].items():
+            verdict = "predicted" if round(ratio, 2) < 1 else "no better than the first frame shown again"
+            rows.append((name, f"error of {target} / error of the first frame", f"{ratio:.2f}", "1", verdict))
+        for target, ratio in (figures["shuffled_over_true"] or {}).items():
+            verdict = "the codes are used" if ratio >= HEALTHY_FROM else "the codes are hardly used"
+            rows.append(
+                (name, f"error of {target} with another pair's code / with its own", f"{ratio:.2f}", "1", verdict)
+            )
+        if (r2 := figures.get("action_r2")) is not None:
+            random = figures["action_r2_random"]
+            verdict = "the codes tell the actions" if r2 > random + TOLD_FROM else "the codes do not tell the actions"
+            rows.append(
+                (name, "R2 of the true actions from the codes", f"{r2:.2f}", f"random codes {random:.2f}", verdict)
+            )
+    return rows
 
 
 def shifted(frames: Tensor, pixels: int) -> Tensor:

@@ -62,7 +62,7 @@ from hlrp.distributed import (
     wait_for_all,
 )
 from hlrp.optimizers import load_optimizer, moments, save_optimizer
-from hlrp.training_log import Clock, Intake, Log, labelled_counts, scalars, stragglers, tensor
+from hlrp.training_log import Clock, Findings, Intake, Log, findings_table, labelled_counts, scalars, stragglers, tensor
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -201,8 +201,7 @@ class Run:
         self.watchdog = Watchdog(accelerator.process_index)
         self.step, self.has_started, self.has_stepped = 0, False, False  # has_stepped: since the last batch was given
         self.report: Any = None  # a dict once there is one
-        self.stop_signal, self.stop_asked, self.must_stop = 0, 0.0, False
-        self.handlers = {}
+        self.stop_signal, self.stop_asked, self.must_stop, self.handlers = 0, 0.0, False, {}
 
     def __enter__(self) -> "Run":
         return self
@@ -257,8 +256,7 @@ class Run:
     def request_stop(self, number: int, frame) -> None:
         """Has the run save and stop after its step; a second Ctrl-C ends it at once."""
         if number == signal.SIGINT:
-            # a launcher passes the terminal's Ctrl-C on to its ranks, which have had it already
-            patience = 2.0 if under_launcher() else 0.0
+            patience = 2.0 if under_launcher() else 0.0  # which passes on a Ctrl-C that its ranks have had already
             if self.stop_signal == number and time.monotonic() - self.stop_asked >= patience:
                 signal.signal(number, signal.SIG_DFL)
                 raise KeyboardInterrupt("a second Ctrl-C: ended at once, without saving")
@@ -336,13 +334,14 @@ class Run:
                 seed_step(args.seed, self.step * self.accumulation + i, accelerator.process_index)
                 yield batch | labelled | {"step": self.step}
 
-    def announce(self, model: nn.Module, what: str = "") -> None:
-        """One line: the size of the model, the data, and how long it trains."""
+    def announce(self, model: nn.Module) -> None:
+        """Says what it learns from, what it trains, for how long, and where that goes."""
         args, trained = self.args, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.print(
-            f"{trained / 1e6:.1f} M trained parameters, {what}{self.mixture}, {args.steps} steps of "
-            f"{self.samples_per_step} samples, lr {args.lr:g}, {self.device}"
-        )
+        self.print("data      " + "\n          ".join(self.mixture.described()))
+        where = f"{self.accelerator.num_processes} process(es) on {self.device.type}"
+        self.print(f"model     {trained / 1e6:.1f} M trained parameters, {where}")
+        self.print(f"training  {args.steps} steps of {self.samples_per_step} samples, learning rate {args.lr:g}")
+        self.print(f"folder    {args.output_dir}")
 
     def counts(self, batches: list[dict]) -> dict[str, Tensor]:
         """`labelled_counts` of an optimizer step, on all ranks, for each of its batches."""
@@ -420,10 +419,11 @@ class Run:
         self.clock.restart()
         self.output.write(split, values, self.step)
 
-    def log_report(self, report: dict, alarms: list[str]) -> None:
-        """Keeps the report of a validation for the checkpoints, logs its figures, and prints the alarms."""
+    def log_report(self, report: dict, findings: Findings, alarms: list[str]) -> None:
+        """Keeps the report of a validation for the checkpoints, logs its figures, and prints findings and alarms."""
         self.report = report
         self.log("val", scalars(report))
+        self.print(findings_table(f"validation after step {self.step}", findings))
         for alarm in alarms:
             self.print(f"ALARM: {alarm}")
 

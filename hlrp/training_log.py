@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -91,6 +91,21 @@ class Log:
                     tracker.finish()
         if not exit_code:
             self.accelerator.end_training()
+
+
+Findings = Sequence[tuple[str, str, str, str, str]]
+
+
+def findings_table(title: str, rows: Findings) -> str:
+    """A title and a table of rows (source, figure, value, control, verdict); the source stands where it changes."""
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(1, 4)]
+    lines, last = [title], None
+    for source, *cells in rows:
+        lines += [f"  {source}"] if source != last else []
+        figure, value, control = (cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
+        lines.append(f"    {figure}  {value}  ({control.rstrip()}){control[len(control.rstrip()) :]}  {cells[3]}")
+        last = source
+    return "\n".join(lines)
 
 
 class Clock:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hlrp.contract import SampleSet
 from hlrp.images import regrid
 from hlrp.laq import LAQ
-from hlrp.laq_validation import COLLAPSED_UP_TO, Share, joined, probe_rows
+from hlrp.laq_validation import COLLAPSED_UP_TO, TOLD_FROM, Share, joined, probe_rows
 from hlrp.metrics import code_health, episode_split, one_hot_features, probe_r2
 from hlrp.quantizers import nearest
 from hlrp.strategies import Latents
@@ -275,6 +275,30 @@ def alarms(report: dict[str, dict]) -> list[str]:
                     f"{figures[f'loss{condition}']:.3f} with {condition[1:].replace('_', ' ')}."
                 )
     return sentences
+
+
+def findings(report: dict[str, dict]) -> list[tuple[str, str, str, str, str]]:
+    """What a report says in words, a row each: source, figure, value, control, verdict."""
+    rows = []
+    for name, figures in report.items():
+        text, image = (figures[f"loss_{condition}"] > figures["loss"] for condition in ("shuffled_text", "blank_image"))
+        verdict = f"the image is {'' if image else 'not '}looked at"
+        if figures["tasks"] > 1:
+            verdict = f"the text is {'' if text else 'not '}read, {verdict}"
+        if "accuracy" in figures:
+            control = f"most frequent code {figures['majority']:.0%}, "
+            control += f"another text {figures['accuracy_shuffled_text']:.0%}, "
+            control += f"blank image {figures['accuracy_blank_image']:.0%}"
+            rows.append((name, "codes predicted", f"{figures['accuracy']:.0%}", control, verdict))
+        else:
+            control = f"another text {figures['loss_shuffled_text']:.2f}, blank image {figures['loss_blank_image']:.2f}"
+            rows.append((name, "loss of the latent actions", f"{figures['loss']:.2f}", control, verdict))
+        if (r2 := figures.get("action_r2")) is not None:
+            random, true = figures["action_r2_random"], figures["action_r2_true"]
+            verdict = "the prediction tells the actions" if r2 > random + TOLD_FROM else "it does not tell the actions"
+            control = f"true codes {true:.2f}, random codes {random:.2f}"
+            rows.append((name, "R2 of the true actions from the prediction", f"{r2:.2f}", control, verdict))
+    return rows
 
 
 def predicted_latents(vla: VLA, laq: LAQ, batch: dict) -> Latents:

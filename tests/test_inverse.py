@@ -20,7 +20,7 @@ DATA = "world:arm?episodes=40"
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("inverse") / "labels"
-    main(Args(DATA, folder, features="pixels", delta=0.1, demonstrations=1, val_fraction=0.2, steps=120))
+    main(Args(DATA, folder, features="pixels", delta=0.1, demonstrations=1, val_fraction=0.2, image_size=32, steps=120))
     return folder
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hlrp.training_log import Log, Stopwatch, stragglers
+from hlrp.laq_validation import findings
+from hlrp.training_log import Log, Stopwatch, findings_table, stragglers
 
 
 def test_a_stopwatch_adds_up_forward_passes(monkeypatch):
@@ -43,6 +44,27 @@ def test_pictures_and_videos_of_a_run_reach_wandb_under_names_that_stay_the_same
     ((media, options),) = logged
     assert options == {"step": 7} and list(media) == ["grids/left/usage", "videos/task/0"]
     assert isinstance(media["grids/left/usage"], wandb.Image) and isinstance(media["videos/task/0"], wandb.Video)
+
+
+def test_a_validation_is_a_table_with_controls_and_verdicts_in_words():
+    codes, actions = (
+        ["error of pixels with another pair's code / with its own"],
+        ["R2 of the true actions from the codes"],
+    )
+    report = {
+        "a": {"true_over_copy": {"pixels": 0.1634}, "shuffled_over_true": {"pixels": 6.2}, "action_r2": 0.65}
+        | {"action_r2_random": -0.01},
+        "b": {"true_over_copy": {"pixels": 0.998}, "shuffled_over_true": {"pixels": 1.1}},
+    }
+    rows = findings(report)
+    assert [row[0] for row in rows] == ["a", "a", "a", "b", "b"]
+    assert rows[0][1:] == ("error of pixels / error of the first frame", "0.16", "1", "predicted")
+    assert rows[1][1:] == (*codes, "6.20", "1", "the codes are used")
+    assert rows[2][1:] == (*actions, "0.65", "random codes -0.01", "the codes tell the actions")
+    assert [row[4] for row in rows[3:]] == ["no better than the first frame shown again", "the codes are hardly used"]
+    lines = findings_table("validation after step 3", rows).splitlines()
+    assert lines[:2] == ["validation after step 3", "  a"] and lines[5] == "  b" and len(lines) == 8
+    assert len({line.index("(") for line in lines if "(" in line}) == 1
 
 
 def test_an_eta_above_a_day_counts_the_days(tmp_path, capfd):

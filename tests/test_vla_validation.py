@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from hlrp.laq import LAQ, LAQConfig
 from hlrp.vla import Predicted
-from hlrp.vla_validation import alarms, complete, evaluate, label, other_tasks, shuffled
+from hlrp.vla_validation import alarms, complete, evaluate, findings, label, other_tasks, shuffled
 
 TASKS = ("turn left", "turn right")
 NUM_CODES = 8
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
     def __init__(self):
         super().__init__()
         self.device_of = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(num_tokens=1, quantizer="vq")
+        self.config, self.num_views = SimpleNamespace(num_tokens=1, quantizer="vq"), 1
         self.quantizer = SimpleNamespace(codebook_size=NUM_CODES, lookup=lambda indices: indices[..., None].float())
 
     def observe(self, frames):
@@ -90,6 +90,11 @@ def test_a_model_that_looks_and_reads_is_right_and_pays_for_other_text_and_for_n
     assert figures["action_r2"] == pytest.approx(1, abs=1e-3) and abs(figures["action_r2_random"]) < 0.2
     assert figures["loss"] == 0 and figures["loss_shuffled_text"] == 1
     assert not alarms(report("image", "text"))
+    told, read = findings(report("image", "text"))
+    controls = "most frequent code 12%, another text 0%, blank image 25%"
+    assert told[1:] == ("codes predicted", "100%", controls, "the text is read, the image is looked at")
+    assert read[2] == "1.00" and read[4] == "the prediction tells the actions"
+    assert findings(report("image"))[0][4] == "the text is not read, the image is looked at"
 
 
 def test_a_probe_reads_no_more_from_a_prediction_than_the_latent_action():
