@@ -91,7 +91,7 @@ def main(args: Args) -> None:
 def summary(output_dir: Path, report: dict) -> str:
     """Where things are, and what comes next."""
     folder, grids = output_dir / "checkpoints" / "last" / "pretrained_model", output_dir / "grids"
-    lines = [f"\nLAQ       {folder}", f"pictures  {grids}"]
+    lines = [f"\nLAQ       {folder}", f"pictures  {grids / 'index.html'}"]
     if not any("action_r2" in figures for figures in report.values()):
         lines.append(
             f"look at   {grids}/transfer_*.png: without actions, a code that does the same elsewhere is the evidence"

@@ -112,7 +112,7 @@ def summary(args: Args) -> str:
     """Where things are, and what comes next."""
     folder = args.output_dir / "checkpoints" / "last" / "pretrained_model"
     following = f"python finetune_policy.py --policy.vla {folder} --laq {args.laq}"
-    return f"\nVLA       {folder}\npictures  {args.output_dir / 'grids'}\nnext      {following}"
+    return f"\nVLA       {folder}\npictures  {args.output_dir / 'grids' / 'index.html'}\nnext      {following}"
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ The fields of a sample are dataset, task, episode, index (its first frame), fps,
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
+from hlrp.card_page import document
+from hlrp.checkpoints import write_text
 from hlrp.contract import SampleSet
 from hlrp.data import subset
 from hlrp.laq import LAQ
@@ -237,6 +241,57 @@ def draw_pictures(
     return figures
 
 
+CAPTIONS = {  # of each strategy: what its picture shows, and what to look for
+    "reconstructions": (
+        "Held-out pairs: the first frame, the second one, what is decoded from the first frame and the latent action, "
+        "and from that of another pair. Wanted: the third picture moves as the second, the fourth does not."
+    ),
+    "transfer": (
+        "The latent action of one sample, applied to the first frame of another episode, of another source where there "
+        "are several. Wanted: the same motion in both, though they show different scenes."
+    ),
+    "permuted": "Pairs decoded with their own latent actions and with those of others. Wanted: the second are wrong.",
+    "one-code": "One latent action in each row, applied to many first frames. Wanted: the same motion along a row.",
+    "many-codes": "The most frequent latent actions on one frame. Wanted: motions that differ, and look like actions.",
+    "usage": "How often each code stands at each token. Wanted: many codes in use, none alone.",
+    "sequences": "How often each whole sequence of codes occurs. Wanted: many sequences, none that covers nearly all.",
+    "examples": "Pairs that have exactly the same codes, a row for each sequence. Wanted: the same motion along a row.",
+    "embedding": (
+        "Each pair as a point: its latent action in two principal components, coloured by the direction of the true "
+        "action. Wanted: colours that lie apart."
+    ),
+    "actions": "True actions, coloured by the code that says most of them. Wanted: colours that lie apart.",
+    "states": "States of the robot, coloured likewise. Wanted: mixed colours, since an action is no place.",
+    "compass": (
+        "Arrows: the mean motion in the image of the pairs with each code, as it is and without the motion that all "
+        "pairs of a source share. Wanted: arrows in different directions."
+    ),
+    "sources": "The share of each code in every source. Wanted: like rows, since a code should not tell the source.",
+}
+
+
+def write_page(folder: Path, title: str) -> None:
+    """Writes index.html beside the pictures of a run: the last of each kind with its caption, earlier ones below."""
+    steps: dict[tuple[str, str], list[Path]] = {}
+    for file in sorted(folder.rglob("*_[0-9]*.png")):
+        bucket = "" if file.parent == folder else str(file.parent.relative_to(folder))
+        steps.setdefault((bucket, file.stem.rpartition("_")[0]), []).append(file)
+    body = f"<h1>{escape(title)}</h1><p class=why>All samples are held out: the model has not learned from them.</p>"
+    order = [*STRATEGIES]
+    for (bucket, strategy), files in sorted(steps.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+        of = f", samples of {bucket}" if bucket else ""
+        *earlier, last = [
+            f"<figure class=grid><figcaption>After step {int(file.stem.rpartition('_')[2])}: {file.name}</figcaption>"
+            f'<img alt="{escape(strategy)}" loading=lazy src="{quote(str(file.relative_to(folder)))}"></figure>'
+            for file in files
+        ]
+        older = f"<details><summary>Earlier steps</summary>{''.join(reversed(earlier))}</details>" if earlier else ""
+        head = escape(strategy.replace("-", " ").capitalize() + of)
+        caption = f"<p class=why>{escape(CAPTIONS[strategy])}</p>"
+        body += f"<section><h3>{head}</h3>{caption}{last}{older}</section>"
+    write_text(folder / "index.html", document(title, body))
+
+
 class Pictures:
     """The pictures of a run: chosen by the settings `pictures`, `buckets` and `eval_freq`, drawn into `grids`."""
 
@@ -253,5 +308,6 @@ class Pictures:
             place = {"folder": self.folder, "step": run.step, "last": self.last}
             figures = draw_pictures(laq, latents_of, self.sets, self.buckets, self.bindings, **place)
             run.log("pictures", figures)
+            write_page(self.folder, f"What the latent actions of {self.folder.parent.name} do")
             run.show(self.folder.rglob(f"*_{run.step:06d}.png"))
         run.wait_for_all()

@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -6,8 +7,18 @@ from torch import nn
 
 from hlrp import pictures
 from hlrp.clips import Clips
-from hlrp.pictures import Binding, bindings_of, check_fields, draw_pictures, fill, parse_bucket, read_buckets
-from hlrp.strategies import Latents, Skip
+from hlrp.pictures import (
+    CAPTIONS,
+    Binding,
+    bindings_of,
+    check_fields,
+    draw_pictures,
+    fill,
+    parse_bucket,
+    read_buckets,
+    write_page,
+)
+from hlrp.strategies import STRATEGIES, Latents, Skip
 from hlrp.world import World
 
 BUCKETS = read_buckets(["left: task~left", "cows: task~cow"])
@@ -195,3 +206,18 @@ def test_no_set_is_read_for_buckets_that_cannot_hold_it(sets):
     bucket = parse_bucket("hands: dataset=world-hand")
     found, _ = fill([bucket], sets | {"other": Unread()}, limit=10, seed=0)["hands"]
     assert len(found) == 10
+
+
+def test_a_page_shows_the_last_picture_of_each_kind_with_a_caption_and_earlier_ones_below(tmp_path):
+    assert CAPTIONS.keys() == STRATEGIES.keys()
+    for name in ("transfer_000600", "reconstructions_000300", "reconstructions_000600", "left & right/usage_000600"):
+        (tmp_path / f"{name}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    write_page(tmp_path, "What <it> does")
+    page = (tmp_path / "index.html").read_text()
+    assert "<h1>What &lt;it&gt; does</h1>" in page
+    assert re.findall("<h3>(.*?)</h3>", page) == ["Reconstructions", "Transfer", "Usage, samples of left &amp; right"]
+    sources = re.findall('src="(.*?)"', page)
+    assert sources[:3] == ["reconstructions_000600.png", "reconstructions_000300.png", "transfer_000600.png"]
+    assert sources[3:] == ["left%20%26%20right/usage_000600.png"]
+    assert page.count("<details>") == 1 and page.index("<details>") < page.index("reconstructions_000300.png")

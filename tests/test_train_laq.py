@@ -80,6 +80,7 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
     assert record["state"] == "done" and record["settings"]["lr"] == 3e-3 and record["versions"]["torch"]
     drawn = {str(path.relative_to(whole / "grids")) for path in (whole / "grids").rglob("*.png")}
     assert {f"{name}_000012.png" for name in ("reconstructions", "hands/reconstructions", "sources")} <= drawn
+    assert "reconstructions_000012.png" in (whole / "grids/index.html").read_text()
     figures = [line for line in lines if line["split"] == "pictures"][-1]
     assert 0 <= figures["all/sources/apart"] <= 1
 
