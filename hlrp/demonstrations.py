@@ -332,7 +332,8 @@ class PolicySettings:
     chunk_size: int = 16  # actions that are predicted together
     n_action_steps: int = 8  # actions of a chunk that are executed before the next prediction
     action_repeat: int = 1  # environment steps that an action is held for, where the data have a lower rate
-    action_head: Literal["flow", "l1", "bins"] = "flow"  # flow matching, regression, or bins of each dimension
+    # regression of the chunk, flow matching (for demonstrations that do the same in several ways), or bins
+    action_head: Literal["l1", "flow", "bins"] = "l1"
     num_bins: int = 256  # with --policy.action-head bins: values of an action dimension
     num_inference_steps: int = 10  # with --policy.action-head flow: integration steps of a prediction
     expert_dim: int = 256  # width of the action expert, where stage 2 brings none

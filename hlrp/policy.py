@@ -3,7 +3,7 @@
 LeRobot's commands find it once hlrp is installed: `lerobot-train --policy.type=hlrp`, `lerobot-eval --policy.path=...`.
 
     prompt  = vlm(images, instruction)                    as in stage 2; computed once for a chunk
-    actions = expert(noise | prompt, state)               flow matching; or regression, or bins of each dimension;
+    actions = expert(prompt, state)                       regression; or flow matching, or bins of each dimension;
                                                           with action_context: | the queries of latent actions, too
     loss    = error(actions) + latent_weight * error(latent actions | prompt)
 
@@ -246,8 +246,7 @@ class HLRPPolicy(PreTrainedPolicy):
             latent_errors, has_latents = predicted.errors, (~is_absent).any(1)
         else:
             seen = self.see(images, tasks)
-        is_pad = batch.get("action_is_pad")
-        actions = batch[ACTION]  # b t a
+        actions, is_pad = batch[ACTION], batch.get("action_is_pad")  # b t a, b t
         if is_pad is None:
             is_pad = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
         errors, is_labelled = self.action_errors(actions, is_pad, self.context(seen, batch)), (~is_pad).any(1)
@@ -323,6 +322,8 @@ class HLRPPolicy(PreTrainedPolicy):
     def init_rtc_processor(self) -> None:
         """Real-time chunking (Black et al. 2025, arXiv:2506.07339), as `config.rtc_config` has it now."""
         rtc = self.config.rtc_config
+        if rtc is not None and rtc.enabled and not self.supports_rtc():
+            raise ValueError(f"rtc_config.enabled=True with action_head={self.config.action_head}; expected flow")
         self.rtc_processor = RTCProcessor(rtc) if rtc is not None and rtc.enabled else None
 
     def supports_rtc(self) -> bool:
@@ -488,8 +489,7 @@ def start_from(folder: Path, given: PolicySettings, names: Collection[str], with
                 f"policy.{name}={value}, but policy.path={folder} has {getattr(config, name)}; leave it out"
             )
         setattr(config, name, value)
-    # a checkpoint that was uploaded once is not uploaded again unasked
-    config.push_to_hub, config.repo_id = given.push_to_hub, given.repo_id
+    config.push_to_hub, config.repo_id = given.push_to_hub, given.repo_id  # what was uploaded once, is not unasked
     if not with_state and config.robot_state_feature is not None:
         raise ValueError(f"no-state, but policy.path={folder} reads the state; leave it out")
     config.__post_init__()

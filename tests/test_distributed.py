@@ -70,6 +70,7 @@ def train(folder, name, batch_size):
             log_freq=1,
             eval_freq=4,
             save_freq=2,
+            pictures=("reconstructions",),
         )
     )
 
@@ -88,7 +89,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "laq").mkdir()
     torch.manual_seed(0)
-    laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8))
+    laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8, num_tokens=4))
     nn.init.normal_(laq.to_change.weight)
     laq.save_pretrained(folder / "laq", data=DATA, step=0, report=None)
     launch(folder, "ddp", "fsdp", "slow")
@@ -230,7 +231,7 @@ def scripts(tmp_path_factory):
     """Of stages 1 and 2, the script with its flags and the batch that one process takes; stage 2 needs a LAQ."""
     folder = tmp_path_factory.mktemp("laq")
     torch.manual_seed(0)
-    laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8))
+    laq = LAQ(LAQConfig(image_size=32, patch_size=8, codebook_size=8, num_tokens=4))
     nn.init.normal_(laq.to_change.weight)
     laq.save_pretrained(folder, data=WORLDS, step=0, report=None)
     vla = ["train_vla.py", "--laq", str(folder), "--data", *WORLDS, *VLA_FLAGS]

@@ -47,7 +47,7 @@ def stages(tmp_path_factory):
     """Checkpoints of a LAQ and of VLAs of each head, which know nothing."""
     folder = tmp_path_factory.mktemp("stages")
     torch.manual_seed(0)
-    laq = LAQ(LAQConfig(image_size=32, patch_size=8))
+    laq = LAQ(LAQConfig(image_size=32, patch_size=8, num_tokens=4))
     nn.init.normal_(laq.to_change.weight)
     (folder / "laq").mkdir()
     laq.save_pretrained(folder / "laq", data=DATA, step=0, report=None)
@@ -338,7 +338,9 @@ def test_settings_that_no_run_can_have_are_named_before_it_starts(settings, mess
 
 def test_another_laq_than_that_of_stage_2_is_refused(stages, tmp_path):
     (tmp_path / "laq").mkdir()
-    LAQ(LAQConfig(image_size=32, patch_size=8)).save_pretrained(tmp_path / "laq", data=DATA, step=0, report=None)
+    LAQ(LAQConfig(image_size=32, patch_size=8, num_tokens=4)).save_pretrained(
+        tmp_path / "laq", data=DATA, step=0, report=None
+    )
     with pytest.raises(ValueError, match="is not the one that stage 2 learned from"):
         train(tmp_path / "run", stages, laq=tmp_path / "laq")
 

@@ -28,7 +28,7 @@ from hlrp.vla import LatentSpace
 from hlrp.vla_validation import label
 
 FIXTURE = Path(__file__).parent / "data/rlds_fixture"
-CONFIG = LAQConfig(delta=0.3, image_size=32, patch_size=8, codebook_size=64)  # 3 frames at 10 fps
+CONFIG = LAQConfig(delta=0.3, image_size=32, patch_size=8, codebook_size=64, num_tokens=4)  # 3 frames at 10 fps
 
 
 def save_laq(folder, **settings) -> LAQ:
@@ -176,7 +176,7 @@ def test_the_old_dataset_is_left_as_it_is_and_all_of_it_is_in_the_new_one(base, 
     assert before.keys() <= after.keys()
     facts = json.loads((base / "again/meta/latent_actions.json").read_text())
     assert facts["camera"] == TOP and facts["source"] == f"lerobot:{old}"
-    assert facts["fingerprint"] == laq.fingerprint and facts["delta"] == 0.3 and facts["vector_dim"] == 64
+    assert facts["fingerprint"] == laq.fingerprint and facts["delta"] == 0.3 and facts["vector_dim"] == 8
 
 
 def test_labels_of_another_laq_delta_or_camera_are_refused(new, laq):

@@ -255,8 +255,10 @@ def test_a_history_is_one_frame_of_the_data_apart_where_actions_are_held():
 
 def test_real_time_chunking_goes_on_where_the_last_chunk_was():
     rtc = RTCConfig(enabled=True, execution_horizon=4, max_guidance_weight=100.0)
-    policy = nudge(make_policy(rtc_config=rtc, num_inference_steps=20)).eval()
-    assert policy.supports_rtc() and not make_policy(action_head="l1").supports_rtc()
+    policy = nudge(make_policy(rtc_config=rtc, num_inference_steps=20, action_head="flow")).eval()
+    assert policy.supports_rtc() and not make_policy().supports_rtc()
+    with pytest.raises(ValueError, match="rtc_config.enabled=True with action_head=l1; expected flow"):
+        make_policy(rtc_config=rtc)
     batch = make_batch(policy)
     left_over = torch.full((4, CHUNK, 2), 0.7)
     noise = torch.randn(4, CHUNK, 2)

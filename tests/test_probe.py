@@ -95,7 +95,7 @@ def test_a_card_on_other_data_is_no_verdict_on_the_checkpoint(checkpoint, tmp_pa
 def test_labels_are_compared_with_a_model_of_the_labels_alone(tmp_path):
     folder = tmp_path / "checkpoints/000000/pretrained_model"
     folder.mkdir(parents=True)
-    laq = untrained(LAQConfig(image_size=32, action_weight=1.0, action_dim=2, action_sources=1), seed=0)
+    laq = untrained(LAQConfig(image_size=32, num_tokens=4, action_weight=1.0, action_dim=2, action_sources=1), seed=0)
     laq.save_pretrained(folder, data=[DATA], step=0, report=None)
     args = Args(latents=folder, output_dir=tmp_path / "card", label_steps=2, **SETTINGS)
     with pytest.raises(ValueError, match="give --label-fraction"):

@@ -33,7 +33,13 @@ SETTINGS = {
     "buckets": ("hands: embodiment=1",),
     "pictures": ("reconstructions", "sources:all", "actions:hands"),
 }
-MODEL = {"image_size": 32, "patch_size": 8, "codebook_size": 8, "quantizer": "vq-ema"}  # a quantizer with state
+MODEL = {
+    "image_size": 32,
+    "patch_size": 8,
+    "codebook_size": 8,
+    "num_tokens": 4,
+    "quantizer": "vq-ema",
+}  # a quantizer with state
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")

@@ -42,7 +42,7 @@ SETTINGS = {
 def laq_folder(tmp_path_factory):
     """A LAQ of two steps, whose report says that it has failed."""
     output_dir = tmp_path_factory.mktemp("laq")
-    flags = {"image-size": 32, "codebook-size": 8, "steps": 2, "batch-size": 4, "warmup-steps": 1}
+    flags = {"image-size": 32, "num-tokens": 4, "codebook-size": 8, "steps": 2, "batch-size": 4, "warmup-steps": 1}
     flags |= {"val-samples": 16, "num-workers": 0, "eval-freq": 2, "output-dir": output_dir}
     flags["pictures"] = "usage"
     values = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
@@ -59,7 +59,7 @@ def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path)
     train(tmp_path, laq_folder)
     folder = tmp_path / "checkpoints/last/pretrained_model"
     vla, laq = VLA.from_pretrained(folder), LAQ.from_pretrained(laq_folder)
-    assert (vla.space.delta, vla.space.num_tokens, vla.space.codebook_size) == (0.2, 32, 8)
+    assert (vla.space.delta, vla.space.num_tokens, vla.space.codebook_size) == (0.2, 4, 8)
     assert vla.space.fingerprint == laq.fingerprint and vla.vlm.image_size == laq.config.image_size == 32
     config = json.loads((folder / "config.json").read_text())
     assert config["data"] == list(DATA)
