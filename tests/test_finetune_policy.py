@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors.torch import load_file
 from torch import nn
-from toys import TOP, WRIST, weights, write_lerobot
+from toys import TOP, WRIST, assert_equal_to_the_bit, rename, weights, write_lerobot
 
 import finetune_policy
 import train_laq
@@ -251,6 +252,18 @@ def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tm
     with pytest.raises(ValueError, match="expected the 2 cameras that the policy sees, .* got 1"):
         last = tmp_path / "run/checkpoints/last/pretrained_model"
         train(tmp_path / "other", stages, head=None, policy_path=last, data=(f"lerobot:{folder}",), val_fraction=0.4)
+
+
+def test_columns_as_openpi_names_them_train_the_same_policy(stages, tmp_path):
+    write_lerobot(tmp_path / "usual")
+    shutil.copytree(tmp_path / "usual", tmp_path / "openpi")
+    rename(tmp_path / "openpi", {"action": "actions", "observation.state": "state"})
+    settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "val_fraction": 0.4}
+    for name, options in (("usual", ""), ("openpi", "?action=actions&state=state")):
+        train(tmp_path / "run" / name, stages, head=None, data=(f"lerobot:{tmp_path / name}{options}",), **settings)
+    assert_equal_to_the_bit(tmp_path / "run/usual", tmp_path / "run/openpi")
+    with pytest.raises(ValueError, match=r"has state \[3\], actions \[2\], which are not read: \?action=KEY"):
+        train(tmp_path / "none", stages, head=None, data=(f"lerobot:{tmp_path}/openpi",), **settings)
 
 
 def test_one_latent_action_of_several_cameras_goes_through_all_stages(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import FPS, LENGTHS, TOP, WRIST, numbers, picture, write_lerobot
+from toys import FPS, LENGTHS, TOP, WRIST, numbers, picture, rename, write_lerobot
 
 from hlrp.clips import Clips
 from hlrp.contract import choose_demonstrations
@@ -394,16 +394,6 @@ def test_columns_that_are_not_needed_may_be_null_and_are_named_once(copy, caplog
     lines = [record.getMessage() for record in caplog.records if "columns not read" in record.getMessage()]
     (line,) = lines
     assert line.startswith(f"lerobot:{copy}?camera=top,wrist: columns not read: next.reward [1]; ?action=KEY&state=KEY")
-
-
-def rename(folder, names):
-    """Gives columns the names that openpi's converters give them."""
-    info = json.loads((folder / "meta/info.json").read_text())
-    features = {names.get(key, key): feature for key, feature in info["features"].items()}
-    (folder / "meta/info.json").write_text(json.dumps(info | {"features": features}))
-    for path in (folder / "data").rglob("*.parquet"):
-        table = pq.read_table(path)
-        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), path)
 
 
 def test_columns_of_other_names_are_chosen_and_else_listed(h264, copy, caplog):

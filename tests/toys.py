@@ -3,6 +3,7 @@
 The frames of the videos show their own numbers as bar codes.
 """
 
+import json
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
@@ -107,6 +109,16 @@ def write_lerobot(folder, codec="h264", g=2, numbers=True, **settings):
         dataset.save_episode()
     dataset.finalize()
     return folder
+
+
+def rename(folder, names):
+    """Gives columns of a LeRobot dataset other names."""
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = {names.get(key, key): feature for key, feature in info["features"].items()}
+    (folder / "meta/info.json").write_text(json.dumps(info | {"features": features}))
+    for path in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), path)
 
 
 def write_video(
