@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -121,6 +122,14 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process and its device have held at once [GB]."""
+    peaks = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if device.type == "cuda":
+        peaks["device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return peaks
 
 
 _waits = itertools.count()  # the number of the next wait, the same on all ranks

@@ -5,7 +5,7 @@
     python -m hlrp.runs outputs --where state=done 'lr<=1e-3' quantizer=fsq --metrics 'val/*/action_r2' train/loss
 
 Reads run.json and metrics.jsonl alone, also of runs that are under way. hours are those of training, summed over all
-processes: GPU-hours where the device is one.
+processes: GPU-hours where the device is one. memory_gb is the most that a process, or its GPU, has held.
 """
 
 import csv
@@ -32,7 +32,7 @@ METRICS = (  # of stages 1, 2 and 3, whichever a run has
     "env/success/all",
 )
 # columns of every run; a setting of such a name, as `state` of stage 3, is settings.state
-OWN = frozenset("run script state step device hours settings".split())
+OWN = frozenset("run script state step device hours memory_gb settings".split())
 COMPARISONS = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -81,6 +81,8 @@ def read_run(folder: Path, metrics: tuple[str, ...]) -> dict:
     step = max([record.get("step", 0), *(line["step"] for line in logged)])
     row = {"run": str(folder), "state": record["state"], "step": f"{step}/{settings['steps']}"}
     row |= {"device": record["device"], "hours": hours(record, logged)}
+    if "memory_gb" in record:  # a run that has ended
+        row["memory_gb"] = record.get("device_memory_gb", record["memory_gb"])
     row["script"] = Path(record["command"][0]).stem
     settings = {f"settings.{name}" if name in OWN else name: value for name, value in settings.items()}
     row["settings"] = settings
@@ -123,7 +125,8 @@ def columns_of(runs: list[dict], more: tuple[str, ...]) -> list[str]:
     if len({run["script"] for run in runs}) > 1:
         differ.insert(0, "script")
     measured = sorted({name for run in runs for name in run if name not in OWN and name not in names})
-    return ["run", *dict.fromkeys([*more, *differ]), *measured, "hours", "device", "step", "state"]
+    cost = ["hours", *(["memory_gb"] if any("memory_gb" in run for run in runs) else [])]
+    return ["run", *dict.fromkeys([*more, *differ]), *measured, *cost, "device", "step", "state"]
 
 
 def meets(condition: str, run: dict) -> bool:

@@ -57,6 +57,7 @@ from hlrp.distributed import (
     full_copies,
     keep_freed_memory,
     make_accelerator,
+    peak_memory,
     sharding,
     under_launcher,
     wait_for_all,
@@ -196,8 +197,7 @@ class Run:
         if self.device.type == "cpu":
             choose_threads(accelerator.num_processes)
             keep_freed_memory()
-        # how often what waits for the device is looked at [optimizer step]
-        self.check_freq = 1 if self.device.type == "cpu" else 10
+        self.check_freq = 1 if self.device.type == "cpu" else 10  # steps between looks at what the device computes
         self.watchdog = Watchdog(accelerator.process_index)
         self.step, self.has_started, self.has_stepped = 0, False, False  # has_stepped: since the last batch was given
         self.report: Any = None  # a dict once there is one
@@ -491,7 +491,7 @@ class Run:
         for number, handler in self.handlers.items():  # a further warning is not to kill what is about to end
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
         is_over = error is None or (kind is SystemExit and self.must_stop)
-        ended = {"state": "done" if error is None else "interrupted", "step": self.step}
+        ended = {"state": "done" if error is None else "interrupted", "step": self.step} | peak_memory(self.device)
         if not is_over:
             ended |= {"state": "failed", "reason": traceback.format_exception_only(error)[-1].strip()}
         record = self.args.output_dir / "run.json"

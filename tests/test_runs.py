@@ -50,6 +50,14 @@ def test_hours_are_of_all_processes_at_the_logged_speed(folder):
     assert row["hours"] == pytest.approx(100 * (4 * 2 * 2) / 16.0 * 2 / 3600)
 
 
+def test_the_memory_of_runs_that_have_ended_is_their_devices_or_their_own(folder, capsys):
+    for name, peaks in (("a", {"memory_gb": 3.0, "device_memory_gb": 40.0}), ("b", {"memory_gb": 2.0})):
+        path = folder / "sweep" / name / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | peaks))
+    head, *rows = table(capsys, folder)
+    assert [row[head.index("memory_gb")] for row in rows] == ["40", "2", "-"]
+
+
 def test_a_setting_of_the_name_of_a_column_does_not_hide_it(folder, capsys):
     for name, value in (("a", True), ("b", False)):
         path = folder / "sweep" / name / "run.json"

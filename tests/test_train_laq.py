@@ -83,6 +83,7 @@ def test_a_run_leaves_checkpoints_log_record_and_pictures(whole):
     assert {"loss", "pixels_loss", "lr", "grad_norm", "samples_per_s", "data_wait"} <= set(logged[0])
     assert logged[0]["lr"] == pytest.approx(3e-3)
     record = json.loads((whole / "run.json").read_text())
+    assert 0.1 < record["memory_gb"] < 10
     assert record["state"] == "done" and record["settings"]["lr"] == 3e-3 and record["versions"]["torch"]
     drawn = {str(path.relative_to(whole / "grids")) for path in (whole / "grids").rglob("*.png")}
     assert {f"{name}_000012.png" for name in ("reconstructions", "hands/reconstructions", "sources")} <= drawn
