@@ -203,7 +203,7 @@ def test_nothing_that_follows_now_is_asked_for():
 
 
 def test_a_chunk_is_executed_in_part_and_each_action_held():
-    policy = nudge(make_policy(action_repeat=3)).eval()
+    policy = nudge(make_policy(action_repeat=3, action_head="flow")).eval()
     batch = make_batch(policy)
     torch.manual_seed(4)
     first = policy.predict_action_chunk(batch)
@@ -275,7 +275,8 @@ def test_no_control_tick_waits_for_a_chunk_that_comes_200_ms_late():
     from lerobot.rollout.inference.rtc import RTCInferenceEngine
 
     rtc, fps = RTCConfig(enabled=True, execution_horizon=8), 20
-    policy = nudge(make_policy(chunk_size=16, n_action_steps=8, rtc_config=rtc, num_inference_steps=2)).eval()
+    flow = {"action_head": "flow", "num_inference_steps": 2, "rtc_config": rtc}
+    policy = nudge(make_policy(chunk_size=16, n_action_steps=8, **flow)).eval()
     predict_chunk, delays = policy.predict_action_chunk, []
 
     def late(batch, *, inference_delay=None, prev_chunk_left_over=None):
