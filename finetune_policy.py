@@ -205,7 +205,7 @@ def main(args: Args) -> None:
             if args.shuffle_latents:
                 batch = shuffled(batch)
             with run.accumulate(model):
-                loss, metrics = model(batch | preprocessor(to_lerobot(batch, config)))
+                loss, metrics = model(batch | preprocessor(to_lerobot(batch, config)), as_tensors=True)
                 run.backward(loss)
                 grad_norm = run.clip_grad_norm(model)
                 optimizer.step()

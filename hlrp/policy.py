@@ -231,11 +231,10 @@ class HLRPPolicy(PreTrainedPolicy):
         assert feature is not None  # `validate_features` has seen it
         return feature.shape[0]
 
-    def forward(self, batch: dict, reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
-        """The loss and its parts. reduction: "none" gives the loss (b,) of each sample, "mean" one of the batch."""
+    def forward(self, batch: dict, reduction: str = "mean", as_tensors: bool = False) -> tuple[Tensor, dict]:
+        """The loss, with reduction "none" (b,) of each sample; and its parts: floats, or tensors without host sync."""
         images, tasks = self.images(batch), batch["task"]  # b v c h w, b
-        latents = None if self.latent_head is None else batch.get(self.latent_head.target)
-        latent_errors = None
+        latents, latent_errors = None if self.latent_head is None else batch.get(self.latent_head.target), None
         if self.latent_head is not None and self.config.latent_weight and latents is not None:
             is_absent = batch.get("latent_is_pad")
             if is_absent is None:
@@ -252,11 +251,12 @@ class HLRPPolicy(PreTrainedPolicy):
         errors, is_labelled = self.action_errors(actions, is_pad, self.context(seen, batch)), (~is_pad).any(1)
         losses = errors if latent_errors is None else errors + self.config.latent_weight * latent_errors
         action_loss = masked_mean(errors, is_labelled, batch.get("num_labelled"))
-        loss, metrics = action_loss, {"action_loss": action_loss.item()}
+        loss, metrics = action_loss, {"action_loss": action_loss.detach()}
         if latent_errors is not None:
             latent_loss = masked_mean(latent_errors, has_latents, batch.get("num_latent"))
             loss = loss + self.config.latent_weight * latent_loss
-            metrics["latent_loss"] = latent_loss.item()
+            metrics["latent_loss"] = latent_loss.detach()
+        metrics = metrics if as_tensors else {name: part.item() for name, part in metrics.items()}
         return losses if reduction == "none" else loss, metrics
 
     def action_errors(self, actions: Tensor, is_pad: Tensor, context: Context) -> Tensor:

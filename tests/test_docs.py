@@ -15,7 +15,7 @@ from hlrp.sources import expand, parse_uri
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_laq", "train_vla", "finetune_policy")
-BENCHMARKS = ("bakeoff", "shards")  # those that take settings
+BENCHMARKS = ("bakeoff", "gpu", "shards")  # those that take settings
 NOT_OURS = ("hlrp.serve",)  # its flags are LeRobot's
 ACCELERATES = "--config_file"  # a leading flag of the files in slurm/
 

@@ -208,7 +208,9 @@ class Poisoned:
 @pytest.mark.parametrize("head", ["parallel", "flow"])
 def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, monkeypatch):
     forward, read, seen = HLRPPolicy.forward, Clips.__getitems__, []
-    monkeypatch.setattr(HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch))
+    monkeypatch.setattr(
+        HLRPPolicy, "forward", lambda policy, batch, **options: seen.append(batch) or forward(policy, batch, **options)
+    )
 
     def poisoned_read(clips, indices):
         source, samples = clips.source, []
@@ -234,7 +236,9 @@ def test_frames_that_follow_change_labels_and_no_input(head, stages, tmp_path, m
 def test_several_cameras_and_a_history_are_seen_as_lerobot_shows_them(stages, tmp_path, monkeypatch):
     folder = write_lerobot(tmp_path / "data")
     forward, seen = HLRPPolicy.forward, []
-    monkeypatch.setattr(HLRPPolicy, "forward", lambda policy, batch: seen.append(batch) or forward(policy, batch))
+    monkeypatch.setattr(
+        HLRPPolicy, "forward", lambda policy, batch, **options: seen.append(batch) or forward(policy, batch, **options)
+    )
     settings = {"steps": 1, "eval_freq": 1, "warmup_steps": 1, "val_fraction": 0.4}
     settings |= {"data": (f"lerobot:{folder}?camera=wrist,top",), "policy": {"n_obs_steps": 2}}
     train(tmp_path / "run", stages, head=None, **settings)
