@@ -22,6 +22,7 @@ from hlrp.lerobot_files import (
     POINT,
     Columns,
     check_columns,
+    check_images,
     episode_files,
     read_episodes,
     read_images,
@@ -105,9 +106,15 @@ class LeRobotData(Source):
         if task is not None:
             texts, self.tasks = read_texts(self.data_files, task, self.tasks)
             self.numbers["task_index"] = texts[self.places]
-        if not self.is_video:
-            for path in self.data_files:
-                check_columns(path, [self.camera])
+        linked = []  # images beside the parquet files
+        for number, path in enumerate(() if self.is_video else self.data_files):
+            check_columns(path, [self.camera])
+            named, faults = check_images(path, self.camera, root)
+            linked += named
+            here = np.flatnonzero(episodes["data_file"] == number)
+            for row, fault in faults.items():
+                episode = here[np.searchsorted(episodes["row_in_file"][here], row, side="right") - 1]
+                broken.setdefault(int(episode), f"episode {episodes['episode_index'][episode]}: {path}: {fault}")
         if point:
             check_points(self.numbers[POINT], self.uri)
         self.latent_space = read_json(root / LATENT_SPACE) if (root / LATENT_SPACE).is_file() else None
@@ -152,7 +159,7 @@ class LeRobotData(Source):
         uneven = np.flatnonzero(np.isin(self.episodes["episode_index"], uneven)).tolist()
         self.uneven = {episode: self._stamps(episode) for episode in uneven}
 
-        files = self.video_files if self.is_video else self.data_files
+        files = self.video_files if self.is_video else [*self.data_files, *linked]
         if self.latent_space is not None:
             files = files + self.data_files
         digest = hashlib.sha256(contents_hash([path for path in files if path.exists()]).encode())
@@ -170,7 +177,7 @@ class LeRobotData(Source):
         else:
             at = {key: self.episodes[key][episode] for key in ("data_file", "row_in_file", "first_row")}
             in_file = self.places[rows] - at["first_row"] + at["row_in_file"]
-            frames = read_images(self.data_files[at["data_file"]], self.camera, in_file)
+            frames = read_images(self.data_files[at["data_file"]], self.camera, in_file, self.root)
         read = {"frames": frames, "task": self.instructions(episode, indices)[0]}
         if self.state_dim:
             read["state"] = self.states(episode, indices)

@@ -243,17 +243,42 @@ def read_texts(paths: list[Path], key: str, tasks: dict[int, str] | None) -> tup
     return np.array(numbers, dtype=np.int64), {number: text for text, number in known.items()}
 
 
-def read_images(path: Path, camera: str, rows: np.ndarray) -> Tensor:
-    """Decodes images that are PNG or JPEG in rows of a parquet file: uint8 (t, c, h, w)."""
+def check_images(path: Path, camera: str, root: Path) -> tuple[list[Path], dict[int, str]]:
+    """The image files that a parquet file names without holding their bytes; and row -> fault, where there is no image.
+
+    Looks at the rows where the statistics of the file count cells without bytes."""
+    from pyarrow import parquet
+
+    file, named, faults, end = parquet.ParquetFile(path), [], {}, 0
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        first, end = end, end + facts.num_rows
+        columns = [facts.column(i) for i in range(facts.num_columns)]
+        held = [column.statistics for column in columns if column.path_in_schema == f"{camera}.bytes"]
+        if not any(statistics is not None and statistics.null_count for statistics in held):
+            continue
+        for row, image in enumerate(file.read_row_group(group, [camera])[camera].to_pylist(), start=first):
+            if image is None or not (image.get("bytes") or image.get("path")):
+                faults[row] = f"{camera}, row {row}: expected an image, got none"
+            elif not image["bytes"]:
+                named.append(root / image["path"])
+                if not named[-1].is_file():
+                    faults[row] = f"{camera}, row {row}: expected the image {named.pop()}, and it is not there"
+    return named, faults
+
+
+def read_images(path: Path, camera: str, rows: np.ndarray, root: Path) -> Tensor:
+    """Decodes images that rows of a parquet file hold as PNG or JPEG, or name by paths from `root` on: uint8
+    (t, c, h, w)."""
     ends, rows = row_group_ends(path), rows.tolist()
     images = []
     for row in rows:
         group = int(np.searchsorted(ends, row, side="right"))
         first = ends[group - 1] if group else 0
         image = row_group(path, group, camera)[row - first].as_py()
-        if not isinstance(image, dict) or not image.get("bytes"):
-            raise ValueError(f"{path}: {camera}, row {row}: expected the bytes of an image, got {str(image)[:80]}")
-        images.append(image["bytes"])
+        if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
+            raise ValueError(f"{path}: {camera}, row {row}: expected an image, got {str(image)[:80]}")
+        images.append(image.get("bytes") or (root / image["path"]).read_bytes())
     return decode_all(images, lambda i: f"{path}, row {rows[i]}")
 
 

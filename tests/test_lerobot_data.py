@@ -95,6 +95,39 @@ def test_clips_show_all_cameras_one_below_the_other_at_the_same_times(h264, av1)
         num_views([source, LeRobotData(h264)])
 
 
+def test_images_may_lie_in_files_of_their_own_and_rows_without_one_are_named(images, tmp_path, caplog):
+    """As `datasets` writes image columns that it does not embed."""
+    folder = shutil.copytree(images, tmp_path / "linked")
+    (path,) = (folder / "data").rglob("*.parquet")
+    expected, whole = LeRobotData(images).read(1, range(30))["frames"], LeRobotData(images).fingerprint
+
+    def change_cells(cells: dict):
+        rows = pq.read_table(path)[TOP].to_pylist()
+        change(path, **{TOP: [cells.get(i, row) for i, row in enumerate(rows)]})
+
+    cells = pq.read_table(path)[TOP].to_pylist()
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(12, 42):  # the second episode
+        (folder / f"images/{i}.png").write_bytes(cells[i]["bytes"])
+    change_cells({i: {"bytes": None, "path": f"images/{i}.png"} for i in range(12, 42)})
+    source = LeRobotData(folder)
+    assert torch.equal(source.read(1, range(30))["frames"], expected) and source.fingerprint != whole
+    before = source.fingerprint
+    (folder / "images/20.png").write_bytes(cells[21]["bytes"])
+    assert LeRobotData(folder).fingerprint != before
+
+    (folder / "images/20.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"episode 1: .*top, row 20: expected the image .*images/20.png, and it is not"
+    ):
+        LeRobotData(folder)
+    change_cells({3: None})
+    with pytest.raises(ValueError, match=r"episode 0: .*row 3: expected an image, got none; 2 episodes are broken"):
+        LeRobotData(folder)
+    kept = LeRobotData(folder, skip_broken=True)
+    assert kept.lengths.tolist() == [9] and kept.num_skipped == 2 and "skipped" in caplog.text
+
+
 def test_the_first_camera_is_the_default_and_an_unknown_one_lists_them(h264):
     source = LeRobotData(h264)
     assert source.camera == TOP and source.name == "lerobot-h264"
