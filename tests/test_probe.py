@@ -19,6 +19,13 @@ DATA = "world:default?episodes=40&seed=3"
 SETTINGS = {"data": (DATA,), "pairs": 200, "num_workers": 0, "val_fraction": 0.4}
 
 
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Networks that read little, where a test is not of what they read."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("hlrp.metrics.FEW_SHOT_STEPS", 20)
+
+
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     """True actions, as another program writes them: plain numpy."""
