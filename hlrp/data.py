@@ -200,11 +200,11 @@ class Mixture(Dataset):
         """What is in it, a line for each part; of many episodes, every so many are asked for their text."""
         lines = []
         for clips, count in zip(self.clips, self.counts, strict=True):
-            source, share = clips.source, f"{count / BLOCK_SIZE:.0%} of the samples"
+            share = f"{count / BLOCK_SIZE:.0%} of the samples"
             if isinstance(clips, StreamClips):
-                lines.append(f"{clips.name}: a stream of {source.num_shards} shards, {share}")
+                lines.append(f"{clips.name}: a stream of {clips.source.num_shards} shards, {share}")
                 continue
-            episodes = clips.episodes
+            source, episodes = clips.source, clips.episodes
             hours = float((source.lengths[episodes] / source.fps[episodes]).sum()) / 3600
             asked = episodes[:: -(-len(episodes) // NUM_ASKED)].tolist()
             silent = sum(not any(source.instructions(episode, [0])) for episode in asked) / len(asked)
