@@ -91,11 +91,13 @@ def main(args: Args) -> None:
 def summary(output_dir: Path, report: dict) -> str:
     """Where things are, and what comes next."""
     folder, grids = output_dir / "checkpoints" / "last" / "pretrained_model", output_dir / "grids"
-    lines = [f"\nLAQ       {folder}", f"pictures  {grids / 'index.html'}"]
-    if not any("action_r2" in figures for figures in report.values()):
-        lines.append(
-            f"look at   {grids}/transfer_*.png: without actions, a code that does the same elsewhere is the evidence"
-        )
+    lines = [f"\nLAQ       {folder}"]
+    if grids.is_dir():
+        lines.append(f"pictures  {grids / 'index.html'}")
+        if not any("action_r2" in figures for figures in report.values()):
+            lines.append(
+                "          there are no actions here: see under Transfer whether a code does the same elsewhere"
+            )
     lines.append(f"next      python -m hlrp.probe --latents {folder}")
     lines.append(f"          python train_vla.py --laq {folder}")
     return "\n".join(lines)

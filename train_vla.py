@@ -110,9 +110,10 @@ def main(args: Args) -> None:
 
 def summary(args: Args) -> str:
     """Where things are, and what comes next."""
-    folder = args.output_dir / "checkpoints" / "last" / "pretrained_model"
-    following = f"python finetune_policy.py --policy.vla {folder} --laq {args.laq}"
-    return f"\nVLA       {folder}\npictures  {args.output_dir / 'grids' / 'index.html'}\nnext      {following}"
+    folder, grids = args.output_dir / "checkpoints" / "last" / "pretrained_model", args.output_dir / "grids"
+    lines = [f"\nVLA       {folder}", *([f"pictures  {grids / 'index.html'}"] if grids.is_dir() else [])]
+    lines.append(f"next      python finetune_policy.py --policy.vla {folder} --laq {args.laq}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -308,6 +308,7 @@ class Pictures:
             place = {"folder": self.folder, "step": run.step, "last": self.last}
             figures = draw_pictures(laq, latents_of, self.sets, self.buckets, self.bindings, **place)
             run.log("pictures", figures)
-            write_page(self.folder, f"What the latent actions of {self.folder.parent.name} do")
+            if self.folder.is_dir():
+                write_page(self.folder, f"What the latent actions of {self.folder.parent.name} do")
             run.show(self.folder.rglob(f"*_{run.step:06d}.png"))
         run.wait_for_all()

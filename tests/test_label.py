@@ -99,7 +99,7 @@ def assert_equal(cached, online):
 def test_a_batch_of_cached_labels_is_the_batch_of_online_labels_to_the_bit(new, laq, times):
     cached, online = batches(f"lerobot:{new}?camera=wrist", laq, times)
     assert cached["latent_indices"].unique(dim=0).shape[0] > 10
-    assert cached["latent_vectors"].shape == (sum(LENGTHS) - 9 * (len(times) - 1), len(times) - 1, 64)
+    assert cached["latent_vectors"].shape == (sum(LENGTHS) - 9 * (len(times) - 1), len(times) - 1, 8)
     assert_equal(cached, online)
 
 

@@ -68,12 +68,12 @@ def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path)
     assert {"accuracy", "majority", "accuracy_shuffled_text", "accuracy_blank_image", "action_r2"} <= set(robot)
     assert "action_r2" not in human
     images = torch.randint(256, (2, 1, 3, 32, 32), dtype=torch.uint8)
-    assert vla.generate(images, ["push", "pull"]).indices.shape == (2, 1, 32)
+    assert vla.generate(images, ["push", "pull"]).indices.shape == (2, 1, 4)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 4]
     assert {"loss", "latent_loss", "accuracy", "lr", "samples_per_s"} <= set(lines[0])
     assert {path.name for path in (tmp_path / "grids").iterdir()} == {
-        *("reconstructions_000004.png", "many-codes_000004.png")
+        *("index.html", "reconstructions_000004.png", "many-codes_000004.png")
     }
 
 
