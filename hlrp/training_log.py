@@ -98,12 +98,13 @@ Findings = Sequence[tuple[str, str, str, str, str]]
 
 def findings_table(title: str, rows: Findings) -> str:
     """A title and a table of rows (source, figure, value, control, verdict); the source stands where it changes."""
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(1, 4)]
+    cells = [(figure, value, f"({control})") for _, figure, value, control, _ in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines, last = [title], None
-    for source, *cells in rows:
+    for (source, *_, verdict), row in zip(rows, cells, strict=True):
         lines += [f"  {source}"] if source != last else []
-        figure, value, control = (cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
-        lines.append(f"    {figure}  {value}  ({control.rstrip()}){control[len(control.rstrip()) :]}  {cells[3]}")
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("    " + "  ".join([*padded, verdict]))
         last = source
     return "\n".join(lines)
 

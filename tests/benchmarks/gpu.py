@@ -1,6 +1,6 @@
 """What hlrp does on one GPU, in one sitting: what must be right, then how fast it is. Nothing is downloaded.
 
-    python tests/benchmarks/gpu.py --output-dir outputs/gpu     # on a GPU: some minutes, at most 25 on an H100
+    python tests/benchmarks/gpu.py --output-dir outputs/gpu     # on a GPU: 25 minutes are aimed at, none has run it
     python tests/benchmarks/gpu.py --rehearse                   # the same code with small sizes on a CPU
 
 The machine needs torch, torchvision, transformers, accelerate, and the wheels of tyro, einops, safetensors, pandas,
