@@ -11,7 +11,6 @@ reads is OUTPUT_DIR/checkpoints/last/pretrained_model.
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -31,12 +30,12 @@ from hlrp.transformer import Block
 
 @dataclass
 class Args(VideoArgs):
-    model: Annotated[LAQConfig, tyro.conf.arg(name="")] = field(default_factory=LAQConfig)
-
     # sources to learn from: videos:DIR lerobot:REPO_OR_DIR hdf5:DIR shards:DIR rlds:DIR world:NAME ...; @0.5: a weight
     data: tuple[str, ...] = ("metaworld:mt10",)
     output_dir: Path = Path("outputs/laq")  # folder of this run: checkpoints, pictures and log
     lr: float = 3e-3  # highest learning rate; use 3e-4 or less for the larger sizes
+
+    model: LAQConfig = field(default_factory=LAQConfig)
 
 
 def main(args: Args) -> None:
@@ -105,4 +104,4 @@ def summary(output_dir: Path, report: dict) -> str:
 
 if __name__ == "__main__":
     tell_mistakes()
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -79,32 +79,33 @@ class RunArgs:
 
     # sources to learn from: videos:DIR lerobot:REPO_OR_DIR hdf5:DIR shards:DIR rlds:DIR world:NAME ...; @0.5: a weight
     data: tuple[str, ...] = ()
+    output_dir: Path = Path("outputs")  # folder of this run: checkpoints, pictures and log
+    steps: int = 600  # optimizer steps of the whole run
+    batch_size: int = 32  # samples in a forward pass of one process
+    lr: float = 1e-3  # highest learning rate
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
+    num_workers: int = 2  # processes that load data, for each training process
+    seed: int = 0  # of the weights, the order of the data and the held-out episodes
+    # validate every so many steps, and after the last one; None: half of --steps, at most 300
+    eval_freq: Interval = NOT_GIVEN
+
     val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
     val_samples: int = 512  # most samples of each source in a validation
     skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
     max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
 
-    output_dir: Path = Path("outputs")  # folder of this run: checkpoints, pictures and log
-    steps: int = 600  # optimizer steps of the whole run
-    batch_size: int = 32  # samples in a forward pass of one process
     grad_accumulation: int = 1  # forward passes in an optimizer step, whose gradients are added
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains a model from scratch in fewer steps than adamw
-    lr: float = 1e-3  # highest learning rate
     # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
     warmup_steps: Interval = NOT_GIVEN
     weight_decay: float = 0.05  # share of a weight, times the learning rate, that each step takes away
     grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down to it
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
     compile: bool = False  # compile each transformer block by torch.compile
-    seed: int = 0  # of the weights, the order of the data and the held-out episodes
-    num_workers: int = 2  # processes that load data, for each training process
 
-    # log the training loss every so many steps; None: a twelfth of --steps, at most 50
-    log_freq: Interval = NOT_GIVEN
-    # validate every so many steps, and after the last one; None: half of --steps, at most 300
-    eval_freq: Interval = NOT_GIVEN
     # save a checkpoint every so many steps, and after the last one; None: half of --steps, at most 300
     save_freq: Interval = NOT_GIVEN
+    # log the training loss every so many steps; None: a twelfth of --steps, at most 50
+    log_freq: Interval = NOT_GIVEN
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to OUTPUT_DIR/tensorboard
 
