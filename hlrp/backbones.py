@@ -8,6 +8,8 @@ encoders is one line of `VISION_ENCODERS` or `TEXT_ENCODERS`, and a class where 
 first frame moves, right (channel 0) and down (channel 1) [pixel].
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hlrp.checkpoints import weights_hash
+from hlrp.checkpoints import CONFIG, WEIGHTS, weights_hash
 from hlrp.transformer import attend, patchify
 
 # a model, config or processor of transformers, whose types do not tell what a family has
@@ -227,19 +229,26 @@ def load(name: str, families: dict):
 
     families: model_type -> an object with `model`, the class of transformers, and `unused`, prefixes of tensors that
     the checkpoint has and the class has not. Raises ValueError where a tensor is missing, unexpected or misshapen.
+    Of a SmolVLA policy, the vision-language model is loaded; the config's `name_or_path` is the model it began as.
     """
     import transformers
     from transformers.utils import logging
 
-    config = read(transformers.AutoConfig, name)
+    origin, layers, weights = of_smolvla(name) or (name, 0, None)
+    config = read(transformers.AutoConfig, origin)
+    if layers:
+        config.text_config.num_hidden_layers = layers
     if config.model_type not in families:
         raise ValueError(f"{name} is a {config.model_type!r} model; expected one of {', '.join(families)}")
     family = families[config.model_type]
     options = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    if weights is not None:
+        options |= {"config": config, "state_dict": weights}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers' report would list all of the unused tensors
     try:
-        model, info = read(getattr(transformers, family.model), name, output_loading_info=True, **options)
+        where = name if weights is None else None
+        model, info = read(getattr(transformers, family.model), where, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(verbosity)
     faults = [f"missing {key}" for key in sorted(info["missing_keys"])]
@@ -249,13 +258,39 @@ def load(name: str, families: dict):
     if faults:
         first = "; ".join(faults[:8])
         raise ValueError(f"{name} is no checkpoint of {family.model}: {first} ({len(faults)} faults in all)")
-    return model, config, family
+    model.config.name_or_path = origin
+    return model, model.config, family
 
 
-def read(auto, name: str, **options):
+def of_smolvla(name: str) -> tuple[str, int, dict[str, Tensor]] | None:
+    """What a SmolVLA policy of LeRobot (Shukor et al. 2025, arXiv:2506.01844, Sec. 3.1) holds of a SmolVLM2: the name
+    of that model, the number of its layers that are kept (0: all), their weights. None where `name` is something else.
+    """
+    import json
+
+    from transformers.utils import cached_file
+
+    with readable(name):
+        file = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False)
+        config = json.loads(Path(file).read_text()) if file else {}
+        if config.get("type") != "smolvla":
+            return None
+        prefix, tensors = "model.vlm_with_expert.vlm.", load_file(cached_file(name, WEIGHTS))
+    weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return config["vlm_model_name"], max(0, config["num_vlm_layers"]), weights
+
+
+def read(auto, name: str | None, **options):
     """auto.from_pretrained(name), without code from the hub. Raises ValueError where it cannot be read."""
-    try:
+    with readable(name):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
+
+
+@contextmanager
+def readable(name: str | None) -> Iterator[None]:
+    """Raises ValueError, which says what is expected, where the body cannot read the hub id or folder."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         examples = "facebook/dinov2-base, google-t5/t5-base or HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
         files = "config.json, model.safetensors and the config of its processor or tokenizer"

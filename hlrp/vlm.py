@@ -25,7 +25,7 @@ from hlrp.backbones import Pretrained, interpolation_of, load, read, to_pixels, 
 
 @dataclass
 class VLMConfig:
-    vlm: str = "tiny"  # hub id or folder of SmolVLM2, Qwen-VL, PaliGemma 2, Gemma 3, InternVL ...; tiny: from scratch
+    vlm: str = "tiny"  # hub id or folder of SmolVLM2, SmolVLA, Qwen-VL, PaliGemma 2, Gemma 3 ...; tiny: from scratch
     image_size: int | None = None  # side of the image that the VLM sees [pixel]; None: its own (tiny: the LAQ's)
 
     freeze: tuple[Literal["vision", "language"], ...] = ()  # parts of the VLM that are not trained
@@ -147,8 +147,8 @@ class VLM(nn.Module):
         """The pretrained model that `config.vlm` names, or `tiny`, whose tokenizer learns from `instructions`."""
         if config.vlm == "tiny":
             return cls(*tiny(64 if config.image_size is None else config.image_size, instructions), config)
-        model, _, _ = load(config.vlm, VLMS)
-        return cls(model, *read_parts(config.vlm), config)
+        model, architecture, _ = load(config.vlm, VLMS)
+        return cls(model, *read_parts(architecture.name_or_path), config)
 
     @classmethod
     def from_folder(cls, folder: Path | str, config: VLMConfig) -> "VLM":

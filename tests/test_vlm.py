@@ -225,6 +225,39 @@ def test_older_folders_with_a_stored_tied_head_and_a_template_in_json_are_read(t
     assert vlm.state_dict().keys() == expected.state_dict().keys()
 
 
+def test_a_smolvla_policy_gives_its_vision_language_model(tmp_path, saved):
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    base = str(saved("smolvlm")[0])
+    torch.manual_seed(1)
+    features = {"observation.state": PolicyFeature(FeatureType.STATE, (2,))}
+    features["observation.images.top"] = PolicyFeature(FeatureType.VISUAL, (3, 46, 46))
+    action = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    sizes = {"num_vlm_layers": 1, "device": "cpu", "vlm_model_name": base, "load_vlm_weights": False}
+    policy = SmolVLAPolicy(SmolVLAConfig(input_features=features, output_features=action, **sizes))
+    policy.save_pretrained(tmp_path)
+    vlm = VLM.from_config(config(tmp_path, "smolvlm"), [])
+    theirs = policy.model.vlm_with_expert.vlm.model.state_dict()
+    ours = vlm.model.state_dict()
+    assert ours.keys() == theirs.keys() and len(vlm.layers) == 1 and vlm.dim == 16
+    assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in ours.items())
+    assert torch.equal(
+        vlm.prompt(TASKS[0], 1).ids, VLM.from_config(config(base, "smolvlm"), []).prompt(TASKS[0], 1).ids
+    )
+    vlm.save_parts(tmp_path / "parts")
+    assert (
+        VLM.from_folder(tmp_path / "parts", config(tmp_path, "smolvlm")).state_dict().keys() == vlm.state_dict().keys()
+    )
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.vlm_with_expert.vlm.model.text_model.norm.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is no checkpoint of SmolVLMForConditionalGeneration: missing .*norm.weight"):
+        VLM.from_config(config(tmp_path, "smolvlm"), [])
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
 def test_hidden_states_survive_autocast(saved, family):
     torch.manual_seed(0)

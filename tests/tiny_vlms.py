@@ -27,6 +27,7 @@ GEMMA_CHAT = (
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 SMOLVLM_SPECIAL = "<|endoftext|> <|im_start|> <end_of_utterance> <image> <fake_token_around_image> <global-img> <video>"
+SMOLVLM_NAMES = {"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
 QWEN_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"
 INTERNVL_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <img> </img> <IMG_CONTEXT> <video>"
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -69,7 +70,7 @@ def processor(family):
     if family == "idefics3":
         size = {"longest_edge": 46}
         images = T.Idefics3ImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
-        tokenizer = bytes_tokenizer(SMOLVLM_SPECIAL, SMOLVLM_CHAT)
+        tokenizer = bytes_tokenizer(SMOLVLM_SPECIAL, SMOLVLM_CHAT, **SMOLVLM_NAMES)
         return T.Idefics3Processor(images, tokenizer, image_seq_len=9, chat_template=SMOLVLM_CHAT)
     if family == "gemma3":
         images = T.Gemma3ImageProcessor(size={"height": 28, "width": 28}, image_seq_length=4)
@@ -87,7 +88,7 @@ def processor(family):
     if family == "smolvlm":
         size = {"longest_edge": 46}
         images = T.SmolVLMImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
-        tokenizer = bytes_tokenizer(SMOLVLM_SPECIAL, SMOLVLM_CHAT)
+        tokenizer = bytes_tokenizer(SMOLVLM_SPECIAL, SMOLVLM_CHAT, **SMOLVLM_NAMES)
         processing_smolvlm.num2words = str  # it wants the package, which only videos need
         videos = T.SmolVLMVideoProcessor()
         return T.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=9, chat_template=SMOLVLM_CHAT)
