@@ -57,7 +57,9 @@ setup(
         "tensorboard": ["tensorboard>=2.17,<3"],
         "dev": [
             *simulation,
+            "ipykernel>=6.29,<8",  # it and nbclient run docs/tour.ipynb
             "lerobot[async]>=0.6.1,<0.7",
+            "nbclient>=0.10,<0.12",
             "pyright[nodejs]==1.1.414",  # each version finds something else
             "pytest>=8,<10",
             "pytest-cov>=5,<8",

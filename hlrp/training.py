@@ -94,7 +94,6 @@ class RunArgs:
     val_samples: int = 512  # most samples of each source in a validation
     skip_broken: bool = False  # leave out and count what cannot be read, instead of stopping at it
     max_broken: int = 100  # with --skip-broken: stop after this many unreadable files or clips per process
-
     grad_accumulation: int = 1  # forward passes in an optimizer step, whose gradients are added
     # steps in which the learning rate grows, before it falls by a cosine; None: a sixth of --steps, at most 100
     warmup_steps: Interval = NOT_GIVEN
