@@ -275,7 +275,8 @@ def of_smolvla(name: str) -> tuple[str, int, dict[str, Tensor]] | None:
         config = json.loads(Path(file).read_text()) if file else {}
         if config.get("type") != "smolvla":
             return None
-        prefix, tensors = "model.vlm_with_expert.vlm.", load_file(cached_file(name, WEIGHTS))
+        path: Any = cached_file(name, WEIGHTS)  # raises where it is missing
+        prefix, tensors = "model.vlm_with_expert.vlm.", load_file(path)
     weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     return config["vlm_model_name"], max(0, config["num_vlm_layers"]), weights
 

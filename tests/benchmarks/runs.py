@@ -44,7 +44,7 @@ def begin(script: str, folder: Path, *flags: str) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> None:
     if process.wait():
-        sys.exit(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
+        sys.exit(f"{process.args} ended with {process.returncode}")
 
 
 def steps_done(folder: Path) -> int:
