@@ -20,7 +20,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hlrp.checkpoints import CONFIG, WEIGHTS, weights_hash
+from hlrp.checkpoints import WEIGHTS, weights_hash
 from hlrp.transformer import attend, patchify
 
 # a model, config or processor of transformers, whose types do not tell what a family has
@@ -258,21 +258,18 @@ def load(name: str, families: dict):
     if faults:
         first = "; ".join(faults[:8])
         raise ValueError(f"{name} is no checkpoint of {family.model}: {first} ({len(faults)} faults in all)")
-    model.config.name_or_path = origin
-    return model, model.config, family
+    return model, config, family
 
 
 def of_smolvla(name: str) -> tuple[str, int, dict[str, Tensor]] | None:
     """What a SmolVLA policy of LeRobot (Shukor et al. 2025, arXiv:2506.01844, Sec. 3.1) holds of a SmolVLM2: the name
     of that model, the number of its layers that are kept (0: all), their weights. None where `name` is something else.
     """
-    import json
-
+    import transformers
     from transformers.utils import cached_file
 
     with readable(name):
-        file = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False)
-        config = json.loads(Path(file).read_text()) if file else {}
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
         if config.get("type") != "smolvla":
             return None
         path: Any = cached_file(name, WEIGHTS)  # raises where it is missing

@@ -3,8 +3,8 @@
     python tests/benchmarks/runs.py                  # about ten minutes on two idle cores
     python tests/benchmarks/runs.py --part startup   # or: --part threads, --part soak
 
-startup   CPU time of --help of each script and command, less that of `import torch`; and the wall time from the command
-          to the first step of a small run of each of stages 1 and 2.
+startup   CPU time of --help of each script and of hlrp's own commands, less that of `import torch`; and the wall time
+          from the command to the first step of a small run of each of stages 1 and 2.
 threads   The same run of stage 1, with its own choice of threads, alone and two at once: wall time of the two by that
           of the one. 2 is what cores can give that both need.
 soak      A long run of a small LAQ with validations: resident memory of its processes at a tenth of the steps and at
@@ -61,13 +61,11 @@ def startup(folder: Path, _) -> list[tuple[str, float, str, float]]:
         command = [name] if name in SCRIPTS else ["-m", f"hlrp.{name}"]
         seconds = min(cpu_seconds([sys.executable, *command, "--help"]) for _ in range(2)) - torch
         rows.append((f"{' '.join(command)} --help, over import torch ({torch:.1f} CPU-s)", seconds, "CPU-s", 1.0))
-    laq = folder / "laq"
-    stage2 = ["--laq", str(laq / "checkpoints/last/pretrained_model"), "--accept-failed-laq"]
+    stage2 = ["--laq", str(folder / "train_laq.py/checkpoints/last/pretrained_model"), "--accept-failed-laq"]
     for script, flags in (("train_laq.py", SMALL), ("train_vla.py", [*stage2, "--pictures", "usage"])):
-        out = laq if script == "train_laq.py" else folder / "vla"
         start = time.monotonic()
-        run = begin(script, out, *flags, "--steps", "2", "--log-freq", "1", "--val-samples", "32")
-        while not steps_done(out) and run.poll() is None:
+        run = begin(script, folder / script, *flags, "--steps", "2", "--log-freq", "1", "--val-samples", "32")
+        while not steps_done(folder / script) and run.poll() is None:
             time.sleep(0.05)
         rows.append((f"{script}, small run, first step", time.monotonic() - start, "s", 10.0))
         end(run)
@@ -102,7 +100,7 @@ def soak(folder: Path, steps: int) -> list[tuple[str, float, str, float]]:
 
 
 def resident(session: int) -> int:
-    """Bytes that the processes of a session hold and share with no other file than their own (RssAnon)."""
+    """Bytes of memory of the processes of a session, without what they map of files (RssAnon)."""
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
