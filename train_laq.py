@@ -35,7 +35,7 @@ class Args(VideoArgs):
     output_dir: Path = Path("outputs/laq")  # folder of this run: checkpoints, pictures and log
     lr: float = 3e-3  # highest learning rate; use 3e-4 or less for the larger sizes
 
-    model: LAQConfig = field(default_factory=LAQConfig)
+    model: tyro.conf.OmitArgPrefixes[LAQConfig] = field(default_factory=LAQConfig)
 
 
 def main(args: Args) -> None:
@@ -104,4 +104,4 @@ def summary(output_dir: Path, report: dict) -> str:
 
 if __name__ == "__main__":
     tell_mistakes()
-    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    main(tyro.cli(Args, description=__doc__))

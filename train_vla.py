@@ -35,7 +35,7 @@ class Args(VideoArgs):
     laq: Path = Path("outputs/laq/checkpoints/last/pretrained_model")  # checkpoint of stage 1, the teacher
     accept_failed_laq: bool = False  # train even if the LAQ failed its validation or its probe card
     shuffle_latents: bool = False  # a control: give each sample the latent actions of another one
-    model: VLAConfig = field(default_factory=VLAConfig)
+    model: tyro.conf.OmitArgPrefixes[VLAConfig] = field(default_factory=VLAConfig)
 
     # sources to learn from, as for train_laq.py; by default those that the LAQ learned from
     data: tuple[str, ...] = ()
@@ -118,4 +118,4 @@ def summary(args: Args) -> str:
 
 if __name__ == "__main__":
     tell_mistakes()
-    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    main(tyro.cli(Args, description=__doc__))

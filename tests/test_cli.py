@@ -60,7 +60,7 @@ def help_of(parsed, config=()) -> dict[str, str]:
     ("parsed", "config"),
     [
         (train_laq.Args, ()),
-        (train_vla.Args, (tyro.conf.OmitArgPrefixes,)),
+        (train_vla.Args, ()),
         (finetune_policy.Args, (tyro.conf.AvoidSubcommands,)),
         (render, ()),
         *((importlib.import_module(f"hlrp.{name}").Args, ()) for name in COMMANDS),
