@@ -224,7 +224,7 @@ def to_pixels(
     return torch.stack([(channel - m) / s for channel, m, s in channels], dim=1)
 
 
-def load(name: str, families: dict):
+def load(name: str, families: dict) -> tuple[Pretrained, Pretrained, Any]:
     """Loads the float32 model of a hub id or folder; returns it with its config and its entry in `families`.
 
     families: model_type -> an object with `model`, the class of transformers, and `unused`, prefixes of tensors that
