@@ -15,6 +15,9 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import hlrp  # noqa: F401, before torch: it says how OpenMP's threads wait
+
+# isort: split
 import torch
 import tyro
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

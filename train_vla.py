@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import hlrp  # noqa: F401, before torch: it says how OpenMP's threads wait
+
+# isort: split
 import torch
 import tyro
 

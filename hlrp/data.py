@@ -349,14 +349,16 @@ class BatchNumbers:
 
 class Loader(DataLoader):
     """A DataLoader whose workers ignore the signals that a scheduler sends to all processes of a job. The training
-    process acts on them, and its workers end with it, however it ends."""
+    process acts on them, and its workers end with it, however it ends. Where there is a CUDA device, batches are in
+    pinned memory, from which they are copied while it computes."""
 
     workers: ClassVar[WeakSet] = WeakSet()
 
     def __init__(self, dataset: Dataset, *args, worker_init_fn: Callable[[], None] | None = None, **settings):
         own = torch.Generator()  # without it, one would be drawn from the global random state
         init = partial(start_worker, worker_init_fn)
-        super().__init__(dataset, *args, worker_init_fn=init, generator=own, **settings)
+        pinned = torch.cuda.is_available()
+        super().__init__(dataset, *args, worker_init_fn=init, generator=own, pin_memory=pinned, **settings)
 
     def __iter__(self) -> Iterator[dict]:
         others = active_children()
@@ -395,7 +397,6 @@ def loader(
     rank: int = 0,
     num_ranks: int = 1,
     num_workers: int = 0,
-    pin_memory: bool = False,
     turns: dict[str, int] | None = None,
 ) -> DataLoader:
     """Endless batches for one rank, from the global sample number `start` on. `num_workers` does not change them.
@@ -412,7 +413,6 @@ def loader(
         num_workers=num_workers,
         collate_fn=partial(collate, sizes=mixture.sizes),
         worker_init_fn=partial(share_streams, turns, rank, num_ranks),
-        pin_memory=pin_memory,
     )
 
 
