@@ -19,6 +19,7 @@ import json
 import os
 import struct
 import tarfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
@@ -130,10 +131,7 @@ class File:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
-
-    def __del__(self):
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
 
     def read(self, start: int, size: int) -> bytes:
         try:
