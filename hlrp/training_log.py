@@ -18,6 +18,12 @@ from tqdm import tqdm
 from hlrp.checkpoints import write_text
 
 logger = logging.getLogger(__name__)
+MUCH_WAITING = 0.3  # share of the time of training
+WAITING = (
+    "training waits for data {:.0%} of its time: more --num-workers help while cores are free, and shards do, which "
+    "python -m hlrp.shards makes once of any source; a pair of frames is read from them in a fraction of a video's "
+    "time (docs/data.md, Speed)"
+)
 
 
 class Log:
@@ -28,6 +34,7 @@ class Log:
 
     def __init__(self, accelerator, folder: Path, step: int, steps: int, settings: dict, run_id: str, project: str):
         self.accelerator, self.folder, self.steps, self.bar = accelerator, folder, steps, None
+        self.num_slow = 0  # lines that told of much waiting
         if not accelerator.is_main_process:
             return
         metrics = folder / "metrics.jsonl"
@@ -58,6 +65,9 @@ class Log:
         else:
             eta = timedelta(seconds=round(values["eta_s"]))
             self.print(f"step {step}/{self.steps}  {text}  lr {values['lr']:.1e}  eta {eta}")
+        self.num_slow += values["data_wait"] > MUCH_WAITING
+        if self.num_slow == 2:  # the first line has the start of the workers in it
+            self.print(WAITING.format(values["data_wait"]))
 
     def show(self, files: Iterable[Path], step: int) -> None:
         """Pictures and videos of a step, to W&B if asked: by the names of their files, without the step."""

@@ -67,7 +67,7 @@ def test_a_validation_is_a_table_with_controls_and_verdicts_in_words():
     assert len({line.index("(") for line in lines if "(" in line}) == 1
 
 
-def test_an_eta_above_a_day_counts_the_days(tmp_path, capfd):
+def test_an_eta_above_a_day_counts_the_days_and_much_waiting_for_data_is_told_once(tmp_path, capfd):
     logged = []
     accelerator = SimpleNamespace(is_main_process=True, init_trackers=lambda *args, **settings: None)
     accelerator.log = lambda values, step: logged.append((values, step))
@@ -77,3 +77,7 @@ def test_an_eta_above_a_day_counts_the_days(tmp_path, capfd):
     assert "step 1/9  loss 1.0000  1 samples/s  data 0%  lr 1.0e-01  eta 2 days, 1:01:40" in capfd.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "split": "train", **values}
     assert logged == [({f"train/{name}": value for name, value in values.items()}, 1)]
+    for step, waited in enumerate((0.9, 0.2, 0.4, 0.8), 2):
+        log.write("train", values | {"data_wait": waited}, step)
+    told = [line for line in capfd.readouterr().err.splitlines() if "waits for data" in line]
+    assert len(told) == 1 and told[0].startswith("training waits for data 40% of its time: more --num-workers")
