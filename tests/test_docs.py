@@ -130,3 +130,18 @@ def test_the_commands_of_every_text_are_found():
 def test_a_flag_that_is_gone_or_a_value_that_does_not_fit_is_refused(module, argv, capsys):
     with pytest.raises(SystemExit):
         parsed(module, argv)
+
+
+def test_the_table_of_layers_has_each_module_once_and_imports_point_up_it():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (?:leaves|models|data|judgement|runs|edge) \| (.+) \|$", text, re.MULTILINE)
+    layer = {name: i for i, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row)}
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(
+        path.stem for path in ROOT.glob("hlrp/*.py") if not path.stem.startswith("__")
+    )
+    downward = []
+    for name in layer:
+        lines = (ROOT / "hlrp" / f"{name}.py").read_text().splitlines()
+        imported = {found[1] for line in lines if (found := re.match(r"from hlrp\.(\w+) import", line))}
+        downward += [(name, other) for other in imported if layer[other] > layer[name]]
+    assert not downward
