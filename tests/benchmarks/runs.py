@@ -59,7 +59,7 @@ def startup(folder: Path, _) -> list[tuple[str, float, str, float]]:
     rows = []
     for name in SCRIPTS + COMMANDS:
         command = [name] if name in SCRIPTS else ["-m", f"hlrp.{name}"]
-        seconds = min(cpu_seconds([sys.executable, *command, "--help"]) for _ in range(2)) - torch
+        seconds = min(cpu_seconds([sys.executable, *command, "--help"]) for _ in range(3)) - torch
         rows.append((f"{' '.join(command)} --help, over import torch ({torch:.1f} CPU-s)", seconds, "CPU-s", 1.0))
     stage2 = ["--laq", str(folder / "train_laq.py/checkpoints/last/pretrained_model"), "--accept-failed-laq"]
     for script, flags in (("train_laq.py", SMALL), ("train_vla.py", [*stage2, "--pictures", "usage"])):
