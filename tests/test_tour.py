@@ -33,7 +33,7 @@ def test_the_committed_tour_is_small_and_has_its_pictures_and_figures():
 
 @pytest.mark.slow
 def test_the_tour_runs_whole_from_the_folder_docs_and_writes_to_a_temporary_folder_alone(tmp_path, monkeypatch):
-    """Six and a half minutes on one core."""
+    """Five minutes on two cores."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = {*ROOT.iterdir(), *TOUR.parent.iterdir()}
