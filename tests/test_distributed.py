@@ -55,15 +55,22 @@ def test_the_threads_that_the_user_gives_are_kept(given, launched, threads, monk
     assert chosen[-1] == threads
 
 
-@pytest.mark.parametrize("script", ["train_laq.py", "train_vla.py", "finetune_policy.py"])
-def test_threads_that_wait_leave_their_core_to_others_unless_the_user_says_so(script):
+@pytest.mark.parametrize(
+    ("script", "given", "spins"),
+    [
+        ("train_laq.py", {}, "1000"),
+        ("train_laq.py", {"GOMP_SPINCOUNT": "70"}, "70"),
+        ("train_vla.py", {}, "1000"),
+        ("finetune_policy.py", {}, "1000"),
+    ],
+)
+def test_threads_that_wait_leave_their_core_to_others_unless_the_user_says_so(script, given, spins):
     """OpenMP itself tells what it has read, once torch has loaded it."""
     unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for given, spins in ({}, "1000"), ({"GOMP_SPINCOUNT": "70"}, "70"):
-        variables = unset | {"OMP_DISPLAY_ENV": "verbose"} | given
-        command = [sys.executable, ROOT / script, "--help"]
-        process = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
-        assert f"GOMP_SPINCOUNT = '{spins}'" in process.stderr
+    variables = unset | {"OMP_DISPLAY_ENV": "verbose"} | given
+    command = [sys.executable, ROOT / script, "--help"]
+    process = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in process.stderr
 
 
 def train(folder, name, batch_size):
