@@ -406,8 +406,9 @@ def features_of(actions: LatentActions, codebook_size: int | None) -> Tensor:
     """What probes read of latent actions (b, d): one indicator per code where codes come without vectors."""
     if not actions.vectors.numel():
         assert actions.indices is not None and codebook_size is not None
-        return one_hot_features(actions.indices, codebook_size)
-    return probe_features(actions.vectors, actions.indices, codebook_size, MAX_INDICATORS)
+        return one_hot_features(actions.indices, (codebook_size,))
+    levels = () if codebook_size is None else (codebook_size,)
+    return probe_features(actions.vectors, actions.indices, levels, MAX_INDICATORS)
 
 
 def flat(frames: Tensor) -> Tensor:

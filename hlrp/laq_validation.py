@@ -124,7 +124,7 @@ def evaluate(
             report[name]["possible_sequences"] = min(len(dataset), codebook_size ** latents.indices.shape[1])
         if latents.actions is not None:
             fit = encode_all(laq, fit_sets[name], share) if fit_sets and name in fit_sets else None
-            report[name] |= action_probe(latents, fit, codebook_size, seed)
+            report[name] |= action_probe(latents, fit, laq.quantizer.levels, seed)
     laq.train(was_training)
     return report
 
@@ -216,13 +216,13 @@ def probe_rows(scored, fit) -> tuple[list, Tensor, Tensor, Tensor] | None:
     return sides, is_fit, actions, episodes
 
 
-def action_probe(latents: EncodedSet, fit: EncodedSet | None, codebook_size: int | None, seed: int) -> dict:
+def action_probe(latents: EncodedSet, fit: EncodedSet | None, levels: Sequence[int], seed: int) -> dict:
     """Ridge probe from the codes to the mean action, scored on the validation episodes."""
     rows = probe_rows(latents, fit)
     if rows is None:
         return {"action_r2": None, "action_r2_random": None}
     sides, is_fit, actions, episodes = rows
-    features = [probe_features(side.codes, side.indices, codebook_size)[side.has_action] for side in sides]
+    features = [probe_features(side.codes, side.indices, levels)[side.has_action] for side in sides]
     x = torch.cat(features)
     probe = probe_r2(x, actions, episodes, is_fit if fit is not None else None, seed)
     return {

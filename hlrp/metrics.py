@@ -3,8 +3,9 @@
 A probe reads actions from latent actions: ridge regression or a small network, fitted and scored on different episodes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from statistics import fmean
 
 import numpy as np
@@ -206,22 +207,28 @@ def code_features(codes: Tensor) -> Tensor:
     return codes.flatten(1).float()
 
 
-def one_hot_features(indices: Tensor, codebook_size: int) -> Tensor:
-    """One indicator for each code and token position: int64 (b, m) -> (b, m k).
+def one_hot_features(indices: Tensor, levels: Sequence[int]) -> Tensor:
+    """One indicator for each level of each dimension of a code, at each token position: int64 (b, m) -> (b, m k).
 
-    A probe of them finds any assignment of codes to motions, whatever the code vectors are. It knows nothing about
-    codes that it was not fitted on, and thousands of codes need more samples than a validation pass has.
+    levels: as `hlrp.quantizers.Quantizer.levels` has them; k is their sum. A codebook is one dimension, whose levels
+    are its codes. A probe of indicators finds any assignment of levels to motions, whatever the code vectors are. It
+    knows nothing about levels that it was not fitted on, and thousands need more samples than a validation pass has.
     """
-    return F.one_hot(indices, codebook_size).flatten(1).float()
+    digits = [F.one_hot(indices // prod(levels[:i]) % level, level) for i, level in enumerate(levels)]
+    return torch.cat(digits, dim=-1).flatten(1).float()
 
 
-def probe_features(
-    codes: Tensor, indices: Tensor | None, codebook_size: int | None, most: int = MAX_INDICATORS
-) -> Tensor:
-    """The input of a probe for latent actions (b, n, d): indicators of their codes, as the next stage reads them, if
-    they are discrete and the indicators are no more than `most`; else their vectors."""
-    if indices is not None and codebook_size is not None and indices.shape[1] * codebook_size <= most:
-        return one_hot_features(indices, codebook_size)
+def mean_one_hot_features(probabilities: Tensor, levels: Sequence[int]) -> Tensor:
+    """The mean of `one_hot_features` where each code has a probability: (b, m, codebook_size) -> (b, m k)."""
+    digits = [probabilities.unflatten(-1, (-1, level, prod(levels[:i]))) for i, level in enumerate(levels)]
+    return torch.cat([digit.sum(dim=(-3, -1)) for digit in digits], dim=-1).flatten(1)
+
+
+def probe_features(codes: Tensor, indices: Tensor | None, levels: Sequence[int], most: int = MAX_INDICATORS) -> Tensor:
+    """The input of a probe for latent actions (b, n, d): indicators of their codes (`one_hot_features`) if they are
+    discrete and the indicators are no more than `most`; else their vectors."""
+    if indices is not None and levels and indices.shape[1] * sum(levels) <= most:
+        return one_hot_features(indices, levels)
     return code_features(codes)
 
 

@@ -158,6 +158,7 @@ DPI = 144  # twice a page's own, for sharp letters
 MAX_SCATTERED = 1500  # points of a scatter plot
 MAX_NAME = 24  # letters of a sequence that a chart shows
 MAX_SEQUENCES = 30  # bars of a chart
+MAX_NAMED = 6  # arrows of a compass that bear their number
 
 
 def new_figure(**settings) -> "Figure":
@@ -285,7 +286,10 @@ def group_colours(groups: Tensor) -> tuple[list[int], np.ndarray]:
 
 
 def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
-    """An arrow for each code. means: row title -> per token position, code -> mean flow (2,) right and down [pixel]."""
+    """An arrow for each code, the longest ones with their numbers.
+
+    means: row title -> per token position, code -> mean flow (2,) right and down [pixel].
+    """
     width = max(len(row) for row in means.values())
     figure = new_figure(figsize=(2.5 * width, 2.7 * len(means)), layout="constrained")
     grid = figure.subplots(len(means), width, squeeze=False)
@@ -293,10 +297,11 @@ def compasses(means: dict[str, list[dict[int, Tensor]]]) -> "Figure":
         longest = max(float(flow.norm()) for codes in row for flow in codes.values()) or 1.0
         for position, (axes, codes) in enumerate(zip(axes_row, row, strict=True)):
             names, colours = group_colours(torch.tensor([*codes]))
-            for name, colour in zip(names, colours, strict=True):
-                x, y = codes[name].tolist()
-                axes.annotate("", (x, -y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
-                axes.text(1.12 * x, -1.12 * y, str(name), ha="center", va="center", size=7.5)
+            x, y = np.array([codes[name].tolist() for name in names]).reshape(-1, 2).T
+            nothing, arrows = np.zeros_like(x), {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.012}
+            axes.quiver(nothing, nothing, x, -y, color=colours, **arrows)
+            for i in np.hypot(x, y).argsort()[-MAX_NAMED:].tolist():
+                axes.text(1.12 * x[i], -1.12 * y[i], str(names[i]), ha="center", va="center", size=7.5)
             axes.set_xlim(-1.3 * longest, 1.3 * longest)
             axes.set_ylim(-1.3 * longest, 1.3 * longest)
             axes.set_aspect("equal")

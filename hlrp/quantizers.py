@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
         in_dim: numbers that it reads per token; None: dim."""
         super().__init__()
         self.dim, self.codebook_size, self.in_dim = dim, codebook_size, in_dim or dim
+        # of each dimension of an index, the first one runs fastest; empty where codes are continuous
+        self.levels: tuple[int, ...] = () if codebook_size is None else (codebook_size,)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The codes (b, n, dim) for indices (b, n). Raises ValueError where codes are continuous."""
@@ -78,6 +80,7 @@ class Bottleneck(nn.Module):
     def __init__(self, dim: int, num_tokens: int, quantizer: Quantizer):
         super().__init__()
         self.codebook_size = quantizer.codebook_size  # values of one index; None where codes are continuous
+        self.levels = quantizer.levels
         self.to_code = nn.Linear(dim, quantizer.in_dim)
         is_discrete = quantizer.codebook_size is not None
         self.norm = RunningNorm(num_tokens, quantizer.dim) if is_discrete else nn.Identity()
@@ -111,7 +114,7 @@ class Bottleneck(nn.Module):
 class FSQ(Quantizer):
     """Rounds each dimension to a few levels (Mentzer et al. 2023, arXiv:2309.15505)."""
 
-    levels: Tensor
+    num_levels: Tensor
     basis: Tensor
     offset: Tensor
     shift: Tensor
@@ -121,24 +124,25 @@ class FSQ(Quantizer):
         if not levels or min(levels) < 3:
             raise ValueError(f"levels={tuple(levels)}; expected one number of 3 or more for each dimension")
         super().__init__(dim=len(levels), codebook_size=prod(levels))
+        self.levels = tuple(levels)
         offset = [0.0 if level % 2 else 0.5 for level in levels]  # an even number of levels has no middle one
         shift = [atanh(2 * o / (level - 1)) for o, level in zip(offset, levels, strict=True)]  # keeps 0 at 0
         basis = [prod(levels[:i]) for i in range(self.dim)]
-        constants = {"levels": levels, "basis": basis, "offset": offset, "shift": shift}
+        constants = {"num_levels": levels, "basis": basis, "offset": offset, "shift": shift}
         for name, values in constants.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, z: Tensor) -> Quantized:  # b n d
-        half = self.levels // 2
-        bounded = torch.tanh(z + self.shift) * (self.levels - 1) / 2 - self.offset  # b n d; App. A.1
+        half = self.num_levels // 2
+        bounded = torch.tanh(z + self.shift) * (self.num_levels - 1) / 2 - self.offset  # b n d; App. A.1
         digits = bounded.round() + half  # b n d, from 0 to levels - 1
         indices = (digits.long() * self.basis).sum(dim=-1)  # b n d -> b n
         codes = straight_through(bounded / half, (digits - half) / half)
         return Quantized(codes, indices, z.new_zeros(()))
 
     def decode(self, indices: Tensor) -> Tensor:
-        half = self.levels // 2
-        digits = indices[..., None] // self.basis % self.levels  # b n -> b n d
+        half = self.num_levels // 2
+        digits = indices[..., None] // self.basis % self.num_levels  # b n -> b n d
         return (digits - half) / half
 
 

@@ -130,6 +130,7 @@ class BucketSamples:
 
 NUM_ANCHORS = 6  # frames that a code is applied to
 NUM_PERMUTATIONS = 4
+MAX_DECODED = 128  # samples whose decoded frames make a figure
 MAX_TOKENS = 8  # positions with a chart
 MIN_COUNT = 3  # samples of a code that has an arrow
 
@@ -194,7 +195,7 @@ def elsewhere(groups: Tensor, seed: int) -> Tensor:
 
 def cycle(samples: BucketSamples, takers: Tensor) -> float:
     """Share of the codes that the LAQ reads again from a frame and the frame that it decoded with the code."""
-    some = torch.arange(len(takers))[:128]
+    some = torch.arange(len(takers))[:MAX_DECODED]
     decoded = (255 * samples.decode(takers[some].tolist(), samples.codes[some])).round().byte()
     pairs = torch.stack([samples.frames[takers[some], 0], decoded], dim=1)
     again, (indices, _) = encoded(samples.laq, {"frames": pairs}).indices, samples.discrete()
@@ -211,7 +212,7 @@ def permuted(samples: BucketSamples, path: Path, title: str) -> dict[str, float]
     orders = [partners(torch.zeros_like(samples.source), samples.seed + i) for i in range(1, NUM_PERMUTATIONS + 1)]
     device = next(samples.laq.parameters()).device
     sums: list[dict[str, float]] = [{}, {}]
-    for some in torch.arange(len(samples.codes)).split(64):
+    for some in torch.arange(len(samples.codes))[:MAX_DECODED].split(64):
         variants = [samples.codes[some].to(device), samples.codes[orders[0][some]].to(device)]
         tasks = [samples.tasks[i] for i in some]
         for total, errors in zip(

@@ -87,7 +87,7 @@ class RunArgs:
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # number format of the forward pass; auto: bf16 on a GPU
     num_workers: int = 2  # processes that load data, for each training process
     seed: int = 0  # of the weights, the order of the data and the held-out episodes
-    # validate every so many steps, and after the last one; None: half of --steps, at most 300
+    # validate every so many steps, and after the last one; None: 600, a tenth of what the steps before it cost
     eval_freq: Interval = NOT_GIVEN
 
     val_fraction: float = 0.1  # share of each source's episodes that is held out for validation
@@ -112,7 +112,7 @@ class RunArgs:
     INTERVALS: ClassVar[dict[str, tuple[int, int]]] = {
         "warmup_steps": (6, 100),
         "log_freq": (12, 50),
-        "eval_freq": (2, 300),
+        "eval_freq": (1, 600),
         "save_freq": (2, 300),
     }
 

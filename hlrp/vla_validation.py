@@ -2,7 +2,7 @@
 what do its predictions say about the actions? Every figure stands beside its control.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from hlrp.contract import SampleSet
 from hlrp.images import regrid
 from hlrp.laq import LAQ
 from hlrp.laq_validation import COLLAPSED_UP_TO, TOLD_FROM, Share, joined, probe_rows
-from hlrp.metrics import code_health, episode_split, one_hot_features, probe_r2
+from hlrp.metrics import code_health, episode_split, mean_one_hot_features, one_hot_features, probe_r2
 from hlrp.quantizers import nearest
 from hlrp.strategies import Latents
 from hlrp.transformer import mean_action
@@ -148,7 +148,7 @@ def evaluate(
             fit = None
             if fit_sets and name in fit_sets:
                 fit = predict_all(vla, laq, fit_sets[name], share, seed, (), tasks, with_errors=False)
-            figures |= action_probes(predictions, fit, codebook_size, seed)
+            figures |= action_probes(predictions, fit, laq.quantizer.levels, seed)
         report[name] = figures
     vla.train(was_training)
     return report
@@ -212,7 +212,7 @@ def accuracies(indices: Tensor, true: Tensor) -> dict:
     }
 
 
-def action_probes(scored: Predictions, fit: Predictions | None, codebook_size: int | None, seed: int) -> dict:
+def action_probes(scored: Predictions, fit: Predictions | None, levels: Sequence[int], seed: int) -> dict:
     """Ridge probes from latent actions to the mean action, scored on validation episodes.
 
     They are fitted on true latent actions, and read predicted ones by the same weights: of codes how likely each is,
@@ -225,23 +225,26 @@ def action_probes(scored: Predictions, fit: Predictions | None, codebook_size: i
     if fit is None:
         is_fit = episode_split(episodes, share=0.5, seed=seed)
 
-    def true_features(codebook_size: int | None) -> list[Tensor]:
-        """Of the codes where there is a codebook size, else of the vectors."""
+    def true_features(of_codes: bool) -> list[Tensor]:
+        """Of the codes, or else of the vectors."""
         features = []
         for side in sides:
             x = side.true_vectors.flatten(1)
-            if codebook_size is not None:
-                x = one_hot_features(side.true_indices.flatten(1), codebook_size)
+            if of_codes:
+                x = one_hot_features(side.true_indices.flatten(1), levels)
             features.append(x[side.has_action])
         return features
 
     assert scored.expected is not None
     are_codes = scored.expected.ndim == 4
-    expected = scored.expected.flatten(1)[scored.has_action]
-    known = true_features(codebook_size if are_codes else None)
+    expected = scored.expected.flatten(1)
+    if are_codes:
+        expected = mean_one_hot_features(scored.expected.flatten(1, 2), levels)
+    expected = expected[scored.has_action]
+    known = true_features(are_codes)
     read = torch.where(is_fit[:, None], torch.cat(known), torch.cat([*known[:-1], expected]))
     predicted = probe_r2(read, actions, episodes, is_fit, seed)
-    every = true_features(None if scored.true_indices is None else codebook_size)
+    every = true_features(scored.true_indices is not None)
     true = probe_r2(torch.cat(every), actions, episodes, is_fit, seed)
     return {
         "action_r2": predicted["r2"],

@@ -42,7 +42,7 @@ class Oracle(nn.Module):
     def __init__(self, listens: bool = True, num_codes: int = 17, continuous: bool = False):
         super().__init__()
         self.listens, self.num_codes, self.continuous = listens, num_codes, continuous
-        self.quantizer = SimpleNamespace(codebook_size=None if continuous else 17)
+        self.quantizer = SimpleNamespace(codebook_size=None if continuous else 17, levels=() if continuous else (17,))
         self.unused = nn.Parameter(torch.zeros(()))
 
     def encode(self, frames):

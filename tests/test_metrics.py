@@ -13,6 +13,7 @@ from hlrp.metrics import (
     episode_split,
     is_constant,
     k_means,
+    mean_one_hot_features,
     mutual_information,
     one_hot_features,
     probe_features,
@@ -23,6 +24,7 @@ from hlrp.metrics import (
     ridge_predictions,
     wilson,
 )
+from hlrp.quantizers import FSQ
 
 
 def test_usage_equals_bincount_however_often_a_batch_uses_a_code():
@@ -185,9 +187,23 @@ def test_one_hot_features_read_what_the_order_of_the_codes_hides():
     indices = torch.randint(0, 16, (len(episodes), 2), generator=generator)
     table = torch.randn(16, 2, generator=generator)
     actions = table[indices[:, 0]]
-    assert one_hot_features(indices, 16).shape == (len(episodes), 32)
-    assert probe_r2(one_hot_features(indices, 16), actions, episodes)["r2"] > 0.99
+    assert one_hot_features(indices, [16]).shape == (len(episodes), 32)
+    assert probe_r2(one_hot_features(indices, [16]), actions, episodes)["r2"] > 0.99
     assert probe_r2(code_features(indices[..., None]), actions, episodes)["r2"] < 0.5
+
+
+def test_the_levels_of_a_code_are_those_of_its_dimensions():
+    """FSQ's own decoder says which level an index has in each dimension, and a certain code is its indicators."""
+    quantizer = FSQ([5, 3, 4])
+    every = torch.arange(60)[:, None]
+    indicators = one_hot_features(every, quantizer.levels)
+    assert indicators.shape == (60, 12) and (indicators.sum(dim=1) == 3).all()
+    for levels, values in zip(indicators.split([5, 3, 4], dim=1), quantizer.decode(every)[:, 0].T, strict=True):
+        assert torch.equal(levels.argmax(dim=1), values.unique(return_inverse=True)[1])
+    certain = torch.eye(60)[every]
+    assert torch.equal(mean_one_hot_features(certain, quantizer.levels), indicators)
+    even = mean_one_hot_features(certain.mean(dim=0, keepdim=True), quantizer.levels)
+    torch.testing.assert_close(even, indicators.mean(dim=0, keepdim=True))
 
 
 def test_the_network_reads_what_no_line_fits_and_nothing_where_there_is_nothing():
@@ -232,6 +248,6 @@ def test_an_interval_is_finite_where_a_dimension_is_constant_in_most_episodes():
 
 def test_many_codes_are_read_by_their_vectors_and_few_by_which_they_are():
     codes, indices = torch.randn(10, 4, 3), torch.randint(0, 8, (10, 4))
-    assert torch.equal(probe_features(codes, indices, 8), one_hot_features(indices, 8))
-    assert torch.equal(probe_features(codes, indices, 513), code_features(codes))
-    assert torch.equal(probe_features(codes, None, None), code_features(codes))
+    assert torch.equal(probe_features(codes, indices, [8]), one_hot_features(indices, [8]))
+    assert torch.equal(probe_features(codes, indices, [513]), code_features(codes))
+    assert torch.equal(probe_features(codes, None, ()), code_features(codes))

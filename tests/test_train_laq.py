@@ -97,12 +97,12 @@ def test_a_short_run_needs_no_other_flag_and_records_its_intervals(tmp_path, cap
     for _ in range(2):  # the same command is the same run
         train_laq.main(tyro.cli(train_laq.Args, args=[*flags, "--output-dir", str(tmp_path)]))
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
-    assert [settings[name] for name in ("warmup_steps", "log_freq", "eval_freq", "save_freq")] == [0, 1, 2, 2]
+    assert [settings[name] for name in ("warmup_steps", "log_freq", "eval_freq", "save_freq")] == [0, 1, 4, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004", "last"]
     told = capfd.readouterr().err
     assert "data      world-clean: 3 episodes, " in told and "100% of the samples, 3 episodes with actions\n" in told
     assert "training  4 steps of 8 samples, learning rate 0.003\n" in told and f"folder    {tmp_path}\n" in told
-    assert "validation after step 2\n  world-clean\n    error of pixels / error of the first frame" in told
+    assert "validation after step 4\n  world-clean\n    error of pixels / error of the first frame" in told
     assert told.index("next      python -m hlrp.probe --latents") > told.index("validation after step 4")
 
 

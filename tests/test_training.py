@@ -276,11 +276,11 @@ def test_what_the_launcher_sets_is_taken_and_recorded_or_refused(flags, variable
 @pytest.mark.parametrize(
     ("steps", "given", "expected"),
     [
-        (600, {}, (100, 50, 300, 300)),
-        (100_000, {}, (100, 50, 300, 300)),
-        (20, {}, (3, 1, 10, 10)),
+        (600, {}, (100, 50, 600, 300)),
+        (100_000, {}, (100, 50, 600, 300)),
+        (20, {}, (3, 1, 20, 10)),
         (1, {}, (0, 1, 1, 1)),
-        (20, {"warmup_steps": 0, "save_freq": 7}, (0, 1, 10, 7)),
+        (20, {"warmup_steps": 0, "save_freq": 7}, (0, 1, 20, 7)),
     ],
 )
 def test_intervals_follow_the_number_of_steps_unless_given(steps, given, expected):

@@ -40,7 +40,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.device_of = nn.Parameter(torch.zeros(1))
         self.config, self.num_views = SimpleNamespace(num_tokens=1, quantizer="vq"), 1
-        self.quantizer = SimpleNamespace(codebook_size=NUM_CODES, lookup=lambda indices: indices[..., None].float())
+        lookup = {"lookup": lambda indices: indices[..., None].float()}
+        self.quantizer = SimpleNamespace(codebook_size=NUM_CODES, levels=(NUM_CODES,), **lookup)
 
     def observe(self, frames):
         return frames
