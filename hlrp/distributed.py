@@ -17,6 +17,9 @@ import time
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver as server
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 
 import torch
 import torch.distributed as dist
@@ -293,3 +296,12 @@ class Watchdog:
         """The innermost calls of the thread that trains."""
         calls = traceback.extract_stack(sys._current_frames()[self.main])[-6:]
         return " > ".join(f"{'/'.join(c.filename.split('/')[-2:])}:{c.lineno} {c.name}" for c in calls)
+
+
+def forkserver() -> ForkServerContext:
+    """Processes of environments are forked from a server that has imported what they need: a fork of this process would
+    share its threads and graphics. The server starts at the first call, and imports beside what this process does."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["hlrp.envs", "hlrp.rollout"])
+    server.ensure_running()
+    return context

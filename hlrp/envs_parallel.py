@@ -12,14 +12,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from lerobot.envs import EnvConfig, make_env
 
-PRELOADED = ["hlrp.envs", "hlrp.rollout"]  # what a new process does not import again
+from hlrp.distributed import forkserver
 
 
 class Key(NamedTuple):
@@ -160,8 +159,7 @@ class Elsewhere:
     """Copies in a process of their own, which ends when all of them are closed, or with this one."""
 
     def __init__(self, configs: Sequence[EnvConfig], numbers: Sequence[int]):
-        context = get_context("forkserver")  # a fork of this process would share its threads and graphics
-        context.set_forkserver_preload(PRELOADED)
+        context = forkserver()
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, configs, numbers, dict(os.environ)), daemon=True)
         self.process.start()

@@ -20,6 +20,7 @@ those of a run that was not. OUTPUT_DIR holds
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import time
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from hlrp.checkpoints import weights_hash, write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.demonstrations import dicts
+from hlrp.distributed import forkserver
 from hlrp.metrics import wilson
 
 EPISODES, SETTINGS = "episodes.csv", "episodes.json"
@@ -76,6 +78,8 @@ class Args:
 
 def main(args: Args) -> None:
     check(args)
+    if args.batch_size > 1 and (args.processes or len(os.sched_getaffinity(0))) > 1:
+        forkserver()
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies import make_policy, make_pre_post_processors
     from lerobot.utils.random_utils import set_seed
