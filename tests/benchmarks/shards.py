@@ -10,6 +10,7 @@ speed   ms of CPU time for a pair of 256 x 256 frames, 0.5 s apart, all sides in
             webdataset       a TAR of pairs, the same JPEGs, in its order: `.decode("rgb8").batched()`
             LeRobotDataset   the dataset (H.264, key frame every 2) that the shards were made from, in random order
             lerobot:         the same dataset through `Clips`, `Mixture` and `collate`
+            video floor      PyAV alone: seek to the key frame of each of the two frames and decode on to it
         Asserted before: shards give what their JPEGs decode to; webdataset the same, up to the rounding of its
         decoder; lerobot: the frames of LeRobotDataset; and shards these, up to JPEG.
 size    640 thousand episodes in 1,024 shards, all alike: time from `Shards(...)` to the first sample, private memory of
@@ -32,6 +33,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 import torch
 import tyro
@@ -57,6 +59,7 @@ TARGETS = {  # least ratio of the costs of the second to the first
     ("shards", "webdataset"): 2.0,
     ("shards", "LeRobotDataset"): 8.0,
     ("lerobot:", "LeRobotDataset"): 1.5,
+    ("lerobot:", "video floor"): 0.8,
 }
 MAX_OPEN, MAX_MEMORY, MAX_GROWTH = 2.0, 100, 1.4  # [s], [MiB], ratio
 
@@ -162,6 +165,24 @@ def measure_speed(args: Args, folder: Path) -> bool:
         for episode, i in chosen[:num_pairs]:
             theirs[episode * args.num_frames + i]
 
+    container = av.open(str(lerobot.video_files[0]))  # of all episodes
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1
+    stamps = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+    assert len(stamps) == args.num_episodes * args.num_frames
+
+    def video_floor(num_pairs: int) -> None:
+        for episode, i in chosen[:num_pairs]:
+            for number in (i, i + OFFSET):
+                stamp = stamps[episode * args.num_frames + number]
+                container.seek(stamp, stream=stream)
+                for packet in container.demux(stream):
+                    frames = packet.decode()
+                    if packet.pts == stamp:
+                        frames += stream.codec_context.decode(None)
+                        break
+                assert frames[-1].pts == stamp
+
     few = args.num_pairs // 4 // args.batch_size * args.batch_size
     sides = {
         "floor": (floor, args.num_pairs),
@@ -170,6 +191,7 @@ def measure_speed(args: Args, folder: Path) -> bool:
         "webdataset": (webdataset, args.num_pairs),
         "LeRobotDataset": (lerobot_dataset, few),
         "lerobot:": (batches(pairs_of(lerobot), args.batch_size), few),
+        "video floor": (video_floor, few),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.repeats + 1):
