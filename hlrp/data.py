@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from hlrp.clips import Clips, Sizes, refuse_not_finite
-from hlrp.contract import Indices, SampleSet, hash_integers, labelled_episodes, permute, split_episodes
+from hlrp.contract import EpisodeRange, Indices, SampleSet, hash_integers, labelled_episodes, permute, split_episodes
 from hlrp.images import stacked
 from hlrp.metrics import column_statistics, normalisable
 from hlrp.streams import InMemory, StreamClips, clips_of
@@ -90,7 +90,7 @@ class Chosen(Subset):
 
     def __init__(self, clips: Clips, indices: Sequence[int], skip_broken: bool):
         super().__init__(clips, indices)
-        self.skip_broken = skip_broken
+        self.skip_broken, self.sizes = skip_broken, clips.sizes
 
     def __getitem__(self, place: int, /) -> dict:
         return self.__getitems__([place])[0]
@@ -422,7 +422,7 @@ class TrainingData(NamedTuple):
     clips: list[Clips | StreamClips]  # training clips of each source
     mixture: Mixture  # the mixture of these clips
     val: dict[str, Chosen]  # name of a source -> its held-out samples
-    fit: dict[str, Chosen]  # name of a source -> training samples, for probes to fit on
+    fit: dict[str, Chosen]  # name of a source -> labelled training samples, for probes to fit on, if there are any
 
 
 def open_data(
@@ -441,6 +441,7 @@ def open_data(
         clips = partial(clips_of, source, times=times, source_index=i, seed=args.seed, **sizes)
         learned.append(clips(train_episodes, labelled_episodes=labelled, **(train or {})))
         val[source.name] = chosen(clips(val_episodes), args.val_samples)
-        fit[source.name] = chosen(clips(train_episodes, labelled_episodes=labelled), 4 * args.val_samples)
+        if labelled.low < labelled.high if isinstance(labelled, EpisodeRange) else len(labelled):
+            fit[source.name] = chosen(clips(labelled), 4 * args.val_samples)
     mixture = Mixture(learned, weights, args.seed, args.skip_broken, args.temperature)
     return TrainingData(learned, mixture, val, fit)

@@ -6,7 +6,7 @@ action from frame a to frame b, minus the mean of z(a, a), where nothing changes
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,8 @@ class Share(NamedTuple):
         """The batches of this rank's part of a set, a contiguous one, each with its place in the set."""
         first, end = (len(dataset) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
         part = subset(dataset, range(first, end))
-        loader = Loader(part, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
+        alike = partial(collate, sizes=getattr(dataset, "sizes", None))  # also where none of a batch has an action
+        loader = Loader(part, self.batch_size, num_workers=self.num_workers, collate_fn=alike)
         for batch in loader:
             place = slice(first, first + len(batch["frames"]))
             yield place, {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from toys import Counting
 
+from hlrp.clips import Clips
+from hlrp.data import choose_clips, open_data
 from hlrp.laq import LatentActions
-from hlrp.laq_validation import alarms, evaluate, joined, partners
+from hlrp.laq_validation import Share, alarms, encode_all, evaluate, joined, partners
 from hlrp.training_log import scalars
 
 
@@ -106,6 +109,23 @@ def test_the_action_probe_reads_the_mean_over_the_span_and_random_codes_read_not
         assert figures["action_r2"] > 0.99
         assert abs(figures["action_r2_random"]) < 0.05
         assert figures["action_constant_dims"] == 1
+
+
+def test_few_labels_in_much_video_are_what_the_probe_is_fitted_on():
+    """A batch without any labelled sample has actions, too: all of them padding."""
+    source = Counting([20] * 60, action_dim=1)
+    settings = {"val_fraction": 0.1, "val_samples": 8, "demonstrations": None, "seed": 0}
+    settings |= {"skip_broken": False, "temperature": None}
+    for label_fraction, num_episodes in ((0.1, 5), (0.0, 0)):
+        args = SimpleNamespace(label_fraction=label_fraction, **settings)
+        fit = open_data(args, [source], [1.0], (0.0, 0.5), image_size=8).fit.get("counting", [])
+        assert all("action" in sample for sample in fit)
+        assert len({sample["episode"] for sample in fit}) == num_episodes
+
+    clips = Clips(source, range(60), (0.0, 0.5), image_size=8, labelled_episodes=[31, 32])
+    few = encode_all(Oracle().eval(), choose_clips(clips, 60, seed=0), Share(0, 1, 4, 0, torch.device("cpu")))
+    assert few.has_action.tolist() == [episode in (31, 32) for episode in few.episodes]
+    assert few.has_action.sum() == 2 and few.actions.shape == (60, 1)
 
 
 def test_a_fit_set_that_shares_an_episode_with_the_validation_set_is_an_error():
