@@ -491,8 +491,12 @@ class Run:
         for number, handler in self.handlers.items():  # a further warning is not to kill what is about to end
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
         is_over = error is None or (kind is SystemExit and self.must_stop)
-        ended = {"state": "done" if error is None else "interrupted", "step": self.step} | peak_memory(self.device)
-        if not is_over:
+        peaks = peak_memory(self.device)
+        ended = {"state": "done" if error is None else "interrupted", "step": self.step} | peaks
+        if is_over:
+            most = [f"{value:.1f} GB" for value in peaks.values()]
+            self.print(f"memory    at most {', and on the device '.join(most)}")
+        else:
             ended |= {"state": "failed", "reason": traceback.format_exception_only(error)[-1].strip()}
         record = self.args.output_dir / "run.json"
         try:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def test_a_short_run_needs_no_other_flag_and_records_its_intervals(tmp_path, cap
     assert "training  4 steps of 8 samples, learning rate 0.003\n" in told and f"folder    {tmp_path}\n" in told
     assert "validation after step 4\n  world-clean\n    error of pixels / error of the first frame" in told
     assert told.index("next      python -m hlrp.probe --latents") > told.index("validation after step 4")
+    assert re.search(r"\nmemory    at most \d\.\d GB\n", told)
 
 
 def test_a_killed_run_continues_to_the_bit(whole, tmp_path):
