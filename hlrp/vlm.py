@@ -60,6 +60,7 @@ VLMS = {
 class Prompt(NamedTuple):
     ids: Tensor  # n, on the CPU
     positions: Tensor  # axes n: Qwen's rotary positions have three axes, the others' one
+    last_image: Tensor  # places of the tokens of the last image, counted from the end: -1 is the last token
 
 
 class Prefix(NamedTuple):
@@ -291,17 +292,19 @@ class VLM(nn.Module):
             text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         tokens = VLMS[self.family].frame.format(image * self.num_image_tokens)
         text = text.replace("<start_of_image>" if self.family == "gemma3" else image, tokens)
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-        is_image = ids.eq(image_id)
-        if is_image.sum() != num_views * self.num_image_tokens:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        places = [place - len(ids) for place, number in enumerate(ids) if number == image_id]
+        if len(places) != num_views * self.num_image_tokens:
             raise ValueError(f"the instruction {task!r} holds {image!r}, which stands for an image")
+        ids, last_image = torch.tensor(ids), torch.tensor(places[-self.num_image_tokens :])
         if self.is_qwen:
+            kinds = ids.eq(image_id)[None].int()
             positions, _ = self.model.get_rope_index(
-                ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=self.grids(num_views)
+                ids[None], mm_token_type_ids=kinds, image_grid_thw=self.grids(num_views)
             )
-            return Prompt(ids, positions[:, 0])
+            return Prompt(ids, positions[:, 0], last_image)
         first = 1 if self.is_paligemma else 0
-        return Prompt(ids, torch.arange(first, first + len(ids))[None])
+        return Prompt(ids, torch.arange(first, first + len(ids))[None], last_image)
 
     def grids(self, num_images: int) -> Tensor:
         side = self.image_size // self.config.vision_config.patch_size
@@ -381,12 +384,10 @@ class VLM(nn.Module):
 
     def at_image(self, prompt: Encoded, tasks: Sequence[str], num_views: int) -> Tensor:
         """The hidden states (b, num_image_tokens, d) of a prompt at the tokens of its last image, in raster order."""
-        rows = []
-        for hidden, task in zip(prompt.hidden, tasks, strict=True):
-            ids = self.prompt(task, num_views).ids
-            places = ids.eq(self.config.image_token_id).nonzero()[-self.num_image_tokens :, 0]
-            rows.append(hidden[(places - len(ids)).to(hidden.device)])  # counted from the end, since the left is padded
-        return torch.stack(rows)
+        device = prompt.hidden.device
+        places = torch.stack([self.prompt(task, num_views).last_image for task in tasks])  # the left is padded
+        rows = torch.arange(len(tasks), device=device)[:, None]
+        return prompt.hidden[rows, places.to(device, non_blocking=True)]
 
     def follow(self, position: Tensor, length: int, axes: int) -> Tensor:
         """The next positions, the same on all axes: (axes, b, length)."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors.torch import load_file
 from torch import nn
-from toys import TOP, WRIST, assert_equal_to_the_bit, rename, weights, write_lerobot
+from toys import TOP, WRIST, assert_equal_to_the_bit, rename, waits_of_ordinary_steps, weights, write_lerobot
 
 import finetune_policy
 import train_laq
@@ -460,3 +461,8 @@ def test_the_command_line_reaches_every_part(stages, tmp_path):
     subprocess.run([sys.executable, finetune_policy.__file__, *flags.split()], check=True)
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["policy.chunk_size"] == 4 and settings["demonstrations"] == 1
+
+
+def test_an_ordinary_step_waits_for_no_device(stages, tmp_path, monkeypatch):
+    train_it = partial(train, tmp_path, stages, policy={"latent_weight": 1.0})
+    assert waits_of_ordinary_steps(monkeypatch, train_it) == []

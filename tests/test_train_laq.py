@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from toys import assert_equal_to_the_bit, weights
+from toys import Waits, assert_equal_to_the_bit, waits_of_ordinary_steps, weights
 
 import train_laq
 from hlrp.laq import LAQ, LAQConfig
+from hlrp.metrics import code_health
 from hlrp.training import Run
 
 SCRIPT = Path(train_laq.__file__)
@@ -305,3 +307,12 @@ def test_default_codes_tell_the_actions_of_the_clean_world(tmp_path):
     figures = report(tmp_path)["world-clean"]
     assert figures["action_r2"] >= 0.8
     assert abs(figures["action_r2_random"]) <= 0.05
+
+
+def test_an_ordinary_step_waits_for_no_device(tmp_path, monkeypatch):
+    with Waits() as waits:
+        code_health(torch.tensor([[0], [1]]), codebook_size=2)
+    assert any(wait.startswith("_local_scalar_dense at") and "metrics.py" in wait for wait in waits.found)
+
+    train_it = partial(train, tmp_path, pictures=("usage",))
+    assert waits_of_ordinary_steps(monkeypatch, train_it) == []

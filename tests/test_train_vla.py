@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from toys import weights
+from toys import waits_of_ordinary_steps, weights
 
 import train_laq
 import train_vla
@@ -207,3 +208,8 @@ finally:
     assert "imported []" in process.stderr
     for flag in ("--laq", "--head", "--vlm", "--lora-rank", "--freeze-layers", "--accept-failed-laq"):
         assert flag in process.stdout
+
+
+def test_an_ordinary_step_waits_for_no_device(laq_folder, tmp_path, monkeypatch):
+    train_it = partial(train, tmp_path, laq_folder, pictures=("usage",))
+    assert waits_of_ordinary_steps(monkeypatch, train_it) == []

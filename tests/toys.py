@@ -5,6 +5,8 @@ The frames of the videos show their own numbers as bar codes.
 
 import json
 import os
+import traceback
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hlrp
 from hlrp.contract import Source
+from hlrp.training import Run
 
 if TYPE_CHECKING:
     from hlrp.policy import HLRPConfig, HLRPPolicy
@@ -198,3 +203,37 @@ def rank_of(run: Path, rank: int) -> int:
         if is_script and f"RANK={rank}".encode() in variables:
             return int(folder.name)
     raise AssertionError(f"no rank {rank} of {run}")
+
+
+class Waits(TorchDispatchMode):
+    """Lists the lines of hlrp at which a host would wait for a device: for a number that it reads, or for a shape that
+    depends on values. What transformers waits for inside a vision-language model is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices)
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"):
+            *_, place = (f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename)
+            if Path(place.filename).parent == Path(hlrp.__file__).parent:
+                self.found.append(f"{name} at {place.filename}:{place.lineno}")
+        return func(*args, **kwargs or {})
+
+
+def waits_of_ordinary_steps(monkeypatch, train) -> list[str]:
+    """What the host waits for in steps 2 and 3 of a run of four, which neither logs, validates nor saves."""
+    batches, waits = Run.batches, Waits()
+
+    def watched(run, optimizer):
+        run.check_freq = 4  # as on a GPU, not at every step
+        for batch in batches(run, optimizer):
+            with waits if run.step in (1, 2) else nullcontext():
+                yield batch
+
+    monkeypatch.setattr(Run, "batches", watched)
+    train(steps=4, log_freq=4, eval_freq=4, save_freq=4)
+    return waits.found
