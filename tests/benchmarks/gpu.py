@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+import hlrp
 from hlrp.checkpoints import write_json, write_text
 from hlrp.cli import tell_mistakes
 from hlrp.laq import LAQ, LAQConfig
@@ -308,10 +310,10 @@ def inference(args: Args) -> Iterator[Row]:
 
 
 @contextmanager
-def no_syncs(args: Args):
-    """An error where the host waits for the GPU."""
+def told_of_syncs(args: Args):
+    """A warning from each line at which the host waits for the GPU."""
     if args.device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("warn")
     try:
         yield
     finally:
@@ -321,16 +323,17 @@ def no_syncs(args: Args):
 
 def waits(args: Args, name: str, step: Callable) -> Row:
     step()  # caches and workspaces
-    try:
-        with no_syncs(args):
-            step()
-    except RuntimeError as error:
-        return Row(f"a step of the {name} waits", str(error)[:150], "no", False)
-    return Row(f"a step of the {name} waits", "no", "no", True)
+    with warnings.catch_warnings(record=True) as caught, told_of_syncs(args):
+        warnings.simplefilter("always")
+        step()
+    places = [(Path(w.filename), w.lineno) for w in caught if "synchroniz" in str(w.message)]
+    own = [f"{path.name}:{line}" for path, line in places if path.parent == Path(hlrp.__file__).parent]
+    figure = f"{len(places)} times" + (f", {', '.join(own[:4])}" if own else "")
+    return Row(f"a step of the {name} waits", figure, "in no line of hlrp", not own)
 
 
 def syncs(args: Args) -> Iterator[Row]:
-    """An ordinary step never waits for the GPU."""
+    """An ordinary step does not wait for the GPU, but for what transformers' models read back (docs/performance.md)."""
     model = laq_of(args)
     batch = {"frames": frames_of(args, model, 2), "step": 0}
     yield waits(args, "LAQ", step_of(args, model, batch))
