@@ -422,7 +422,7 @@ class TrainingData(NamedTuple):
     clips: list[Clips | StreamClips]  # training clips of each source
     mixture: Mixture  # the mixture of these clips
     val: dict[str, Chosen]  # name of a source -> its held-out samples
-    fit: dict[str, Chosen]  # name of a source -> labelled training samples, for probes to fit on, if there are any
+    fit: dict[str, Chosen]  # name of a source -> training samples of labelled episodes, for probes to fit on
 
 
 def open_data(
@@ -441,7 +441,8 @@ def open_data(
         clips = partial(clips_of, source, times=times, source_index=i, seed=args.seed, **sizes)
         learned.append(clips(train_episodes, labelled_episodes=labelled, **(train or {})))
         val[source.name] = chosen(clips(val_episodes), args.val_samples)
-        if labelled.low < labelled.high if isinstance(labelled, EpisodeRange) else len(labelled):
-            fit[source.name] = chosen(clips(labelled), 4 * args.val_samples)
+        fitted = train_episodes if isinstance(labelled, EpisodeRange) else labelled  # a stream may soon show none
+        if isinstance(labelled, EpisodeRange) or len(labelled):
+            fit[source.name] = chosen(clips(fitted, labelled_episodes=labelled), 4 * args.val_samples)
     mixture = Mixture(learned, weights, args.seed, args.skip_broken, args.temperature)
     return TrainingData(learned, mixture, val, fit)

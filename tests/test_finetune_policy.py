@@ -96,7 +96,7 @@ def test_demonstrations_and_other_video_make_a_lerobot_policy(stages, tmp_path):
     assert json.loads((folder / "provenance.json").read_text())["data"] == list(DATA)
 
 
-@pytest.mark.parametrize("head", ["parallel", "flow"])
+@pytest.mark.parametrize("head", ["parallel", pytest.param("flow", marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, stages, tmp_path, monkeypatch):
     settings = {"ema_decay": 0.9, "batch_size": 4, "grad_accumulation": 2}
     train(tmp_path / "whole", stages, head, **settings)

@@ -78,7 +78,7 @@ def test_the_default_of_stage_2_takes_up_what_stage_1_left(laq_folder, tmp_path)
     }
 
 
-@pytest.mark.parametrize("head", ["tokens", "parallel", "flow"])
+@pytest.mark.parametrize("head", [pytest.param("tokens", marks=pytest.mark.slow), "parallel", "flow"])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(head, laq_folder, tmp_path, monkeypatch):
     model = {"head": head, "chunk_size": 2, "action_weight": 0.5}
     train(tmp_path / "whole", laq_folder, model)
