@@ -148,6 +148,7 @@ def test_a_rank_holds_its_shard_of_parameters_gradients_and_optimizer_state(fold
     assert max(shards) <= 1.1 / 2 * whole
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_shards_continues_to_the_bit(folder):
     shutil.copytree(folder / "fsdp", folder / "killed", ignore=lambda *_: ["000004"], symlinks=True)
     launch(folder, "killed")

@@ -179,6 +179,7 @@ def losses(output_dir) -> list[float]:
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains_with_the_batch_of_both(tmp_path):
     settings = {"steps": 4, "log_freq": 1, "eval_freq": 4}
     subprocess.run(command(tmp_path / "two", 2, **settings, quantizer="fsq", batch_size=2), check=True)
