@@ -441,7 +441,8 @@ def open_data(
         clips = partial(clips_of, source, times=times, source_index=i, seed=args.seed, **sizes)
         learned.append(clips(train_episodes, labelled_episodes=labelled, **(train or {})))
         val[source.name] = chosen(clips(val_episodes), args.val_samples)
-        fitted = train_episodes if isinstance(labelled, EpisodeRange) else labelled  # a stream may soon show none
+        # the first episodes of a stream may all be without labels
+        fitted = train_episodes if isinstance(labelled, EpisodeRange) else labelled
         if isinstance(labelled, EpisodeRange) or len(labelled):
             fit[source.name] = chosen(clips(fitted, labelled_episodes=labelled), 4 * args.val_samples)
     mixture = Mixture(learned, weights, args.seed, args.skip_broken, args.temperature)
