@@ -127,6 +127,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def release_freed_memory() -> None:
+    """Makes glibc return freed blocks to the system, so that a long run does not grow by what it has kept of them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """The most memory that this process and its device have held at once [GB]."""
     peaks = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}

@@ -58,6 +58,7 @@ from hlrp.distributed import (
     keep_freed_memory,
     make_accelerator,
     peak_memory,
+    release_freed_memory,
     sharding,
     under_launcher,
     wait_for_all,
@@ -426,6 +427,7 @@ class Run:
         self.print(findings_table(f"validation after step {self.step}", findings))
         for alarm in alarms:
             self.print(f"ALARM: {alarm}")
+        release_freed_memory()
 
     def is_due(self, freq: int) -> bool:
         """Every `freq` optimizer steps; never between the forward passes of one."""

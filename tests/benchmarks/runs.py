@@ -7,8 +7,8 @@ startup   CPU time of --help of each script and of hlrp's own commands, less tha
           from the command to the first step of a small run of each of stages 1 and 2.
 threads   The same run of stage 1, with its own choice of threads, alone and two at once: wall time of the two by that
           of the one. 2 is what cores can give that both need.
-soak      A long run of a small LAQ with validations: resident memory of its processes at a tenth of the steps and at
-          the end.
+soak      A long run of a small LAQ with validations: memory of its processes at a tenth of the steps and at the end,
+          a page that several share counted once.
 
 The exit status is 1 where a goal is missed.
 """
@@ -100,13 +100,15 @@ def soak(folder: Path, steps: int) -> list[tuple[str, float, str, float]]:
 
 
 def resident(session: int) -> int:
-    """Bytes of memory of the processes of a session, without what they map of files (RssAnon)."""
+    """Bytes of memory of the processes of a session, without what they map of files; what n of them share counts a n-th
+    for each (Pss_Anon)."""
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == session:
-                fields = dict(line.split(":") for line in (stat.parent / "status").read_text().splitlines())
-                total += 1024 * int(fields["RssAnon"].split()[0])
+                lines = (stat.parent / "smaps_rollup").read_text().splitlines()[1:]
+                fields = dict(line.split(":") for line in lines)
+                total += 1024 * int(fields["Pss_Anon"].split()[0])
         except (OSError, KeyError):  # it has just ended
             continue
     return total
