@@ -152,6 +152,7 @@ class HLRPMetaWorld(EnvConfig):
     fps: int = 20  # frames and actions a second; an action is held for 80 / fps steps of the simulator
     camera: str = "corner2"
     image_size: int = 128  # height and width of a frame [pixel]
+    distractors: bool = False  # show what moves whatever the robot does, as in metaworld:...?distractors=true
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=dict)
 
@@ -172,7 +173,7 @@ class HLRPMetaWorld(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict:
-        return {"camera": self.camera, "image_size": self.image_size, "fps": self.fps}
+        return {name: getattr(self, name) for name in ("camera", "image_size", "fps", "distractors")}
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         vectorized = gym.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gym.vector.SyncVectorEnv
@@ -191,8 +192,8 @@ class MetaWorld(gym.Env):
 
     is_drawn = True
 
-    def __init__(self, task: str, camera: str, image_size: int, fps: int):
-        self.task, self.camera, self.image_size = task, camera, image_size
+    def __init__(self, task: str, camera: str, image_size: int, fps: int, distractors: bool = False):
+        self.task, self.camera, self.image_size, self.has_distractors = task, camera, image_size, distractors
         self.task_description = lerobot_config()["TASK_DESCRIPTIONS"][task]
         self.action_repeat = CONTROL_FREQ // fps
         self._max_episode_steps = MAX_STEPS // self.action_repeat
@@ -216,6 +217,7 @@ class MetaWorld(gym.Env):
         if seed is not None:
             self.env.seed(seed)
         state, _ = self.env.reset(seed=seed)
+        self.distraction = int(self.np_random.integers(2**31)) if self.has_distractors else None
         self.num_steps = 0
         return self.observation(state), {"is_success": False}
 
@@ -231,7 +233,7 @@ class MetaWorld(gym.Env):
 
     def observation(self, state: np.ndarray) -> dict:
         if self.is_drawn:
-            self.image = picture(self.renderer, self.env.data, self.camera)
+            self.image = picture(self.renderer, self.env.data, self.camera, self.distraction)
         return {"pixels": {self.camera: self.image}, "agent_pos": state[:4]}
 
     def render(self) -> np.ndarray:

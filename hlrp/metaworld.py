@@ -37,6 +37,9 @@ CONTROL_FREQ = 80  # environment steps a second
 MIN_STEPS = 80  # environment steps; after an earlier success the expert goes on, so that a clip has room
 MAX_STEPS = 500  # environment steps after which an episode has failed, as in MetaWorld
 MAX_ATTEMPTS = 30  # seeds to try for one episode; the weakest expert (bin-picking) succeeds with every third
+NUM_BALLS = 8  # of `distract`; lowest and highest x, y, z of their centres, and how far they move from there [m]
+BALLS, BALL_MOTION = ((-0.5, 0.3, 0.05), (0.4, 1.1, 0.5)), 0.25
+CAMERA_SWAY = 0.03  # of `distract`, in x, y and z [m]
 MT10 = (
     "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
     "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3",
@@ -51,6 +54,7 @@ class Setting(NamedTuple):
     action_repeat: int
     noise: float
     seed: int
+    distractors: bool = False
 
 
 class Episode(NamedTuple):
@@ -68,6 +72,7 @@ def render(
     action_repeat: int = 4,
     noise: float = 0.2,
     seed: int = 0,
+    distractors: bool = False,
     num_workers: int = 2,
 ) -> Path:
     """Renders successful episodes of the scripted experts and writes them as a LeRobot v3 dataset.
@@ -84,6 +89,7 @@ def render(
         action_repeat: Environment steps (80 a second) for each action and frame; 4 gives 20 frames a second.
         noise: Standard deviation of the Gaussian noise on the expert's motion in x, y and z.
         seed: Seed of object positions and noise.
+        distractors: Show what moves whatever the robot does: balls, the light, the camera.
         num_workers: Processes that simulate and render; this process encodes the videos.
     """
     output_dir = Path(output_dir)
@@ -101,7 +107,7 @@ def render(
         raise ValueError(f"output_dir={output_dir} exists already; delete it or choose another folder")
     _check_installed()
 
-    setting = Setting(tuple(cameras), image_size, action_repeat, noise, seed)
+    setting = Setting(tuple(cameras), image_size, action_repeat, noise, seed, distractors)
     jobs = [(task, episode) for task in names for episode in range(episodes)]
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
     if partial_dir.exists():
@@ -125,17 +131,24 @@ def render(
 
 
 def cached(
-    tasks: str = "mt10", episodes: int = 20, camera: str = "corner2", size: int = 128, noise: float = 0.2, seed: int = 0
+    tasks: str = "mt10",
+    episodes: int = 20,
+    camera: str = "corner2",
+    size: int = 128,
+    noise: float = 0.2,
+    seed: int = 0,
+    distractors: bool = False,
 ) -> Path:
     """The folder of the dataset in $HLRP_CACHE (or ~/.cache/hlrp); renders it if it is not there yet."""
     cache = Path(os.environ.get("HLRP_CACHE", "~/.cache/hlrp")).expanduser() / "metaworld"
     cameras = tuple(camera.split(","))
     name = f"{'+'.join(tasks.split(','))}_{episodes}episodes_{'+'.join(cameras)}_{size}px_noise{noise}_seed{seed}"
+    name += "_distractors" * distractors
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{name}.lock", "w") as lock:
         hold(lock)  # other processes wait here until the first one has rendered
         if not (cache / name).exists():
-            render(cache / name, tasks, episodes, cameras, size, noise=noise, seed=seed)
+            render(cache / name, tasks, episodes, cameras, size, noise=noise, seed=seed, distractors=distractors)
     return cache / name
 
 
@@ -213,9 +226,10 @@ def render_episode(setting: Setting, task: str, number: int) -> Episode:
         )
 
     scenes, state, action = zip(*steps, strict=True)
+    distraction = np.random.default_rng([setting.seed, task_id, number]).integers(2**31) if setting.distractors else None
     frames = {}
     for camera in setting.cameras:
-        frames[camera] = np.stack([picture(renderer, scene, camera) for scene in scenes])
+        frames[camera] = np.stack([picture(renderer, scene, camera, distraction) for scene in scenes])
     return Episode(frames, np.stack(state).astype(np.float32), np.stack(action))
 
 
@@ -271,11 +285,37 @@ def stage(task: str, image_size: int):
     return env, renderer
 
 
-def picture(renderer, scene, camera: str) -> np.ndarray:
-    """Renders the simulator's data as one camera sees them: uint8 (h, w, c)."""
+def picture(renderer, scene, camera: str, distraction: int | None = None) -> np.ndarray:
+    """Renders the simulator's data as one camera sees them: uint8 (h, w, c). distraction: the seed of `distract`."""
     renderer.update_scene(scene, camera)
+    if distraction is not None:
+        distract(renderer.scene, scene.time, distraction)
     image = renderer.render()
     return image[::-1, ::-1] if camera.startswith("corner") else image  # the corner cameras hang upside down
+
+
+def distract(scene, seconds: float, seed: int) -> None:
+    """Puts into a scene what moves whatever the robot does: balls that float through it, a light that changes and a
+    camera that sways, in the manner of the Distracting Control Suite (Stone et al. 2021, arXiv:2101.02722)."""
+    mujoco: Any = importlib.import_module("mujoco")
+    rng = np.random.default_rng(seed)
+
+    def waves(*shape: int) -> np.ndarray:
+        """Sines of the time with frequencies of .1 to .5 Hz, between -1 and 1."""
+        return np.sin(2 * np.pi * (rng.uniform(0.1, 0.5, shape) * seconds + rng.uniform(size=shape)))
+
+    centers = rng.uniform(*BALLS, (NUM_BALLS, 3))
+    places = centers + BALL_MOTION * waves(NUM_BALLS, 3)
+    radii, colors = rng.uniform(0.02, 0.07, NUM_BALLS), rng.uniform(size=(NUM_BALLS, 3))
+    for place, radius, color in zip(places, radii, colors, strict=True):
+        ball, sphere, turn = scene.geoms[scene.ngeom], mujoco.mjtGeom.mjGEOM_SPHERE, np.eye(3).flatten()
+        mujoco.mjv_initGeom(ball, sphere, np.full(3, radius), place, turn, [*color, 1])
+        scene.ngeom += 1
+    brightness, sway = 1 + 0.4 * waves(1), CAMERA_SWAY * waves(3)
+    for light in scene.lights[: scene.nlight]:
+        light.diffuse = light.diffuse * brightness
+    for eye in scene.camera:
+        eye.pos = eye.pos + sway
 
 
 def _create_dataset(folder: Path, setting: Setting):

@@ -47,7 +47,8 @@ FORMATS = {
     ),
     "world": Format("hlrp.world:open_world", {"episodes": int, "seed": int, "kinds": str}),
     "metaworld": Format(
-        "hlrp.metaworld:open_metaworld", {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str}
+        "hlrp.metaworld:open_metaworld",
+        {"episodes": int, "seed": int, "size": int, "noise": float, "camera": str, "distractors": boolean},
     ),
     "shards": Format("hlrp.shard_data:open_shards", {"dataset": str, "fps": float, "ignore": str}),
     "rlds": Format(

@@ -83,8 +83,8 @@ def test_a_policy_of_the_worlds_data_is_rolled_out_in_it(tmp_path):
 TASK = "door-open-v3"
 
 
-def make(task=TASK, size=32) -> MetaWorld:
-    return MetaWorld(task, camera="corner2", image_size=size, fps=20)
+def make(task=TASK, size=32, distractors=False) -> MetaWorld:
+    return MetaWorld(task, camera="corner2", image_size=size, fps=20, distractors=distractors)
 
 
 def test_the_actions_of_a_rendered_episode_lead_through_its_frames_to_success():
@@ -115,6 +115,17 @@ def test_a_seed_places_objects_as_in_lerobots_own_environment():
     assert not np.array_equal(*places)
     ours.close()
     theirs.close()
+
+
+def test_distractors_are_those_of_the_seed():
+    pictures = []
+    for has_them, seed in ((True, 3), (True, 3), (True, 4), (False, 3)):
+        env = make(distractors=has_them)
+        env.reset(seed=seed)
+        pictures.append(env.step(np.zeros(4, np.float32))[0]["pixels"]["corner2"].astype(int))
+        env.close()
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.abs(pictures[0] - pictures[2]).mean() > 2 and np.abs(pictures[0] - pictures[3]).mean() > 2
 
 
 def test_environments_of_a_task_run_side_by_side_and_end_alone(monkeypatch):

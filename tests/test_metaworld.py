@@ -11,6 +11,7 @@ from hlrp import metaworld
 from hlrp.metaworld import MT10, Setting, cached, parse_tasks, render, render_episode
 
 SETTING = Setting(cameras=("corner2",), image_size=64, action_repeat=4, noise=0.2, seed=0)
+TASK = "door-open-v3"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,20 @@ def test_the_hand_moves_where_the_action_says():
     for axis in range(3):  # the hand follows its set point with a lag
         action = np.convolve(episode.action[:, axis], [0.5, 0.5])[1:-1]
         assert np.corrcoef(action, moved[:, axis])[0, 1] > 0.5
+
+
+def test_distractors_change_the_picture_alone():
+    setting = SETTING._replace(distractors=True)
+    plain, first, again, other = (
+        render_episode(*job) for job in [(SETTING, TASK, 0), (setting, TASK, 0), (setting, TASK, 0), (setting, TASK, 1)]
+    )
+    np.testing.assert_array_equal(first.action, plain.action)
+    np.testing.assert_array_equal(first.state, plain.state)
+    np.testing.assert_array_equal(first.frames["corner2"], again.frames["corner2"])
+    added, another = (e.frames["corner2"][:2].astype(int) - plain.frames["corner2"][:2] for e in (first, other))
+    assert (np.abs(added[0]) > 8).any(-1).mean() > 0.02  # balls and light
+    assert np.abs(added[1] - added[0]).mean() > 0.5  # they move
+    assert np.abs(added[0] - another[0]).mean() > 2  # in each episode otherwise
 
 
 def test_what_a_killed_run_left_behind_is_done_anew(folder):
