@@ -226,7 +226,8 @@ def render_episode(setting: Setting, task: str, number: int) -> Episode:
         )
 
     scenes, state, action = zip(*steps, strict=True)
-    distraction = np.random.default_rng([setting.seed, task_id, number]).integers(2**31) if setting.distractors else None
+    drawn = np.random.default_rng([setting.seed, task_id, number])
+    distraction = int(drawn.integers(2**31)) if setting.distractors else None
     frames = {}
     for camera in setting.cameras:
         frames[camera] = np.stack([picture(renderer, scene, camera, distraction) for scene in scenes])
