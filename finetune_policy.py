@@ -5,7 +5,8 @@
     python finetune_policy.py --dataset.repo_id=USER/NAME --policy.path=FOLDER --steps=2000
     python finetune_policy.py --policy.vla=null --policy.vlm=tiny    # behaviour cloning, without stage 2
 
-The actions of --demonstrations episodes of each task are learned; all other video shows latent actions alone.
+The actions of --demonstrations episodes of each task are learned. Small networks learn from them to read the actions of
+the other episodes from their latent actions. With several sources, all other video shows latent actions alone.
 LeRobot's spelling of flags (--batch_size=8, --wandb.enable=true, --dataset.episodes=[0,1]) is understood. The same
 command resumes an interrupted run. The policy is OUTPUT_DIR/checkpoints/last/pretrained_model.
 """
@@ -14,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import hlrp  # noqa: F401, before torch: it says how OpenMP's threads wait
 
@@ -30,6 +32,8 @@ from hlrp.demonstrations import (
     choose_parts,
     evaluate,
     findings,
+    gets_labels,
+    give_labels,
     lerobot_flags,
     mix,
     refuse_other_cameras,
@@ -57,8 +61,9 @@ class Args(RunArgs):
     demonstrations: int | None = None  # episodes of each task whose actions are learned; None: all
     # numbers of the episodes whose actions are learned, in place of --demonstrations; with one source only
     episodes: tuple[int, ...] | None = None
-    # folder that hlrp.inverse wrote: its actions label the other episodes; with one source only
-    pseudo_actions: Path | None = None
+    # actions of the other episodes, with one source only: a folder that hlrp.inverse wrote; auto: read from the latent
+    # actions of --laq, into OUTPUT_DIR/pseudo_actions; None: latent actions in their place
+    pseudo_actions: Literal["auto"] | Path | None = "auto"
     shuffle_latents: bool = False  # a control: give each sample the latent actions of another one
     idle: IdleConfig = field(default_factory=IdleConfig)  # frames that are left out of training
     state: bool = True  # let the policy read the robot's state where the data have it
@@ -127,6 +132,9 @@ def main(args: Args) -> None:
         with first_alone():  # which renders what is not there yet
             sources, weights = open_sources(uris, args.skip_broken, args.max_broken)
         parts = choose_parts(args, sources, weights)
+        has_labels = gets_labels(args, config, parts)
+        if has_labels and args.policy.latent_weight is None:
+            config.latent_weight = 0.0
         robots = robots_of(parts, config)
         if args.policy_path is None:
             config.input_features, config.output_features = robot_features(robots, args.state)
@@ -145,6 +153,8 @@ def main(args: Args) -> None:
         preprocessor, postprocessor = make_hlrp_pre_post_processors(config, stats)
         policy.instructions = instructions(sources, args.skip_broken, [part.demonstrations for part in parts])
         policy.train()
+        if has_labels:
+            give_labels(args, parts[0], config)
         laq = teacher_of(policy, args.laq)
         times, sizes, cached, latents_from = (0.0,), {"image_size": policy.vlm.image_size}, None, ""
         if laq is not None:
@@ -153,7 +163,7 @@ def main(args: Args) -> None:
             sizes = {"image_size": space.image_size, "num_views": space.num_views}
             cached, latents_from = cached_space(sources, space)
         sizes |= {"chunk_size": config.chunk_size, "num_images": config.n_obs_steps}
-        with_video = laq is not None or args.pseudo_actions is not None
+        with_video = laq is not None or has_labels
         mixture, val_sets, batch_size = mix(
             args, parts, times, with_video, cached, **sizes, input_size=policy.vlm.image_size
         )

@@ -10,7 +10,7 @@
     oracle      the same as bc_long with the actions of all episodes: the most that labels can give
     pca, idm    hlrp.inverse --features pca or pixels labels the other video, which is cloned beside; no latent actions
     labels      the same with --features laq: labels by latent actions, a policy from scratch
-    hlrp        the same, and the policy starts from stage 2
+    hlrp        the same, and the policy starts from stage 2: the default of finetune_policy.py
     latents     stage 2 and its latent actions of the other video, without labels
     random, shuffled   hlrp with a LAQ that has learned nothing, and with the latent actions of other samples
 
@@ -152,7 +152,8 @@ def run_cell(args: Args, cell: Cell) -> None:
     more = shlex.split(args.policy_flags)
     if method in FEATURES:
         flags["--pseudo-actions"] = pseudo_actions(args, cell, shared)
-        more += ["--policy.latent-weight", "0"] if method in STAGED else []
+    elif method == "latents":
+        flags["--pseudo-actions"] = "None"
     with exclusive(policy):
         train("finetune_policy.py", policy, flags, more)
         tasks = ["--tasks", *args.tasks] if args.tasks else []

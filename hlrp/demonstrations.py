@@ -6,6 +6,7 @@ another instruction and a grey image. `hlrp.policy.HLRPConfig` inherits from `Po
 LeRobot's policies, which take seconds: --help does not need them.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from hlrp.action_expert import mean_over_steps
 from hlrp.clips import Clips
 from hlrp.contract import EpisodeRange, SampleSet, Stream, choose_demonstrations, split_episodes
 from hlrp.data import Mixture, choose_clips, whole_column
+from hlrp.distributed import first_alone
 from hlrp.idle import busy_frames
-from hlrp.inverse import PseudoLabelled
+from hlrp.inverse import FACTS, PseudoLabelled, infer
+from hlrp.inverse import Args as InverseArgs
 from hlrp.laq import LAQ
 from hlrp.laq_validation import Share
 from hlrp.metrics import column_statistics, normalisable
@@ -53,7 +56,7 @@ def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part
     Raises ValueError for settings that are of one source, where there are several, and where none has demonstrations.
     """
     for name in ("episodes", "pseudo_actions"):
-        if (value := getattr(args, name)) is not None and len(sources) > 1:
+        if (value := getattr(args, name)) not in (None, "auto") and len(sources) > 1:
             uris = ", ".join(source.uri for source in sources)
             raise ValueError(f"{name}={value}; expected one source, got {len(sources)}: {uris}")
     parts = []
@@ -70,10 +73,43 @@ def choose_parts(args, sources: Sequence, weights: Sequence[float]) -> list[Part
             "no source has actions that can be read at random; a policy needs some labelled demonstrations, and "
             f"python -m hlrp.shards makes them of a stream{''.join(unread)}"
         )
-    if args.pseudo_actions is not None:
-        (part,) = parts
-        part.source = PseudoLabelled(part.truth, args.pseudo_actions, part.demonstrations)
     return parts
+
+
+def gets_labels(args, config, parts: Sequence[Part]) -> bool:
+    """Whether the other video gets pseudo-actions. With "auto" it does where the policy starts from stage 2, and one
+    source has both demonstrations and other episodes."""
+    if args.pseudo_actions != "auto":
+        return args.pseudo_actions is not None
+    has_stage2 = config.vla is not None or config.stage2 is not None
+    return has_stage2 and len(parts) == 1 and len(parts[0].video) > 0 and args.video_batch_size != 0
+
+
+def give_labels(args, part: Part, config) -> None:
+    """Lets a part learn from pseudo-actions too: those of the folder `args.pseudo_actions`, or with "auto" those in the
+    run's own folder, which are made here if they are not there yet.
+
+    Raises ValueError where the LAQ in `args.laq` is not the one that stage 2 learned from, and where the run's folder
+    holds labels of other settings.
+    """
+    folder = args.pseudo_actions
+    if folder == "auto":
+        assert not isinstance(part.train, EpisodeRange) and not isinstance(part.val, EpisodeRange)
+        folder = args.output_dir / "pseudo_actions"
+        names = ("laq", "val_fraction", "seed", "shuffle_latents")
+        settings = InverseArgs(part.truth.uri, folder, **{name: getattr(args, name) for name in names})
+        teacher = config.stage2["latent_space"]["fingerprint"]
+        with first_alone():  # which labels what is not there yet
+            if not folder.exists():
+                load_teacher(args.laq, config)
+                try:
+                    infer(settings, part.truth, part.train, part.val, part.demonstrations)
+                except ValueError as error:
+                    raise ValueError(f"{error}. --pseudo-actions None learns the other video without labels") from error
+        made = json.loads((folder / FACTS).read_text())
+        if made["laq"] != teacher or any(made["args"][name] != getattr(args, name) for name in names[1:]):
+            raise ValueError(f"{folder} was made with another LAQ, {', '.join(names[1:])}; delete it to make it anew")
+    part.source = PseudoLabelled(part.truth, folder, part.demonstrations)
 
 
 def check_episodes(episodes: Sequence[int], source, train: np.ndarray | EpisodeRange) -> np.ndarray:
@@ -103,8 +139,8 @@ def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, c
     `args.batch_size` samples of demonstrations and, if there is other video, `args.video_batch_size` samples of it.
 
     times: times of the frames in a sample [s]. with_video: whether anything learns from video without actions. cached:
-    the latent space of cached latent actions. sizes: settings of all `Clips`. args: also `idle`, `pseudo_actions`,
-    `val_samples`, `seed` and `skip_broken`.
+    the latent space of cached latent actions. sizes: settings of all `Clips`. args: also `idle`, `val_samples`, `seed`
+    and `skip_broken`.
     """
     labelled, video, val = [], [], {}
     for i, part in enumerate(parts):
@@ -118,7 +154,7 @@ def mix(args, parts: Sequence[Part], times: Sequence[float], with_video: bool, c
             held_out = Clips(part.truth, part.val, **settings)
             val[part.source.name] = choose_clips(held_out, args.val_samples, args.seed, args.skip_broken)
         if len(part.video) and args.video_batch_size != 0 and with_video:
-            learned |= {"labelled_episodes": part.video if args.pseudo_actions else (), "seed": args.seed}
+            learned |= {"labelled_episodes": () if part.source is part.truth else part.video, "seed": args.seed}
             clips = clips_of(part.source, part.video, **learned, name=f"{part.source.name}-video")
             video.append((part.weight, clips))
     batch_sizes = [args.batch_size, args.batch_size if args.video_batch_size is None else args.video_batch_size]
@@ -205,9 +241,14 @@ def teacher_of(policy, folder: Path) -> LAQ | None:
     config = policy.config
     if policy.latent_head is None or not config.latent_weight:
         return None
+    return load_teacher(folder, config)
+
+
+def load_teacher(folder: Path, config) -> LAQ:
+    """Raises ValueError if the LAQ in `folder` is not the one that stage 2 learned from."""
     laq = LAQ.from_pretrained(folder).requires_grad_(False).to(config.device)
     if laq.fingerprint != config.stage2["latent_space"]["fingerprint"]:
-        raise ValueError(f"laq={folder} is not the one that stage 2 learned from; --policy.latent-weight 0 needs none")
+        raise ValueError(f"laq={folder} is not the one that stage 2 learned from")
     return laq
 
 
@@ -341,7 +382,8 @@ class PolicySettings:
     # what the action expert reads: the hidden states of image and instruction, those from which stage 2 reads its
     # latent actions, or both (UniVLA, arXiv:2505.06111); the latter two need a stage 2 of head parallel
     action_context: Literal["prompt", "latents", "both"] = "prompt"
-    latent_weight: float = 0.1  # weight of the loss of the latent actions, where the batch has them
+    # weight of the loss of the latent actions, where the batch has them; None: 0.1, and 0 beside pseudo-actions
+    latent_weight: float | None = None
     normalization_mapping: Normalization = field(
         default_factory=lambda: Normalization(VISUAL="IDENTITY", STATE="MEAN_STD", ACTION="MEAN_STD")
     )

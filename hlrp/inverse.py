@@ -124,6 +124,14 @@ def main(args: Args) -> None:
         raise ValueError(
             f"data={args.data} has no actions; expected a source with actions, from which an inverse model learns"
         )
+    train, val = split_episodes(source, args.val_fraction, args.seed)
+    infer(args, source, train, val, choose_demonstrations(source, train, args.demonstrations, args.seed))
+
+
+def infer(args: Args, source: Source, train: np.ndarray, val: np.ndarray, demonstrations: np.ndarray) -> None:
+    """Writes the actions of all episodes of a source, learned from its demonstrations.
+
+    args: without `data`, `demonstrations` and `val_fraction`, which `source`, `demonstrations` and `val` stand for."""
     laq = None
     if args.features == "laq":
         laq = LAQ.from_pretrained(args.laq).requires_grad_(False)
@@ -132,13 +140,11 @@ def main(args: Args) -> None:
         raise ValueError(f"delta={delta}, but laq={args.laq} has {laq.config.delta}; leave it out")
     num_views = 1 + len(source.views) if laq is None else laq.num_views
     num_steps = actions_between(source, delta)
-    train, val = split_episodes(source, args.val_fraction, args.seed)
     if source.lengths[val].max() <= num_steps:
         raise ValueError(
             f"data={args.data}: no held-out episode lasts {delta:g} s; expected a larger --val-fraction "
             "or a smaller --delta"
         )
-    demonstrations = choose_demonstrations(source, train, args.demonstrations, args.seed)
     if args.features == "pixels":
         label = learned(args, source, demonstrations, delta, num_steps, num_views)
         pairs = [label(frames_of(source, i, args.image_size, num_views)) for i in every_episode(source)]
@@ -156,6 +162,7 @@ def main(args: Args) -> None:
         facts = {
             "fingerprint": source.fingerprint,
             "demonstrations": demonstrations.tolist(),
+            "laq": laq and laq.fingerprint,
             "action_r2": float(score.mean()),
             "action_r2_per_dim": score.tolist(),
             "mean_action_r2": float(over_delta.mean()),  # of the mean action between two frames
@@ -231,6 +238,9 @@ def read_off(
 ) -> list[Tensor]:
     """The actions (pairs, n, a) between the frames of each episode, by networks on features of all pairs."""
     size = args.image_size if laq is None else laq.image_size
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if laq is not None:
+        laq.to(device)
     chosen = np.random.default_rng(0).permutation(train)[:NUM_EPISODES].tolist()
     sample = [pixels(frames_of(source, i, size, num_views)) for i in chosen]
     to_first = principal_axes(torch.cat(sample), NUM_COMPONENTS)
@@ -246,9 +256,10 @@ def read_off(
         if to_change is not None:
             changes.append(to_change(flat[len(flat) - num_pairs :] - flat[:num_pairs]))
         elif laq is not None:
-            embedded = torch.cat([laq.embed(laq.observe(part[None]))[0] for part in frames.split(64)])  # t n d
+            observed = (laq.observe(part[None].to(device)) for part in frames.split(64))
+            embedded = torch.cat([laq.embed(part)[0] for part in observed])  # t n d
             pairs = zip(embedded[:num_pairs].split(64), embedded[len(flat) - num_pairs :].split(64), strict=True)
-            changes.append(torch.cat([laq.between(*pair).vectors.flatten(1) for pair in pairs]))
+            changes.append(torch.cat([laq.between(*pair).vectors.flatten(1) for pair in pairs]).cpu())
         firsts.append(to_first(flat[:num_pairs]))
     lengths = [len(part) for part in firsts]
     change = torch.cat(changes)

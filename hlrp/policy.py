@@ -51,6 +51,7 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
     """The policy's settings as LeRobot's commands take them. finetune_policy.py makes one of its `PolicySettings`."""
 
     vla: str | None = None
+    latent_weight: float = 0.1
     push_to_hub: bool = True
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -86,6 +87,8 @@ class HLRPConfig(PolicySettings, PreTrainedConfig):
             raise ValueError(f"action_context={self.action_context!r}; expected one of prompt, latents, both")
         if self.action_head not in ("flow", "l1", "bins"):
             raise ValueError(f"action_head={self.action_head!r}; expected one of flow, l1, bins")
+        if self.latent_weight is None:  # as `PolicySettings` leaves it
+            self.latent_weight = type(self).latent_weight
         if self.latent_weight < 0:
             raise ValueError(f"latent_weight={self.latent_weight}; expected 0 or more")
         bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES)

@@ -120,7 +120,7 @@ def test_rivals_get_what_makes_them_rivals(runs, tmp_path):
     for rival in ("bc", "bc_long", "idm", "pca", "labels"):
         assert (policies[rival]["policy.vlm"], policies[rival]["policy.image-size"]) == ("owner/name", 96)
     labels = {name: Path(f["pseudo-actions"]).name for name, f in policies.items() if "pseudo-actions" in f}
-    assert labels == {name: f"inverse_{of}_k5_seed2" for name, of in LABELS.items()}
+    assert labels.pop("latents") == "None" and labels == {name: f"inverse_{of}_k5_seed2" for name, of in LABELS.items()}
     inverse = {Path(f["output-dir"]).name.split("_")[1]: f for s, f in runs if s == "hlrp.inverse"}
     assert {name: flags["features"] for name, flags in inverse.items()} == FEATURES
     assert "laq_random" in str(inverse["random"]["laq"]) and "--shuffle-latents" in inverse["shuffled"]["more"]

@@ -163,6 +163,37 @@ def test_two_processes_train_what_one_trains_however_unevenly_labels_lie(stages,
         assert two[f"world-clean/{name}"] == pytest.approx(one[f"world-clean/{name}"], rel=2e-2), name
 
 
+def test_the_other_video_of_one_source_gets_actions_from_latent_actions(stages, tmp_path, monkeypatch):
+    train_it = partial(train, stages=stages, data=DATA[:1])
+    made = []
+    monkeypatch.setattr("hlrp.demonstrations.infer", lambda *args: (made.append(args), inverse.infer(*args)))
+    train_it(tmp_path / "auto", steps=2, eval_freq=2)
+    assert {"action_loss", "share/world-clean-video"} <= set(lines(tmp_path / "auto")[0])
+    assert "latent_loss" not in lines(tmp_path / "auto")[0]
+    facts = json.loads((tmp_path / "auto/pseudo_actions/inverse.json").read_text())
+    args = inverse.Args(DATA[0], tmp_path / "same", laq=stages / "laq", demonstrations=1)
+    inverse.main(args)  # as its command does
+    same = load_file(tmp_path / "same" / inverse.ACTIONS)["actions"]
+    assert torch.equal(load_file(tmp_path / "auto/pseudo_actions" / inverse.ACTIONS)["actions"], same)
+    assert facts["demonstrations"] == json.loads((tmp_path / "same/inverse.json").read_text())["demonstrations"]
+
+    train_it(tmp_path / "auto", steps=2, eval_freq=2)  # it is done; nothing is made anew
+    train_it(tmp_path / "given", steps=2, eval_freq=2, pseudo_actions=tmp_path / "same")
+    assert len(made) == 1
+    assert_equal_to_the_bit(tmp_path / "given", tmp_path / "auto")
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "auto/pseudo_actions", tmp_path / "again/pseudo_actions")
+    with pytest.raises(ValueError, match="again/pseudo_actions was made with another LAQ, val_fraction, seed, shuffle"):
+        train_it(tmp_path / "again", seed=1)
+
+    train_it(tmp_path / "none", steps=2, eval_freq=2, pseudo_actions=None)
+    assert "latent_loss" in lines(tmp_path / "none")[0]
+    train_it(tmp_path / "both", steps=2, eval_freq=2, policy={"latent_weight": 0.5})
+    assert "latent_loss" in lines(tmp_path / "both")[0] and len(made) == 2
+    train_it(tmp_path / "cloned", head=None, steps=2, eval_freq=2)
+    assert not (tmp_path / "cloned/pseudo_actions").exists()
+
+
 def test_without_stage_2_it_clones_behaviour_and_a_policy_is_trained_further(stages, tmp_path):
     train(tmp_path / "cloned", stages, head=None, data=DATA[:1])
     assert "latent_loss" not in lines(tmp_path / "cloned")[0]

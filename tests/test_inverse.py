@@ -53,7 +53,12 @@ class CoarseChange:
 
     config, image_size, num_views = SimpleNamespace(delta=0.2), 64, 1
 
+    fingerprint = "coarse"
+
     def requires_grad_(self, value):
+        return self
+
+    def to(self, device):
         return self
 
     def observe(self, frames):
