@@ -444,11 +444,18 @@ class LAQ(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that its latent actions depend on; the paths of its frozen parts do not count."""
+        """A hash of all that its latent actions depend on; the paths of its frozen parts do not count. A setting that a
+        version has added does not count where it says what was so before: older checkpoints keep their hash."""
         config = asdict(self.config)
         for place in ("features", "language", "task_irrelevant", "flow_teacher"):
             del config[place]
+        for name, before in ADDED.items():
+            if config[name] == before:
+                del config[name]
         return weights_hash(self, config, self.fingerprints())
+
+
+ADDED = {"num_views": 1, "view_dropout": 0.0}  # settings that came after others, and what was so before
 
 
 def check(config: LAQConfig, weights: dict[str, float]) -> None:

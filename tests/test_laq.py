@@ -44,6 +44,19 @@ def test_a_fresh_model_predicts_that_nothing_changes():
     torch.testing.assert_close(model.decode(frames[:, 0], codes)["pixels"], frames[:, 0] / 255)
 
 
+def test_a_later_version_gives_a_checkpoint_the_same_fingerprint():
+    """Stage 3 would refuse it otherwise. A setting that is added belongs into `hlrp.laq.ADDED`."""
+
+    def fingerprint(**settings) -> str:
+        model = LAQ(LAQConfig(image_size=16, patch_size=8, **settings))
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        return model.fingerprint
+
+    assert fingerprint() == "4d45bd6f36c1f814"
+    assert fingerprint(num_views=2) == "1b16a7d07c558b5c"
+
+
 def test_the_future_reaches_the_decoder_by_the_codes_alone():
     model = laq()
     observed = model.observe(batch()["frames"])
