@@ -28,7 +28,8 @@ import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -58,6 +59,7 @@ class Args:
     batch_size: int = 32  # samples of the demonstrations in a batch; bc_long and oracle take twice as many
 
     env: str = "hlrp_metaworld"  # environment in which success counts
+    env_settings: dict[str, str] = field(default_factory=dict)  # and its further settings, such as: distractors true
     tasks: tuple[str, ...] = ("mt10",)  # tasks of the environment
     episodes: int = 5  # episodes of each task in a cell
     eval_seed: int = 1000  # seed of a task's first episode, the same in every cell
@@ -121,6 +123,7 @@ def cells_of(args: Args) -> list[Cell]:
 def record_settings(args: Args) -> None:
     """Writes what all cells share, or raises ValueError where the folder holds a table of other settings."""
     names = "data batch_size env tasks episodes eval_seed laq_flags vla_flags policy_flags inverse_flags".split()
+    names += ["env_settings"] if args.env_settings else []
     settings = json.loads(json.dumps({name: getattr(args, name) for name in names}))
     file = args.output_dir / "settings.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -130,8 +133,8 @@ def record_settings(args: Args) -> None:
                 f"{args.output_dir / RESULTS} is there without {file.name}, which says what its rows are of"
             )
         was = json.loads(file.read_text()) if file.is_file() else settings
-        if other := [name for name in names if was.get(name) != settings[name]]:
-            changes = "; ".join(f"{name} was {was.get(name)!r} and is {settings[name]!r}" for name in other)
+        if other := [name for name in was | settings if was.get(name) != settings.get(name)]:
+            changes = "; ".join(f"{name} was {was.get(name)!r} and is {settings.get(name)!r}" for name in other)
             raise ValueError(f"{args.output_dir} holds a table with other settings ({changes}); give another folder")
         write_json(file, settings)
 
@@ -157,10 +160,11 @@ def run_cell(args: Args, cell: Cell) -> None:
     with exclusive(policy):
         train("finetune_policy.py", policy, flags, more)
         tasks = ["--tasks", *args.tasks] if args.tasks else []
+        settings = ["--env-settings", *chain(*args.env_settings.items())] if args.env_settings else []
         count = {"--episodes": args.episodes, "--seed": args.eval_seed, "--env": args.env, "--videos": 1}
         if not (policy / "rollout.json").is_file():
             batch = {"--batch-size": min(args.episodes, 5), "--policy": policy / LAST, "--output-dir": policy}
-            run(["-m", "hlrp.rollout", *tasks], count | batch)
+            run(["-m", "hlrp.rollout", *tasks, *settings], count | batch)
 
 
 def pseudo_actions(args: Args, cell: Cell, shared: dict) -> Path:

@@ -89,6 +89,14 @@ def test_each_cell_is_trained_and_rolled_out_once_and_stages_are_shared(runs, tm
     assert len(kept) == len(episodes) and all(row in kept for row in episodes)
 
 
+def test_the_environment_gets_its_settings_and_a_table_has_one_of_them(runs, tmp_path):
+    args = {"demonstrations": (1,), "seeds": (0,), "methods": ("bc",), "output_dir": tmp_path}
+    main(Args(**args, env_settings={"distractors": "true", "fps": "10"}))
+    assert runs[-1][1]["more"][-5:] == ["--env-settings", "distractors", "true", "fps", "10"]
+    with pytest.raises(ValueError, match="env_settings was {'distractors': 'true', 'fps': '10'} and is None"):
+        main(Args(**args))
+
+
 def test_methods_are_compared_in_the_episodes_that_both_tried():
     """Two seeds of four episodes: hlrp wins three that bc loses, and loses one that bc wins."""
 
@@ -126,6 +134,8 @@ def test_rivals_get_what_makes_them_rivals(runs, tmp_path):
     assert "laq_random" in str(inverse["random"]["laq"]) and "--shuffle-latents" in inverse["shuffled"]["more"]
     assert all(flags["demonstrations"] == 5 and flags["seed"] == 2 for flags in policies.values())
     assert [f["more"][-1] for s, f in runs if s == "train_vla.py"].count("--shuffle-latents") == 1
+    (rollout,) = [f for s, f in runs if s == "hlrp.rollout" and "bc_k5" in str(f["output-dir"])]
+    assert "--env-settings" not in rollout["more"]
     (random,) = [f for s, f in runs if s == "train_laq.py" and "laq_random" in str(f["output-dir"])]
     assert {"--steps", "1", "1e-12"} <= set(random["more"])
 
