@@ -248,7 +248,8 @@ def load_teacher(folder: Path, config) -> LAQ:
     """Raises ValueError if the LAQ in `folder` is not the one that stage 2 learned from."""
     laq = LAQ.from_pretrained(folder).requires_grad_(False).to(config.device)
     if laq.fingerprint != config.stage2["latent_space"]["fingerprint"]:
-        raise ValueError(f"laq={folder} is not the one that stage 2 learned from")
+        hint = "--pseudo-actions None --policy.latent-weight 0 needs none"
+        raise ValueError(f"laq={folder} is not the one that stage 2 learned from; {hint}")
     return laq
 
 
