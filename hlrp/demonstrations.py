@@ -101,9 +101,9 @@ def give_labels(args, part: Part, config) -> None:
         teacher = config.stage2["latent_space"]["fingerprint"]
         with first_alone():  # which labels what is not there yet
             if not folder.exists():
-                load_teacher(args.laq, config)
+                laq = load_teacher(args.laq, config)
                 try:
-                    infer(settings, part.truth, part.train, part.val, part.demonstrations)
+                    infer(settings, part.truth, laq, part.train, part.val, part.demonstrations)
                 except ValueError as error:
                     raise ValueError(f"{error}. --pseudo-actions None learns the other video without labels") from error
         made = json.loads((folder / FACTS).read_text())

@@ -124,17 +124,17 @@ def main(args: Args) -> None:
         raise ValueError(
             f"data={args.data} has no actions; expected a source with actions, from which an inverse model learns"
         )
+    laq = LAQ.from_pretrained(args.laq).requires_grad_(False) if args.features == "laq" else None
     train, val = split_episodes(source, args.val_fraction, args.seed)
-    infer(args, source, train, val, choose_demonstrations(source, train, args.demonstrations, args.seed))
+    infer(args, source, laq, train, val, choose_demonstrations(source, train, args.demonstrations, args.seed))
 
 
-def infer(args: Args, source: Source, train: np.ndarray, val: np.ndarray, demonstrations: np.ndarray) -> None:
+def infer(
+    args: Args, source: Source, laq: LAQ | None, train: np.ndarray, val: np.ndarray, demonstrations: np.ndarray
+) -> None:
     """Writes the actions of all episodes of a source, learned from its demonstrations.
 
-    args: without `data`, `demonstrations` and `val_fraction`, which `source`, `demonstrations` and `val` stand for."""
-    laq = None
-    if args.features == "laq":
-        laq = LAQ.from_pretrained(args.laq).requires_grad_(False)
+    args: without those that the others stand for."""
     delta = args.delta or (laq.config.delta if laq else 0.2)
     if laq and delta != laq.config.delta:
         raise ValueError(f"delta={delta}, but laq={args.laq} has {laq.config.delta}; leave it out")

@@ -100,8 +100,8 @@ def soak(folder: Path, steps: int) -> list[tuple[str, float, str, float]]:
 
 
 def resident(session: int) -> int:
-    """Bytes of memory of the processes of a session, without what they map of files; what n of them share counts a n-th
-    for each (Pss_Anon)."""
+    """Bytes of memory of the processes of a session, without what they map of files; what n of them share counts an
+    n-th for each (Pss_Anon)."""
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
